@@ -1,0 +1,53 @@
+"""Read WebDataset tar shards into decoded RGB images on a Dask cluster."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dask_imgread.bag import read_bag
+    from dask_imgread.cluster import start_cluster
+    from dask_imgread.frame import map_images, read_metadata
+    from dask_imgread.partition import partition_shards
+    from dask_imgread.reader import ImageReaderStage, ReadError
+    from dask_imgread.stage import ProcessingStage, Resources
+    from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
+
+__version__ = version("dask-imgread")
+
+__all__ = [
+    "FileGroupTask",
+    "ImageBatch",
+    "ImageObject",
+    "ImageReaderStage",
+    "ProcessingStage",
+    "ReadError",
+    "Resources",
+    "map_images",
+    "partition_shards",
+    "read_bag",
+    "read_metadata",
+    "start_cluster",
+]
+
+_HOMES = {
+    "bag": ["read_bag"],
+    "cluster": ["start_cluster"],
+    "frame": ["map_images", "read_metadata"],
+    "partition": ["partition_shards"],
+    "reader": ["ImageReaderStage", "ReadError"],
+    "stage": ["ProcessingStage", "Resources"],
+    "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: Dask and pandas take a second to load."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"dask_imgread.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

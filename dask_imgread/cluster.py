@@ -1,0 +1,102 @@
+"""Start a local Dask cluster that fits the readers and the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from dask.system import CPU_COUNT
+
+from dask_imgread.gpu import count_gpus
+
+if TYPE_CHECKING:
+    from distributed import LocalCluster
+
+
+def start_cluster(
+    *,
+    device: Literal["auto", "gpu", "cpu"] = "auto",
+    num_gpus_per_worker: float = 0.25,
+    n_workers: int | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> LocalCluster:
+    """Start worker processes on this machine: a LocalCUDACluster where there is a GPU.
+
+    Parameters
+    ----------
+    device
+        ``"auto"`` looks for GPUs here; ``"gpu"`` and ``"cpu"`` insist.
+    num_gpus_per_worker
+        The share of a GPU that a reader will ask for. Each GPU worker declares one
+        ``GPU`` and gets as many threads as shares fit on it.
+    n_workers
+        Worker processes: one for each GPU, or, on the CPU, one of a single thread for
+        each core, unless given.
+    verbose
+        Print the link to the dashboard.
+    **options
+        Further options of ``dask_cuda.LocalCUDACluster`` or ``distributed.LocalCluster``.
+
+    Returns
+    -------
+    LocalCluster
+        A context manager, as is any Dask cluster: it closes its workers in the end.
+        ``LocalCUDACluster`` is a LocalCluster too.
+
+    Raises
+    ------
+    RuntimeError
+        If ``device="gpu"`` and there is no GPU.
+    ImportError
+        If there is a GPU, but not dask-cuda.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> with start_cluster(device="cpu", n_workers=2, verbose=False) as cluster:
+    ...     with Client(cluster) as client:
+    ...         client.submit(sum, [1, 2]).result()
+    3
+    """
+    gpus = count_gpus() if device != "cpu" else 0
+    if device == "gpu" and not gpus:
+        raise RuntimeError(
+            'device="gpu", but NVML, the NVIDIA driver\'s library, finds no GPU here'
+        )
+    if gpus:
+        cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
+    else:
+        cluster = _start_on_cores(n_workers, options)
+    if verbose:
+        print(f"Dask dashboard: {cluster.dashboard_link}")
+    return cluster
+
+
+def _start_on_cores(n_workers: int | None, options: dict[str, Any]) -> LocalCluster:
+    from distributed import LocalCluster
+
+    # Processes of one thread each: the decoders then share no lock and no memory arena.
+    defaults = {"n_workers": n_workers or CPU_COUNT, "threads_per_worker": 1}
+    return LocalCluster(**(defaults | options))
+
+
+def _start_on_gpus(n_workers: int | None, share: float, options: dict[str, Any]) -> LocalCluster:
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise ImportError(
+            "a cluster on GPUs needs dask-cuda: pip install 'dask-imgread[gpu]'"
+        ) from error
+    return LocalCUDACluster(**choose_gpu_options(n_workers, share, options))
+
+
+def choose_gpu_options(
+    n_workers: int | None, share: float, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the options for ``LocalCUDACluster`` (dask-cuda 26.10): one process for each GPU."""
+    defaults = {
+        "n_workers": n_workers,
+        "threads_per_worker": max(1, int(1 / share)),
+        "resources": {"GPU": 1},
+    }
+    return defaults | options

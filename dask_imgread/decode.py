@@ -1,0 +1,199 @@
+"""Decode encoded images to RGB arrays: the one file that runs DALI.
+
+Written from the documentation and sources of NVIDIA DALI 2.4.0 (``Pipeline``,
+``fn.external_source``, ``fn.decoders.image``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dask_imgread import chatter
+from dask_imgread.header import ImageError, explain_error, open_with_pillow, turn_upright
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dask_imgread.tasks import Pixels
+
+# Only errors: the level below prints a warning for a picture that decodes well.
+os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
+
+
+class DecoderOptions(NamedTuple):
+    """What a decoder is made for: decoders with equal options can stand in for each other."""
+
+    device: str  # "cpu" or "gpu"
+    num_threads: int
+    batch_size: int
+
+
+class Decoder:
+    """One DALI pipeline: a batch of encoded images in, a batch of RGB arrays out."""
+
+    def __init__(self, options: DecoderOptions) -> None:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = options.device == "gpu"
+        self._pipeline = Pipeline(
+            batch_size=options.batch_size,
+            num_threads=options.num_threads,
+            device_id=0 if gpu else None,  # a Dask-CUDA worker sees its own GPU first
+            prefetch_queue_depth=1,
+        )
+        with self._pipeline:
+            encoded = fn.external_source(name="encoded", no_copy=True)
+            images = fn.decoders.image(
+                encoded,
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # as libjpeg, and so Pillow, does
+            )
+            self._pipeline.set_outputs(images)
+        self._pipeline.build()
+
+    def run(self, contents: Sequence[bytes]) -> list[Pixels]:
+        """Decode a batch; the arrays are views of one buffer, and stay as they are.
+
+        Raises
+        ------
+        RuntimeError
+            If any image of the batch can't be decoded. The decoder is of no use then.
+        """
+        buffers = [np.frombuffer(content, np.uint8) for content in contents]
+        self._pipeline.feed_input("encoded", buffers)
+        (images,) = self._pipeline.run()
+        return [np.asarray(image) for image in images.as_cpu()]
+
+
+class DecoderPool:
+    """Decoders that wait to be used again, at most ``limit`` of them. Thread-safe."""
+
+    def __init__(self, limit: int = 16) -> None:
+        self._limit = limit
+        self._idle: dict[DecoderOptions, list[Decoder]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self, options: DecoderOptions) -> Iterator[Decoder]:
+        """Give a decoder to one thread. One that has raised is not used again."""
+        with self._lock:
+            idle = self._idle[options]
+            decoder = idle.pop() if idle else None
+        decoder = decoder or Decoder(options)
+        yield decoder
+        with self._lock:
+            self._idle[options].append(decoder)
+            while sum(map(len, self._idle.values())) > self._limit:
+                oldest = next(option for option, waiting in self._idle.items() if waiting)
+                self._idle[oldest].pop(0)
+
+    def clear(self) -> None:
+        """Release all decoders that wait."""
+        with self._lock:
+            self._idle.clear()
+
+
+DECODERS = DecoderPool()
+
+
+class Decoded(NamedTuple):
+    """The pixels of one image and what decoded it, or the error."""
+
+    pixels: Pixels | None
+    backend: str | None
+    error: ImageError | None
+
+
+def decode_images(
+    contents: Sequence[bytes],
+    names: Sequence[str],
+    backends: Sequence[str],
+    options: DecoderOptions,
+) -> list[Decoded]:
+    """Decode each image with its backend, and with Pillow what DALI refuses.
+
+    Parameters
+    ----------
+    contents
+        Encoded images.
+    names
+        A name for each, for log records.
+    backends
+        ``"dali"`` or ``"pillow"`` for each, as its header says.
+    options
+        The decoder to use; ``len(contents)`` must not exceed its batch size.
+
+    Returns
+    -------
+    list of Decoded
+        One for each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
+    """
+    chosen = [
+        i for i, backend in enumerate(backends) if backend == "dali" and is_whole(contents[i])
+    ]
+    decoded = dict(
+        zip(
+            chosen,
+            _run_dali([contents[i] for i in chosen], [names[i] for i in chosen], options),
+            strict=True,
+        )
+    )
+    return [decoded.get(i) or decode_with_pillow(content) for i, content in enumerate(contents)]
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a JPEG or PNG has its end mark: one without makes its whole batch fail."""
+    if content[:2] == b"\xff\xd8":
+        return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9", -4096) > 0
+    if content[:4] == b"\x89PNG":
+        return content.rfind(b"IEND", -4096) > 0
+    return True
+
+
+def _run_dali(
+    contents: list[bytes], names: list[str], options: DecoderOptions
+) -> list[Decoded | None]:
+    """Decode with DALI; None for each image that it refuses."""
+    if not contents:
+        return []
+    backend = f"dali-{options.device}"
+    try:
+        with chatter.catch(names), DECODERS.borrow(options) as decoder:
+            return [Decoded(pixels, backend, None) for pixels in decoder.run(contents)]
+    except RuntimeError as error:
+        # One image can fail a whole batch, and the error does not say which.
+        if "CUDA" in str(error):
+            raise
+    if len(contents) == 1:
+        return [None]
+    return [
+        _run_dali([content], [name], options)[0]
+        for content, name in zip(contents, names, strict=True)
+    ]
+
+
+def decode_with_pillow(content: bytes) -> Decoded:
+    """Decode one image on the CPU with Pillow: the first frame, upright, as RGB."""
+    try:
+        with open_with_pillow(content) as image:
+            return Decoded(_to_rgb(turn_upright(image)), "pillow", None)
+    except ImageError as error:
+        return Decoded(None, None, error)
+    except Exception as error:  # Pillow's decoders let through whatever they run into
+        return Decoded(None, None, explain_error(error))
+
+
+def _to_rgb(image: Image) -> Pixels:
+    if image.mode.startswith("I"):  # 16 bits (I;16, or I from a PGM): scale, where Pillow clips
+        grey = np.asarray(image).astype(np.float32) / 257
+        return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=2)
+    rgb: np.ndarray[Any, Any] = np.array(image.convert("RGB"))
+    return rgb

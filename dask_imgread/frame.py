@@ -1,0 +1,133 @@
+"""Images as rows of a Dask DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import dask.dataframe as dd
+import pandas as pd
+
+from dask_imgread.partition import PathsOrTasks, list_tasks
+from dask_imgread.reader import ImageReaderStage
+from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame
+
+if TYPE_CHECKING:
+    from dask.dataframe import DataFrame
+
+BatchFunction = Callable[[ImageBatch], pd.DataFrame]
+
+
+def read_metadata(
+    paths_or_tasks: PathsOrTasks,
+    *,
+    reader: ImageReaderStage | None = None,
+    decode: bool = False,
+    **partitioning: Any,
+) -> DataFrame:
+    """Make a lazy DataFrame with one row for each image member, indexed by ``image_id``.
+
+    Parameters
+    ----------
+    paths_or_tasks
+        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+    reader
+        The reader; ``ImageReaderStage()`` if not given.
+    decode
+        By default only headers are read, which is many times faster. If True, each image
+        is decoded, and ``error`` says which can't be.
+    **partitioning
+        Options of ``partition_shards``, for paths.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        With the columns and dtypes of ``dask_imgread.tasks.COLUMNS``: ``image_path``,
+        ``shard``, ``key``, ``offset``, ``size`` (bytes), ``format``, ``width``, ``height``
+        (pixels, upright), ``channels``, ``backend``, ``error``, ``warning``. An image that
+        can't be read has its row too, with ``error`` set.
+
+    Examples
+    --------
+    >>> from dask_imgread.testing import make_shards
+    >>> frame = read_metadata(make_shards("shards", shards=2, images_per_shard=3))
+    >>> len(frame), frame.width.max().compute(scheduler="sync")
+    (6, 128)
+    """
+    reader = replace(reader or ImageReaderStage(), decode=decode)
+    if not decode:
+        reader = replace(reader, sidecars=False)
+    return map_images(to_rows, paths_or_tasks, reader=reader, meta=make_frame([]), **partitioning)
+
+
+def map_images(
+    fn: BatchFunction,
+    paths_or_tasks: PathsOrTasks,
+    *,
+    reader: ImageReaderStage | None = None,
+    meta: pd.DataFrame,
+    **partitioning: Any,
+) -> DataFrame:
+    """Make a lazy DataFrame of what ``fn`` returns for each batch of images.
+
+    ``fn`` runs where the images are decoded, in the same task, batch by batch: pixels
+    never leave it, and no more than a few batches are in memory at once.
+
+    Parameters
+    ----------
+    fn
+        Takes an ``ImageBatch`` and returns a DataFrame with the columns of ``meta``.
+        It sees failed images too, in ``batch.failed``.
+    paths_or_tasks
+        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+    reader
+        The reader; ``ImageReaderStage()`` if not given.
+    meta
+        An empty DataFrame with the columns, dtypes and index of what ``fn`` returns.
+    **partitioning
+        Options of ``partition_shards``, for paths.
+
+    Returns
+    -------
+    dask.dataframe.DataFrame
+        One partition for each task.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from dask_imgread.testing import make_shards
+    >>> def brightness(batch):
+    ...     ids = pd.Index([image.image_id for image in batch.data], name="image_id")
+    ...     return pd.DataFrame({"mean": [i.image_data.mean() for i in batch.data]}, index=ids)
+    >>> meta = pd.DataFrame({"mean": pd.Series(dtype=float)}, index=pd.Index([], name="image_id"))
+    >>> frame = map_images(brightness, make_shards("shards"), meta=meta)
+    >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
+    np.True_
+    """
+    tasks = list_tasks(paths_or_tasks, **partitioning)
+    if not tasks:
+        return dd.from_pandas(meta, npartitions=1)
+    return dd.from_map(
+        read_partition,
+        tasks,
+        reader=reader or ImageReaderStage(),
+        fn=fn,
+        empty=meta,
+        meta=meta,
+        enforce_metadata=False,
+        label="map-images",
+    )
+
+
+def to_rows(batch: ImageBatch) -> pd.DataFrame:
+    """Return a batch's metadata."""
+    return batch.to_frame()
+
+
+def read_partition(
+    task: FileGroupTask, *, reader: ImageReaderStage, fn: BatchFunction, empty: pd.DataFrame
+) -> pd.DataFrame:
+    """Read one task and return the rows of all its batches."""
+    rows = [fn(batch) for batch in reader.stream(task)]
+    return pd.concat(rows) if rows else empty

@@ -1,0 +1,138 @@
+"""Draw small pictures and put them into shards, for the demo and for tests."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dask_imgread.samples import IMAGE_EXTENSIONS
+
+_PILLOW_FORMATS = {
+    "jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000", "ppm": "PPM", "pgm": "PPM", "pbm": "PPM"
+}  # fmt: skip
+
+
+def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
+    """Draw a landscape of ``size`` (width, height) in pixels; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    top, bottom = rng.integers(60, 256, (2, 1, 1, 3))
+    fade = np.linspace(0, 1, height)[:, None, None]
+    sky = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3))
+    grain = rng.normal(
+        0, 3, (height, width, 1)
+    )  # as a camera's, so that no two rows compress alike
+    image = Image.fromarray((sky + grain).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    radius = min(size) * rng.uniform(0.08, 0.2)
+    x, y = rng.uniform(0.15, 0.85) * width, rng.uniform(0.15, 0.45) * height
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 244, 200))
+    for layer in range(3):
+        colour = tuple(int(c) for c in rng.integers(20, 130, 3) * (3 - layer) // 3)
+        base, swing = height * (0.55 + 0.14 * layer), height * rng.uniform(0.04, 0.14)
+        phase, waves = rng.uniform(0, 6), rng.uniform(0.7, 2.2)
+        ridge = [
+            (i, base - swing * math.sin(phase + waves * 2 * math.pi * i / width))
+            for i in range(width + 1)
+        ]
+        draw.polygon([(0, height), *ridge, (width, height)], fill=colour)
+    return image
+
+
+def encode_picture(image: Image.Image, extension: str = "jpg") -> bytes:
+    """Encode a picture in the format that a member with this extension has."""
+    buffer = io.BytesIO()
+    image = {"pgm": image.convert("L"), "pbm": image.convert("1")}.get(extension, image)
+    options = {"quality": 90} if extension in ("jpg", "jpeg", "webp") else {}
+    image.save(buffer, _PILLOW_FORMATS.get(extension, extension.upper()), **options)
+    return buffer.getvalue()
+
+
+def write_shard(
+    path: str | os.PathLike[str],
+    members: Sequence[tuple[str, bytes]],
+    format: int = tarfile.PAX_FORMAT,
+) -> str:
+    """Write a tar shard of (name, content) members, compressed if its name says so."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    mode: Literal["w", "w:gz"] = "w:gz" if str(path).endswith((".gz", ".tgz")) else "w"
+    with tarfile.open(os.fspath(path), mode=mode, format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def make_shards(
+    folder: str | os.PathLike[str],
+    *,
+    shards: int = 2,
+    images_per_shard: int = 8,
+    extensions: Sequence[str] = ("jpg",),
+    sidecars: Sequence[str] = ("json", "txt", "cls"),
+    size: tuple[int, int] = (128, 96),
+    broken: int = 0,
+    seed: int = 0,
+) -> list[str]:
+    """Write WebDataset shards of drawn pictures with sidecars.
+
+    Parameters
+    ----------
+    folder
+        Where to write ``00000.tar`` and so on; made if it is not there.
+    shards, images_per_shard
+        How many.
+    extensions
+        Extensions of the images, used in turn: any of
+        ``dask_imgread.samples.IMAGE_EXTENSIONS``.
+    sidecars
+        Which of ``json``, ``txt`` and ``cls`` each sample has.
+    size
+        Width and height in pixels.
+    broken
+        How many of all images to cut short, evenly spread, so that they can't be decoded.
+    seed
+        Other seeds draw other pictures.
+
+    Returns
+    -------
+    list of str
+        The shards' paths.
+
+    Examples
+    --------
+    >>> make_shards("shards", shards=2)
+    ['shards/00000.tar', 'shards/00001.tar']
+    """
+    unknown = set(extensions) - IMAGE_EXTENSIONS
+    if unknown or not extensions:
+        raise ValueError(f"extensions must be of {sorted(IMAGE_EXTENSIONS)}, not {extensions!r}")
+    total = shards * images_per_shard
+    cut = {total * (2 * n + 1) // (2 * broken) for n in range(broken)}
+    paths = []
+    for shard in range(shards):
+        members: list[tuple[str, bytes]] = []
+        for number in range(shard * images_per_shard, (shard + 1) * images_per_shard):
+            extension = extensions[number % len(extensions)]
+            content = encode_picture(draw_picture(seed * 1_000_003 + number, size), extension)
+            content = content[: len(content) // 2] if number in cut else content
+            sample = {
+                extension: content,
+                "json": json.dumps({"number": number, "width": size[0]}).encode(),
+                "txt": f"landscape number {number}".encode(),
+                "cls": str(number % 10).encode(),
+            }
+            wanted = [extension, *sidecars]
+            members += [(f"{number:06d}.{name}", sample[name]) for name in wanted]
+        paths.append(write_shard(Path(folder) / f"{shard:05d}.tar", members))
+    return paths

@@ -1,0 +1,67 @@
+"""The contract of a processing stage, in the shape that NVIDIA NeMo Curator gave it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one running stage holds.
+
+    Parameters
+    ----------
+    cpus
+        CPU cores.
+    gpus
+        GPUs; a fraction is a share of one.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.cpus < 0 or self.gpus < 0:
+            raise ValueError(f"cpus and gpus must be at least 0, not {self.cpus}, {self.gpus}")
+
+    @property
+    def requires_gpu(self) -> bool:
+        """Whether a GPU, or a share of one, is needed."""
+        return self.gpus > 0
+
+
+class ProcessingStage(ABC, Generic[Input, Output]):
+    """A step that turns one task into a list of results.
+
+    A stage is plain values until it runs: it can be pickled, sent to a worker, and
+    called there. Calling a stage is ``process``.
+    """
+
+    name: str
+
+    @property
+    def resources(self) -> Resources:
+        """What one running stage holds."""
+        return Resources()
+
+    @abstractmethod
+    def process(self, task: Input) -> list[Output]:
+        """Turn one task into results."""
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        """Return the names of the attributes that a task and its items must have."""
+        return [], []
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        """Return the names of the attributes that a result and its items have."""
+        return [], []
+
+    def __call__(self, task: Input) -> list[Output]:
+        """Do what ``process`` does, so that a stage can be given to ``client.map``."""
+        return self.process(task)

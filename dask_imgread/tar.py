@@ -1,0 +1,240 @@
+"""Walk the headers of a tar archive: the name, offset and size of each file.
+
+Only headers are read, whatever lies between them. The formats are ustar
+(POSIX.1-1988), PAX (POSIX.1-2001) and GNU tar, as described in POSIX's ``pax``
+page and in GNU tar's manual, "Basic Tar Format".
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_MAX_EXTENDED_HEADER = 1 << 20  # a real one holds a path; more is an attack on memory
+_FARTHEST = 1 << 62  # past any file's end, and still an offset that the system takes
+
+_FILES = b"0\0007"  # regular file, regular file before POSIX, contiguous file
+_GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE = b"L", b"K", b"S"
+_PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"x", b"g", b"X"
+
+
+class NotTarError(ValueError):
+    """The bytes do not begin with a tar header."""
+
+
+class ByteSource(Protocol):
+    """Bytes that can be read at any offset."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``offset``; fewer where the source ends."""
+
+    def end(self) -> int:
+        """Return the offset at which the source ends; known after a short read."""
+
+
+class Member(NamedTuple):
+    """One file of a tar archive, or one place at which the archive is broken.
+
+    ``start`` is the offset of its first header block, ``offset`` and ``size`` span
+    its bytes. ``problem`` says why the bytes can't be had; it is None for a file
+    that is whole. A problem that belongs to no file has an empty ``name``.
+    """
+
+    name: str
+    start: int
+    offset: int
+    size: int
+    problem: str | None = None
+
+
+def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) -> Iterator[Member]:
+    """Yield each file in the archive in order; never raise for what comes after the first header.
+
+    Parameters
+    ----------
+    source
+        The archive.
+    start, stop
+        Offsets of the header blocks to begin with and to end before, so that a part
+        of an archive can be walked by itself. ``start`` must be a member's first header.
+
+    Yields
+    ------
+    Member
+        Directories, links and devices are passed over. Where the archive is cut or
+        damaged, the last member's ``problem`` says so and nothing follows it.
+
+    Raises
+    ------
+    NotTarError
+        If an archive walked from offset 0 does not begin with a tar header.
+    """
+    position = start
+    begin: int | None = None  # the first header block of the member, its extended headers included
+    long_name: str | None = None
+    attributes: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    previous: Member | None = None  # held back until it is known that its bytes are there
+    ended = False  # an end-of-archive mark was passed; archives put together with `cat` go on
+
+    while stop is None or position < stop or begin is not None:
+        header = source.read_at(position, BLOCK)
+        if len(header) < BLOCK and not ended:
+            yield from _cut_archive(source, position, previous)
+            return
+        if previous is not None:
+            yield previous
+            previous = None
+        if header == _ZEROS:
+            ended = True
+            position += BLOCK
+            continue
+        if ended and not _is_header(header):
+            return
+        ended = False
+        try:
+            _verify_checksum(header)
+            size = _parse_number(header[124:136])
+        except ValueError as error:
+            if position == 0:
+                raise NotTarError(f"not a tar archive: {error}") from None
+            yield Member(
+                "", position, position, 0, f"damaged archive: {error} at offset {position}"
+            )
+            return
+        if begin is None:
+            begin = position
+        kind = header[156:157]
+        body = position + BLOCK
+
+        if kind in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS):
+            text = source.read_at(body, size) if size <= _MAX_EXTENDED_HEADER else b""
+            if len(text) < size:
+                cut = f"damaged archive: extended header of {size} bytes at offset {position}"
+                yield Member("", position, body, 0, cut)
+                return
+            if kind == _GNU_LONG_NAME:
+                long_name = _decode(text.split(b"\0", 1)[0])
+            elif kind == _PAX_GLOBAL:
+                shared.update(_parse_pax(text))
+                begin = None
+            elif kind != _GNU_LONG_LINK:
+                attributes = _parse_pax(text)
+            position = body + _padded(size)
+            continue
+
+        if shared:
+            attributes = shared | attributes
+        if "size" in attributes:
+            size = _parse_decimal(attributes["size"], size)
+        if kind in _FILES or kind == _GNU_SPARSE:
+            name = attributes.get("path") or long_name or _parse_name(header)
+            sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in attributes)
+            if not name.endswith("/"):  # the old way to say "directory"
+                name = attributes.get("GNU.sparse.name", name)
+                problem = "unsupported: stored as a sparse file" if sparse else None
+                previous = Member(name, begin, body, size, problem)
+        if kind == _GNU_SPARSE:
+            body = _skip_sparse_map(source, header, body)
+        position = body + (_padded(size) if kind not in b"123456" else 0)
+        begin, long_name, attributes = None, None, {}
+
+    if previous is not None:
+        yield previous
+
+
+def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> Iterator[Member]:
+    """Yield the last member, and a record of the cut, of an archive without an end mark."""
+    end = source.end()
+    if position == 0:
+        raise NotTarError(
+            "not a tar archive: " + (f"only {end} bytes long" if end else "the file is empty")
+        )
+    if previous is not None and previous.offset + previous.size > end:
+        missing = previous.offset + previous.size - end
+        cut = f"truncated archive: it ends at byte {end}, {missing} bytes before this member does"
+        yield previous._replace(problem=cut)
+        return
+    if previous is not None:
+        yield previous
+    cut = f"truncated archive: it ends at byte {end} without an end-of-archive mark"
+    yield Member("", min(position, end), min(position, end), 0, cut)
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _verify_checksum(block)
+    except (ValueError, IndexError):
+        return False
+    return True
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _verify_checksum(header: bytes) -> None:
+    """Raise ValueError unless the header's own checksum agrees with its bytes."""
+    try:
+        stated = int(header[148:156].strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise ValueError("no tar header") from None
+    blanked = header[:148] + b"        " + header[156:]
+    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, and comes from C.
+    if zlib.adler32(blanked) & 0xFFFF == (1 + stated) % 65521:
+        return
+    # Some old writers summed signed bytes.
+    if stated != sum(byte - 256 if byte > 127 else byte for byte in blanked):
+        raise ValueError("wrong checksum in a tar header")
+
+
+def _parse_number(field: bytes) -> int:
+    """Parse an octal field, or a base-256 one as GNU tar writes for large numbers."""
+    if field[0] == 0x80:
+        return min(int.from_bytes(field[1:], "big"), _FARTHEST)
+    text = field.split(b"\0", 1)[0].strip() or b"0"
+    if not text.isdigit() or b"8" in text or b"9" in text:
+        raise ValueError(f"unreadable size {text!r} in a tar header")
+    return int(text, 8)
+
+
+def _parse_decimal(text: str, default: int) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else default
+
+
+def _parse_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return _decode(name)
+
+
+def _parse_pax(text: bytes) -> dict[str, str]:
+    """Parse PAX records, ``<length> <key>=<value>`` lines; stop at the first that is not one."""
+    attributes = {}
+    while text:
+        length, space, _ = text.partition(b" ")
+        if not space or not length.isdigit() or not len(length) < int(length) <= len(text):
+            break
+        key, _, value = text[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+        attributes[_decode(key)] = _decode(value)
+        text = text[int(length) :]
+    return attributes
+
+
+def _skip_sparse_map(source: ByteSource, header: bytes, body: int) -> int:
+    """Return where a GNU sparse file's data begins, after its further maps."""
+    more = header[482:483] == b"\1"
+    while more:
+        block = source.read_at(body, BLOCK)
+        more = len(block) == BLOCK and block[504:505] == b"\1"
+        body += BLOCK
+    return body
+
+
+def _decode(name: bytes) -> str:
+    # UTF-8 is what writers use; what is not becomes \xNN, so that it can be stored and printed.
+    return name.decode("utf-8", "backslashreplace")

@@ -1,0 +1,231 @@
+"""The data model: the shards that a task reads, and the images that come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from dask.base import tokenize
+from dask.sizeof import sizeof
+from numpy.typing import NDArray
+
+from dask_imgread.shards import resolve_path, stat_shard
+
+Pixels: TypeAlias = NDArray[np.uint8]
+
+COLUMNS = {
+    "image_path": "string[pyarrow]",
+    "shard": "string[pyarrow]",
+    "key": "string[pyarrow]",
+    "offset": "int64[pyarrow]",
+    "size": "int64[pyarrow]",
+    "format": "string[pyarrow]",
+    "width": "int32[pyarrow]",
+    "height": "int32[pyarrow]",
+    "channels": "int16[pyarrow]",
+    "backend": "string[pyarrow]",
+    "error": "string[pyarrow]",
+    "warning": "string[pyarrow]",
+}
+
+
+@dataclass
+class FileGroupTask:
+    """The shards, or the part of one shard, that one task reads.
+
+    Parameters
+    ----------
+    dataset_name
+        A name for the dataset; it is handed on to the batches.
+    data
+        Paths or URLs of tar shards.
+    task_id
+        A name for the task; batches are numbered after it.
+    reader_config
+        What the reader is told about these shards: ``storage_options``, a dict for
+        fsspec's file system. It is left out of ``repr``, since it may hold credentials.
+    byte_range
+        Offsets of the first header to read and of the first not to (None: to the end).
+        For a task with one shard only.
+    index_whole_shard
+        Whether samples have members outside ``byte_range``, so that the whole shard's
+        headers must be walked to put them together.
+    versions
+        A token for the content of each shard, so that a changed shard is read again;
+        looked up when it is needed if not given.
+    """
+
+    dataset_name: str = ""
+    data: list[str] = field(default_factory=list)
+    task_id: str = ""
+    reader_config: dict[str, Any] = field(default_factory=dict, repr=False)
+    byte_range: tuple[int, int | None] | None = None
+    index_whole_shard: bool = False
+    versions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if isinstance(self.data, str):  # type: ignore[unreachable]
+            raise ValueError(  # a string is iterable too, letter by letter
+                f"data must be a list of shard paths, not the string {self.data!r}"
+            )
+        self.data = [str(path) for path in self.data]
+        if self.byte_range is not None and len(self.data) != 1:
+            raise ValueError(f"byte_range needs exactly one shard in data, not {len(self.data)}")
+
+    @property
+    def num_items(self) -> int:
+        """The number of shards."""
+        return len(self.data)
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """Options for fsspec's file system."""
+        options: dict[str, Any] = self.reader_config.get("storage_options") or {}
+        return options
+
+    def __dask_tokenize__(self) -> object:
+        """Name what is read, the shards' content included, alike in every process."""
+        versions = self.versions or tuple(self._look_up(path) for path in self.data)
+        paths = [resolve_path(path) for path in self.data]
+        whole = self.index_whole_shard
+        # The token of the options, never the options: keys are shown on the dashboard.
+        options = tokenize(self.reader_config)
+        return (
+            type(self).__name__,
+            self.dataset_name,
+            paths,
+            self.byte_range,
+            whole,
+            versions,
+            options,
+        )
+
+    def _look_up(self, path: str) -> str:
+        try:
+            return stat_shard(path, self.storage_options).version
+        except OSError:
+            return "missing"
+
+
+@dataclass
+class ImageObject:
+    """One image member of a shard: its pixels, or the reason why there are none.
+
+    Parameters
+    ----------
+    image_path
+        ``<shard path>/<member name>``.
+    image_id
+        Unique in a dataset, the same however the shards are grouped, partitioned or
+        ordered. Made from the shard's path and the member's name.
+    image_data
+        uint8 array ``(height, width, 3)``, RGB; None if the image was not decoded.
+    metadata
+        The sample's sidecars by extension: ``.json`` parsed, ``.txt`` as str, ``.cls`` as
+        int, others as bytes.
+    shard, key
+        The shard's path, and the sample's key in it.
+    offset, size
+        Where the encoded bytes lie in the (decompressed) shard, and how many there are.
+    format
+        ``"jpeg"``, ``"png"`` and so on, by the content and not by the name; None if unknown.
+    width, height, channels
+        Upright size in pixels as the file's header says, and the channels stored in it.
+    backend
+        What decoded it: ``"dali-gpu"``, ``"dali-cpu"`` or ``"pillow"``; None if not decoded.
+    error
+        ``"<cause>: <detail>"`` if the image could not be read, else None.
+    warning
+        What is wrong though the image could be read, such as a broken sidecar; else None.
+    """
+
+    image_path: str = ""
+    image_id: str = ""
+    image_data: Pixels | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    shard: str = ""
+    key: str = ""
+    offset: int = 0
+    size: int = 0
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    channels: int | None = None
+    backend: str | None = None
+    error: str | None = None
+    warning: str | None = None
+
+    @property
+    def cause(self) -> str | None:
+        """The kind of error, without its detail; None if there is none."""
+        return self.error.split(":", 1)[0] if self.error else None
+
+
+@dataclass
+class ImageBatch:
+    """Images that were decoded together.
+
+    Parameters
+    ----------
+    data
+        The images that were read.
+    dataset_name, task_id
+        From the task; ``task_id`` is numbered within it.
+    failed
+        The images that could not be read, with ``error`` set and no ``image_data``.
+    skipped
+        How many could not be read and are left out, under ``on_error="skip"``.
+    """
+
+    data: list[ImageObject] = field(default_factory=list)
+    dataset_name: str = ""
+    task_id: str = ""
+    failed: list[ImageObject] = field(default_factory=list)
+    skipped: int = 0
+
+    @property
+    def num_items(self) -> int:
+        """The number of images that were read."""
+        return len(self.data)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per image, read or failed, without pixels, indexed by ``image_id``.
+
+        Examples
+        --------
+        >>> ImageBatch(data=[ImageObject("s.tar/a.jpg", "s-1/a.jpg", width=8)]).to_frame().width
+        image_id
+        s-1/a.jpg    8
+        Name: width, dtype: int32[pyarrow]
+        """
+        return make_frame([*self.data, *self.failed])
+
+
+def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:
+    """Return one row per image with the columns of ``COLUMNS``, indexed by ``image_id``."""
+    images = list(images)
+    index = pd.Index([image.image_id for image in images], dtype="string[pyarrow]", name="image_id")
+    columns = {
+        name: pd.array([getattr(image, name) for image in images], dtype=dtype)
+        for name, dtype in COLUMNS.items()
+    }
+    return pd.DataFrame(columns, index=index)
+
+
+def _sizeof_image(image: ImageObject) -> int:
+    # Dask's own guess for a dataclass does not see the pixels.
+    pixels = 0 if image.image_data is None else image.image_data.nbytes
+    metadata: int = sizeof(image.metadata) if image.metadata else 0
+    return 600 + len(image.image_path) + pixels + metadata
+
+
+def _sizeof_batch(batch: ImageBatch) -> int:
+    return 200 + sum(map(_sizeof_image, batch.data)) + sum(map(_sizeof_image, batch.failed))
+
+
+sizeof.register(ImageObject, _sizeof_image)
+sizeof.register(ImageBatch, _sizeof_batch)

@@ -1,0 +1,7 @@
+"""What tests of image pipelines need: shards, and clusters to read them on."""
+
+from __future__ import annotations
+
+from dask_imgread.pictures import draw_picture, encode_picture, make_shards, write_shard
+
+__all__ = ["draw_picture", "encode_picture", "make_shards", "write_shard"]

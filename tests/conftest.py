@@ -1,0 +1,83 @@
+"""Real photographs in real shards, and a real cluster of worker processes."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from dask_imgread.testing import write_shard
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """RGB photographs of several sizes, from scikit-image's and scikit-learn's wheels."""
+    import skimage
+    import sklearn.datasets
+
+    data = Path(skimage.__file__).parent / "data"
+    names = ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png"]
+    paths = [data / name for name in names]
+    paths += [
+        Path(sklearn.datasets.__file__).parent / "images" / n for n in ("china.jpg", "flower.jpg")
+    ]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+@pytest.fixture(scope="session")
+def photo_shards(photographs, tmp_path_factory):
+    """Four shards of 25 photograph crops as JPEG, with sidecars."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(7)
+    paths = []
+    for shard in range(4):
+        members = []
+        for number in range(25):
+            photo = photographs[(shard * 25 + number) % len(photographs)]
+            left, top = rng.integers(0, 60, 2)
+            width, height = rng.integers(60, 240, 2)
+            crop = photo.crop((left, top, left + width, top + height))
+            key = f"{shard}{number:03d}"
+            members += [
+                (f"{key}.jpg", encode(crop, "JPEG", quality=88)),
+                (f"{key}.cls", b"%d" % number),
+            ]
+        paths.append(write_shard(folder / f"photos-{shard:02d}.tar", members))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    from dask_imgread import start_cluster
+
+    with start_cluster(n_workers=2, device="cpu", verbose=False, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster):
+    from distributed import Client
+
+    with Client(cluster) as client:
+        yield client
+
+
+def encode(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def read_with_pillow(content):
+    """What every 8-bit image must come out as."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def members_of(path):
+    """What Python's own tarfile sees in a shard."""
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}

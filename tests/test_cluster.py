@@ -1,0 +1,84 @@
+import dask
+import numpy as np
+import pytest
+from dask.sizeof import sizeof
+
+from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, start_cluster
+from dask_imgread.cluster import choose_gpu_options
+from dask_imgread.window import map_windowed
+
+
+def test_client_map(client, photo_shards):
+    reader = ImageReaderStage(dali_batch_size=10)
+    tasks = partition_shards(photo_shards)
+    results = client.gather(client.map(reader, tasks, **reader.annotations(client)))
+    assert [len(batches) for batches in results] == [3] * 4
+    local = reader.process(tasks[0])[0].data[3]
+    np.testing.assert_array_equal(results[0][0].data[3].image_data, local.image_data)
+
+
+def test_batches_travel_between_workers_unchanged(client, photo_shards):
+    first, second = client.scheduler_info(n_workers=-1)["workers"]
+    reader = ImageReaderStage()
+    task = FileGroupTask(data=photo_shards[:1])
+    future = client.submit(reader, task, workers=[first], pure=False)
+    sums = client.submit(
+        lambda batches: [int(i.image_data.sum()) for b in batches for i in b.data],
+        future,
+        workers=[second],
+    ).result()
+    assert sums == [int(i.image_data.sum()) for b in reader(task) for i in b.data]
+
+
+def test_pixels_stay_out_of_pickle_bytes(photo_shards):
+    from distributed.protocol import deserialize, serialize
+
+    (batch,) = ImageReaderStage()(FileGroupTask(data=photo_shards[:1]))
+    header, frames = serialize(batch)
+    pixels = sum(image.image_data.nbytes for image in batch.data)
+    assert len(frames[0]) < 10_000
+    assert sum(memoryview(frame).nbytes for frame in frames[1:]) == pixels
+    again = deserialize(header, frames)
+    np.testing.assert_array_equal(again.data[7].image_data, batch.data[7].image_data)
+    assert pixels < sizeof(batch) < 1.2 * pixels
+    assert batch.data[0].image_data.nbytes < sizeof(batch.data[0])
+
+
+def test_annotations_fit_the_cluster(client):
+    assert ImageReaderStage().annotations(client) == {}
+    with (
+        start_cluster(
+            device="cpu", n_workers=1, resources={"GPU": 1}, verbose=False, dashboard_address=":0"
+        ) as declaring,
+        declaring.get_client() as other,
+    ):
+        reader = ImageReaderStage(num_gpus_per_worker=0.5)
+        assert reader.annotations(other) == {"resources": {"GPU": 0.5}}
+        assert ImageReaderStage(device="cpu").annotations(other) == {}
+        with dask.annotate(**reader.annotations(other)):
+            assert other.submit(sum, [1, 2]).result(timeout=20) == 3
+
+
+def test_start_cluster_prints_the_dashboard(capsys):
+    with start_cluster(device="cpu", n_workers=1, dashboard_address=":0") as cluster:
+        assert cluster.dashboard_link in capsys.readouterr().out
+
+
+def test_start_cluster_without_the_gpu_asked_for(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RuntimeError, match="finds no GPU"):
+        start_cluster(device="gpu")
+
+
+@pytest.mark.parametrize(("share", "threads"), [(0.25, 4), (0.3, 3), (1, 1)])
+def test_gpu_workers_have_a_thread_for_each_share(share, threads):
+    options = choose_gpu_options(None, share, {"memory_limit": "4GB"})
+    assert options["threads_per_worker"] == threads
+    assert options["resources"] == {"GPU": 1}
+    assert options["memory_limit"] == "4GB"
+
+
+def test_map_windowed(client):
+    ended = list(map_windowed(client, abs, range(-20, 0), window=3))
+    assert sorted(future.result() for _, future in ended) == list(range(1, 21))
+    assert all(future.result() == -item for item, future in ended)

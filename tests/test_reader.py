@@ -1,0 +1,180 @@
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dask_imgread import FileGroupTask, ImageReaderStage, ProcessingStage, Resources
+from dask_imgread.samples import IMAGE_EXTENSIONS
+from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
+from tests.conftest import members_of, read_with_pillow
+
+
+def test_the_stage_has_curators_shape():
+    reader = ImageReaderStage()
+    fields = [(f.name, f.default) for f in dataclasses.fields(reader)][:5]
+    assert fields == [
+        ("dali_batch_size", 100),
+        ("verbose", True),
+        ("num_threads", 8),
+        ("num_gpus_per_worker", 0.25),
+        ("name", "image_reader"),
+    ]
+    assert isinstance(reader, ProcessingStage)
+    assert reader.inputs() == ([], [])
+    assert reader.outputs() == (["data"], ["image_data", "image_path", "image_id"])
+    cpu = ImageReaderStage(device="cpu").resources
+    assert cpu == Resources(gpus=0.0)
+    assert not cpu.requires_gpu
+    assert ImageReaderStage(device="gpu").resources.gpus == 0.25
+    assert pickle.loads(pickle.dumps(reader)) == reader
+
+
+def test_photographs_have_pillows_pixels(photo_shards):
+    batches = ImageReaderStage(dali_batch_size=10).process(FileGroupTask(data=photo_shards[:1]))
+    assert [batch.num_items for batch in batches] == [10, 10, 5]
+    members = members_of(photo_shards[0])
+    for image in (image for batch in batches for image in batch.data):
+        name = image.image_path.removeprefix(photo_shards[0] + "/")
+        assert image.image_data.dtype == np.uint8
+        np.testing.assert_array_equal(image.image_data, read_with_pillow(members.pop(name)))
+        assert image.image_data.shape == (image.height, image.width, 3)
+        assert image.metadata == {"cls": int(name[1:4])}
+        assert image.backend.startswith("dali")
+    assert all(name.endswith(".cls") for name in members)
+
+
+def test_every_kind_of_image_member_is_read(tmp_path):
+    extensions = [*sorted(IMAGE_EXTENSIONS), "JPG", "Png"]
+    picture = draw_picture(1, (40, 30))
+    members = [(f"{n}.{e}", encode_picture(picture, e.lower())) for n, e in enumerate(extensions)]
+    shard = write_shard(tmp_path / "s.tar", members)
+    (batch,) = ImageReaderStage().process(FileGroupTask(data=[shard]))
+    assert not batch.failed
+    assert [image.image_path.rpartition("/")[2] for image in batch.data] == [n for n, _ in members]
+    for image, (_, content) in zip(batch.data, members, strict=True):
+        np.testing.assert_array_equal(image.image_data, read_with_pillow(content))
+
+
+def test_stream_holds_no_earlier_batch(photo_shards):
+    import weakref
+
+    reader = ImageReaderStage(dali_batch_size=5)
+    seen = []
+    for batch in reader.stream(FileGroupTask(data=photo_shards)):
+        assert sum(ref() is not None for ref in seen) <= 1
+        seen.append(weakref.ref(batch.data[0].image_data))
+        del batch
+    assert len(seen) == 20
+
+
+def test_pixels_outlive_the_reader(photo_shards):
+    stream = ImageReaderStage(dali_batch_size=5).stream(FileGroupTask(data=photo_shards[:1]))
+    first = next(stream)
+    before = [image.image_data.copy() for image in first.data]
+    list(stream)
+    for image, pixels in zip(first.data, before, strict=True):
+        np.testing.assert_array_equal(image.image_data, pixels)
+
+
+def test_no_paths():
+    with pytest.raises(ValueError, match=r"^No tar file paths"):
+        ImageReaderStage().process(FileGroupTask(data=[]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dali_batch_size": 0},
+        {"num_threads": 0},
+        {"num_gpus_per_worker": 0},
+        {"num_gpus_per_worker": 1.5},
+        {"device": "tpu"},
+        {"on_error": "ignore"},
+        {"max_pixels": 0},
+    ],
+)
+def test_wrong_values_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ImageReaderStage(**options)
+
+
+def test_a_task_checks_its_values():
+    with pytest.raises(ValueError, match="list of shard paths"):
+        FileGroupTask(data="s.tar")
+    with pytest.raises(ValueError, match="exactly one shard"):
+        FileGroupTask(data=["a.tar", "b.tar"], byte_range=(0, 5))
+    assert "secret" not in repr(FileGroupTask(reader_config={"storage_options": {"key": "secret"}}))
+
+
+def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    task = FileGroupTask(data=make_shards(tmp_path, shards=1))
+    with pytest.raises(RuntimeError, match=r"no GPU was found: NVML.*CUDA_VISIBLE_DEVICES"):
+        ImageReaderStage(device="gpu").process(task)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("2,3", 2), ("0,9,1", 1), ("GPU-abc", 1)]
+)
+def test_count_gpus(monkeypatch, visible, count):
+    from dask_imgread import gpu
+
+    monkeypatch.setattr(gpu.nvml, "device_get_count", lambda: 4)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu.count_gpus() == count
+
+
+def test_threads_are_capped_to_a_threads_cores(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dask_imgread import reader
+
+    monkeypatch.setattr(reader, "CPU_COUNT", 16)
+    assert reader.count_own_cores(0, 0.25) == 16
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(reader.count_own_cores, 0, 0.25).result() == 1
+        assert pool.submit(reader.count_own_cores, 2, 0.25).result() == 2
+
+
+def test_import_and_construction_load_no_dali():
+    code = (
+        "import sys, dask_imgread; dask_imgread.ImageReaderStage().outputs();"
+        "assert 'nvidia.dali' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_headers_only(photo_shards):
+    task = FileGroupTask(data=photo_shards[:1])
+    (headers,) = ImageReaderStage(decode=False).process(task)
+    (decoded,) = ImageReaderStage().process(task)
+    assert [i.image_data for i in headers.data] == [None] * 25
+    columns = ["offset", "size", "format", "width", "height", "channels", "key"]
+    assert headers.to_frame()[columns].equals(decoded.to_frame()[columns])
+
+
+def test_a_header_that_lies_far_on(tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x010E] = "d" * 40_000  # a description that pushes the size out of the first bytes
+    shard = write_shard(
+        tmp_path / "s.tar",
+        [("a.jpg", _jpeg_with(exif)), ("b.tif", encode_picture(draw_picture(1, (60, 40)), "tif"))],
+    )
+    (batch,) = ImageReaderStage(decode=False).process(FileGroupTask(data=[shard]))
+    assert [(i.width, i.height) for i in batch.data] == [(60, 40)] * 2
+
+
+def _jpeg_with(exif):
+    import io
+
+    buffer = io.BytesIO()
+    draw_picture(1, (60, 40)).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
