@@ -52,7 +52,7 @@ def read_metadata(
     --------
     >>> from dask_imgread.testing import make_shards
     >>> frame = read_metadata(make_shards("shards", shards=2, images_per_shard=3))
-    >>> len(frame), frame.width.max().compute(scheduler="sync")
+    >>> len(frame), int(frame.width.max().compute(scheduler="sync"))
     (6, 128)
     """
     reader = replace(reader or ImageReaderStage(), decode=decode)

@@ -1,0 +1,128 @@
+"""What the project says of itself: its environments, its README, its examples, its docstrings."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dask_imgread
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    name
+    for _, name, _ in pkgutil.iter_modules(dask_imgread.__path__, "dask_imgread.")
+    if not name.endswith("__main__")
+]
+
+
+def split_requirement(text):
+    name, _, constraint = re.fullmatch(r"([\w-]+)(\[.*\])?(.*)", text).groups()
+    return name, constraint
+
+
+def test_conda_and_pip_environments_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = dict(
+        map(split_requirement, project["dependencies"] + project["optional-dependencies"]["gpu"])
+    )
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["rapidsai", "conda-forge"]
+    *conda, pip = environment["dependencies"]
+    listed = dict(map(split_requirement, [*conda, *pip["pip"][:-1]]))
+    assert listed.pop("python") == project["requires-python"]
+    listed.pop("pip")
+    assert listed == wanted
+    assert "nvidia-dali-cuda120" in pip["pip"][0]
+
+
+def test_the_readme_has_two_commands_for_a_fresh_machine():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)
+    assert [command.rsplit("/", 1)[1] for command in commands] == ["dask-imgread demo", "pytest"]
+
+
+def test_python_in_the_readme_parses():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+
+
+def test_public_names_are_documented_with_an_example():
+    for name in dask_imgread.__all__:
+        assert (getattr(dask_imgread, name).__doc__ or "").strip(), name
+
+
+def list_imports(path):
+    """Yield the project's own modules that a file imports, type-only imports left out."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        for inner in [node] if not isinstance(node, ast.If) else []:
+            if isinstance(inner, ast.ImportFrom) and inner.module.startswith("dask_imgread"):
+                names = [alias.name for alias in inner.names]
+                module = inner.module.removeprefix("dask_imgread").lstrip(".")
+                yield from [module] if module else names
+
+
+def test_imports_run_one_way():
+    graph = {
+        path.stem: set(list_imports(path))
+        for path in (ROOT / "dask_imgread").glob("*.py")
+        if not path.stem.startswith("__")
+    }
+    placed = set()
+    while graph:
+        free = {name for name, needs in graph.items() if needs <= placed}
+        assert free, f"these import each other in a circle: {graph}"
+        placed |= free
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+def test_only_decode_runs_dali():
+    users = [p.name for p in (ROOT / "dask_imgread").glob("*.py") if "nvidia.dali" in p.read_text()]
+    assert users == ["decode.py"]
+
+
+def test_the_batch_script(tmp_path, photo_shards):
+    import pandas as pd
+
+    script = ROOT / "examples" / "batch_job.py"
+    done = subprocess.run(
+        [sys.executable, script, *photo_shards, "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "100 images, mean brightness" in done.stdout
+    assert len(pd.read_parquet(tmp_path / "out")) == 100
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_notebook(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "examples" / "read_images.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = str([output.get("text", output.get("data")) for output in outputs])
+    assert "(99, 'images')" in printed
+    assert "truncated" in printed
+    assert any("image/png" in output.get("data", {}) for output in outputs)
