@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dask_imgread.reader import ImageReaderStage, ReadError
     from dask_imgread.stage import ProcessingStage, Resources
     from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
+    from dask_imgread.verify import verify_shards
+    from dask_imgread.window import map_windowed
 
 __version__ = version("dask-imgread")
 
@@ -26,10 +28,12 @@ __all__ = [
     "ReadError",
     "Resources",
     "map_images",
+    "map_windowed",
     "partition_shards",
     "read_bag",
     "read_metadata",
     "start_cluster",
+    "verify_shards",
 ]
 
 _HOMES = {
@@ -40,6 +44,8 @@ _HOMES = {
     "reader": ["ImageReaderStage", "ReadError"],
     "stage": ["ProcessingStage", "Resources"],
     "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],
+    "verify": ["verify_shards"],
+    "window": ["map_windowed"],
 }
 
 

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 logger = logging.getLogger("dask_imgread")
 
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m|\[0;\d+m|\[0m")
-_PRINTED = re.compile(
-    rb"\[(?:ERROR|WARN|WARNING|INFO|FATAL)[:\]@]|^TIFF\w+:|^lib\w+ (?:warning|error):", re.M
+_PRINTED = re.compile(  # what nvImageCodec, OpenCV, libtiff, libpng and libjpeg print
+    rb"\[ ?(?:ERROR|WARN|WARNING|INFO|FATAL)[:\]@]|^TIFF\w*:|^(?:tempfile\.tif)?: |^lib\w+ \w+:"
+    rb"|^More samples per pixel|^(?:Corrupt|Premature end of) JPEG|^Invalid SOS|\A\s*\Z"
 )
 
 

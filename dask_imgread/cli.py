@@ -26,7 +26,8 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0 if all was read or recorded, 2 if the command or its paths are wrong.
+    0 if all was read or recorded, 1 if `verify` found something bad, 2 if the command or
+    its paths are wrong.
     """
     options = make_parser().parse_args(arguments)
     try:
@@ -57,7 +58,12 @@ def make_parser() -> argparse.ArgumentParser:
     metadata.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     metadata.add_argument("--decode", action="store_true", help="decode, and so find broken images")
 
-    for command in (demo, metadata):
+    verify = commands.add_parser("verify", help="decode everything and say what is broken")
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("shards", nargs="+", metavar="SHARDS", help="file, folder, glob or URL")
+    verify.add_argument("--out", metavar="FILE", help="Parquet file for the list of bad images")
+
+    for command in (demo, metadata, verify):
         command.add_argument("--images-per-partition", type=int, metavar="N")
         command.add_argument("--workers", type=int, metavar="N", help="worker processes")
         command.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
@@ -102,6 +108,7 @@ def run_metadata(options: argparse.Namespace) -> int:
     from dask_imgread.cluster import start_cluster
     from dask_imgread.jobs import write_metadata
     from dask_imgread.partition import partition_shards
+    from dask_imgread.progress import ProgressBar
     from dask_imgread.reader import ImageReaderStage
 
     tasks = partition_shards(options.shards, images_per_partition=options.images_per_partition)
@@ -115,11 +122,35 @@ def run_metadata(options: argparse.Namespace) -> int:
         Client(cluster) as client,
     ):
         print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
-        with _ProgressBar(len(tasks)) as bar:
+        with ProgressBar(len(tasks)) as bar:
             summary = write_metadata(client, tasks, reader, str(paths.metadata), bar.update)
         save_contact_sheet(client, tasks, reader, paths.sheet)
     print_summary(summary, paths)
     return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Decode everything, and print what was found per shard and per cause."""
+    from distributed import Client
+
+    from dask_imgread.cluster import start_cluster
+    from dask_imgread.partition import partition_shards
+    from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.verify import verify_shards
+
+    tasks = partition_shards(options.shards, images_per_partition=options.images_per_partition)
+    check_readable(tasks)
+    with (
+        start_cluster(device=options.device, n_workers=options.workers, verbose=False) as cluster,
+        Client(cluster) as client,
+    ):
+        reader = ImageReaderStage(device=options.device, verbose=False)
+        found = verify_shards(tasks, reader=reader, client=client, progress=True)
+    print(found)
+    if options.out is not None:
+        found.bad.to_parquet(options.out)
+        print(f"bad images     {options.out}")
+    return 0 if found.ok else 1
 
 
 def check_readable(tasks: Sequence[FileGroupTask]) -> None:
@@ -138,32 +169,6 @@ def check_readable(tasks: Sequence[FileGroupTask]) -> None:
                 first = first or UsageError(f"{path}: {error}")
     if first is not None:
         raise first
-
-
-class _ProgressBar:
-    """A bar on stderr: tasks, images, images per second, failures."""
-
-    def __init__(self, tasks: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=tasks, unit="partition", file=sys.stderr, dynamic_ncols=True)
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def update(self, done: int, count: object) -> None:
-        from dask_imgread.jobs import Count
-
-        assert isinstance(count, Count)
-        elapsed = max(self._bar.format_dict["elapsed"], 1e-9)
-        rate = (count.images + count.failed) / elapsed
-        self._bar.set_postfix_str(
-            f"{count.images} images, {count.failed} failed, {rate:.0f} images/s", refresh=False
-        )
-        self._bar.update(done - self._bar.n)
 
 
 def save_contact_sheet(

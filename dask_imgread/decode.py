@@ -11,12 +11,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import ImageOps
 
 from dask_imgread import chatter
-from dask_imgread.header import ImageError, explain_error, open_with_pillow, turn_upright
+from dask_imgread.header import ImageError, explain_error, open_with_pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Only errors: the level below prints a warning for a picture that decodes well.
 os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
+
+
+_BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 class DecoderOptions(NamedTuple):
@@ -136,25 +140,34 @@ def decode_images(
     list of Decoded
         One for each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
     """
-    chosen = [
-        i for i, backend in enumerate(backends) if backend == "dali" and is_whole(contents[i])
+    for_dali = [
+        i for i, content in enumerate(contents) if backends[i] == "dali" and is_whole(content)
     ]
-    decoded = dict(
-        zip(
-            chosen,
-            _run_dali([contents[i] for i in chosen], [names[i] for i in chosen], options),
-            strict=True,
-        )
-    )
-    return [decoded.get(i) or decode_with_pillow(content) for i, content in enumerate(contents)]
+    by_dali = _run_dali([contents[i] for i in for_dali], [names[i] for i in for_dali], options)
+    decoded = dict(zip(for_dali, by_dali, strict=True))
+    return [
+        decoded.get(i) or decode_with_pillow(content, names[i])
+        for i, content in enumerate(contents)
+    ]
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether a JPEG or PNG has its end mark: one without makes its whole batch fail."""
+    """Whether a JPEG has its end mark, and a PNG whole chunks up to its own.
+
+    One without makes its whole batch fail; and of a chunk that is longer than the file
+    OpenCV, which decodes PNG in DALI, allocates and clears the length stated, up to 4 GiB.
+    """
     if content[:2] == b"\xff\xd8":
         return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9", -4096) > 0
     if content[:4] == b"\x89PNG":
-        return content.rfind(b"IEND", -4096) > 0
+        chunk = 8
+        while (end := chunk + 12 + int.from_bytes(content[chunk : chunk + 4], "big")) <= len(
+            content
+        ):
+            if content[chunk + 4 : chunk + 8] == b"IEND":
+                return True
+            chunk = end
+        return False
     return True
 
 
@@ -180,11 +193,11 @@ def _run_dali(
     ]
 
 
-def decode_with_pillow(content: bytes) -> Decoded:
+def decode_with_pillow(content: bytes, name: str) -> Decoded:
     """Decode one image on the CPU with Pillow: the first frame, upright, as RGB."""
     try:
-        with open_with_pillow(content) as image:
-            return Decoded(_to_rgb(turn_upright(image)), "pillow", None)
+        with chatter.catch([name]), open_with_pillow(content) as image:
+            return Decoded(_to_rgb(image), "pillow", None)
     except ImageError as error:
         return Decoded(None, None, error)
     except Exception as error:  # Pillow's decoders let through whatever they run into
@@ -192,8 +205,12 @@ def decode_with_pillow(content: bytes) -> Decoded:
 
 
 def _to_rgb(image: Image) -> Pixels:
-    if image.mode.startswith("I"):  # 16 bits (I;16, or I from a PGM): scale, where Pillow clips
-        grey = np.asarray(image).astype(np.float32) / 257
-        return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=2)
-    rgb: np.ndarray[Any, Any] = np.array(image.convert("RGB"))
+    """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
+    upright = ImageOps.exif_transpose(image)
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+    if wide:
+        bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        grey = np.asarray(upright) >> (bits - 8)
+        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    rgb: Pixels = np.array(upright.convert("RGB"))
     return rgb

@@ -9,7 +9,7 @@ import threading
 import warnings
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Read when the module is loaded; what it would print is in the errors already.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -17,12 +17,18 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 from nvidia import nvimgcodec
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
+HEAD_BYTES = 4096 - 512  # with its tar header, one page
 _ORIENTATION = 0x0112
-_FORMATS = {"jpeg2k": "jp2", "jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}
-_MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|BM|II\*\0|MM\0\*|II\+\0|MM\0\+|P[1-6]\s"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    re.DOTALL,
+_METADATA_BYTES = 1 << 17  # a JPEG's EXIF fills 64 KiB at most, and comes first
+_FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
+
+# What nvImageCodec and DALI get to see: where both read, their pixels are Pillow's, and what is
+# cut short or broken they refuse. Not so the others that they know (nvImageCodec 0.9.0, DALI
+# 2.4.0): a truncated BMP, PNM or TIFF comes out half black without an error, some TIFFs with
+# wrong colours, and a JPEG 2000 with tiles of no size ends the process.
+_FOR_DALI = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+_IMAGE = re.compile(
+    rb"GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp", re.DOTALL
 )
 _pillow_limit = threading.Lock()
 
@@ -61,58 +67,72 @@ def read_header(content: bytes) -> Header:
     """
     if not content:
         raise ImageError("empty: 0 bytes")
-    if _MAGIC.match(content):
+    if _FOR_DALI.match(content):
         try:
             stream = nvimgcodec.CodeStream(content)
             width, height, channels = stream.width, stream.height, stream.num_channels
         except (RuntimeError, ValueError):
             pass
         else:
-            name = _FORMATS.get(stream.codec_name, stream.codec_name)
-            if width and height:
-                turned, usual = _find_orientation(content, name)
-                size = (height, width) if turned else (width, height)
-                backend = "dali" if usual and _is_plain(stream, name) else "pillow"
-                return Header(name, *size, channels, backend)
+            if width > 0 and height > 0:
+                name, plain = stream.codec_name, _is_plain(stream, content)
+                return _complete(content, name, width, height, channels, plain)
     with open_with_pillow(content) as image:
         name = (image.format or "unknown").lower()
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        size = image.size[::-1] if turned else image.size
+        width, height = image.size[::-1] if _read_orientation(image) >= 5 else image.size
         palette = image.palette.mode if image.mode == "P" and image.palette else None
         channels = len(palette or image.getbands())
-        return Header(_FORMATS.get(name, name), *size, channels, "pillow")
+        return Header(_FORMATS.get(name, name), width, height, channels, "pillow")
 
 
-def _is_plain(stream: nvimgcodec.CodeStream, name: str) -> bool:
-    """Whether DALI decodes this to Pillow's pixels (all variants compared, DALI 2.4.0)."""
-    if name not in ("tiff", "jp2"):
-        return True
-    kind = (stream.color_spec, stream.num_channels)
-    srgb, grey = nvimgcodec.ColorSpec.SRGB, nvimgcodec.ColorSpec.GRAY
-    return kind in ((srgb, 3), (srgb, 4), (grey, 1))
+def _complete(
+    content: bytes, name: str, width: int, height: int, channels: int, plain: bool
+) -> Header:
+    """Add the orientation: DALI applies a JPEG's from EXIF, and Pillow every other."""
+    orientation = 1
+    if _may_be_turned(content, name):
+        try:
+            with open_with_pillow(content) as image:
+                orientation = _read_orientation(image)
+        except ImageError:
+            pass
+        from_exif = name == "jpeg" and b"tiff:Orientation" not in content[:_METADATA_BYTES]
+        # A PNG's may come after its pixels, and is found only when they are decoded.
+        plain = plain and (from_exif or (orientation == 1 and name != "png"))
+    if orientation >= 5:
+        width, height = height, width
+    return Header(name, width, height, channels, "dali" if plain else "pillow")
 
 
-def _find_orientation(content: bytes, name: str) -> tuple[bool, bool]:
-    """Return whether width and height change places, and whether DALI turns it as Pillow does."""
+def _may_be_turned(content: bytes, name: str) -> bool:
+    """Whether there is EXIF or XMP metadata, in which an orientation can stand."""
     if name == "jpeg":
-        marked = b"Exif\0\0" in content[: 1 << 17]
-        if not marked and b"tiff:Orientation" not in content[: 1 << 17]:
-            return False, True
-    elif name == "png":
-        if b"eXIf" not in content and b"XML:com.adobe.xmp" not in content:
-            return False, True
-    elif name == "webp":
-        if content[12:16] != b"VP8X" or not content[20] & 0b1100:  # neither EXIF nor XMP
-            return False, True
-    elif name != "tiff":
-        return False, True
+        head = content[:_METADATA_BYTES]
+        return b"Exif\0\0" in head or b"tiff:Orientation" in head
+    if name == "png":
+        return b"eXIf" in content or b"XML:com.adobe.xmp" in content or b"Raw profile" in content
+    return content[12:16] == b"VP8X" and bool(content[20] & 0b1100)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns it by itself, its size at once
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look behind it
     try:
-        with open_with_pillow(content) as image:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-    except ImageError:
-        return False, True
-    plain = orientation in (0, 1) or (name == "jpeg" and b"tiff:Orientation" not in content)
-    return 5 <= orientation <= 8, plain
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken metadata does not break the picture
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _is_plain(stream: nvimgcodec.CodeStream, content: bytes) -> bool:
+    """Whether DALI 2.4.0 decodes this variant of the format to Pillow's pixels."""
+    if stream.codec_name == "jpeg":  # CMYK is rounded otherwise
+        return bool(stream.num_channels != 4)
+    if stream.codec_name == "png":  # an animation shows another frame, 16 bits are rounded
+        return b"acTL" not in content[:_METADATA_BYTES] and stream.precision <= 8
+    return True
 
 
 def open_with_pillow(content: bytes) -> Image.Image:
@@ -133,8 +153,11 @@ def open_with_pillow(content: bytes) -> Image.Image:
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except UnidentifiedImageError:
-        if _MAGIC.match(content) or content[:3] == b"GIF" or content[4:8] == b"ftyp":
-            raise ImageError(f"corrupt: no readable header in {len(content)} bytes") from None
+        if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+            brand = content[8:12].decode("ascii", "replace")
+            raise ImageError(f"unsupported codec: an ISO media file of brand {brand!r}") from None
+        if _FOR_DALI.match(content) or _IMAGE.match(content):
+            raise ImageError(f"corrupt: no known header in {len(content)} bytes") from None
         raise ImageError(f"not an image: it begins with {content[:16]!r}") from None
     except Exception as error:  # Pillow's plugins let through whatever struct and zlib raise
         raise explain_error(error) from error
@@ -151,8 +174,3 @@ def explain_error(error: Exception) -> ImageError:
     if isinstance(error, NotImplementedError | KeyError) or "not supported" in text.lower():
         return ImageError(f"unsupported codec: {text}")
     return ImageError(f"corrupt: {type(error).__name__}: {text}")
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation."""
-    return ImageOps.exif_transpose(image)

@@ -62,7 +62,7 @@ def write_metadata(
     tasks: Sequence[FileGroupTask],
     reader: ImageReaderStage,
     out: str,
-    report: Callable[[int, Count], None] | None = None,
+    report: Callable[[int, int, int], None] | None = None,
 ) -> Summary:
     """Read tasks on a cluster and write one row for each image to ``out``.
 
@@ -77,7 +77,7 @@ def write_metadata(
     out
         A folder or URL.
     report
-        Called after each task with the number of tasks done and the count so far.
+        Called after each task with the numbers of tasks done, images and failures so far.
 
     Returns
     -------
@@ -92,5 +92,5 @@ def write_metadata(
     for done, (_, future) in enumerate(finished, 1):
         total += future.result()
         if report is not None:
-            report(done, total)
+            report(done, total.images, total.failed)
     return Summary(total, time.monotonic() - start)

@@ -9,9 +9,9 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from dask_imgread.samples import IMAGE_EXTENSIONS
@@ -64,8 +64,11 @@ def write_shard(
 ) -> str:
     """Write a tar shard of (name, content) members, compressed if its name says so."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    mode: Literal["w", "w:gz"] = "w:gz" if str(path).endswith((".gz", ".tgz")) else "w"
-    with tarfile.open(os.fspath(path), mode=mode, format=format) as tar:
+    codec = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
+    with (
+        pa.CompressedOutputStream(path, codec) if codec else open(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w|", format=format) as tar,
+    ):
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)

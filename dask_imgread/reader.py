@@ -272,6 +272,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         except ImageError as error:
             image.error = str(error)
             return None
+        except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
+            image.error = f"unreadable: {type(error).__name__}: {error}"
+            return None
         return _Encoded(image, content, header)
 
 
@@ -332,6 +335,8 @@ def _decode_into(batch: ImageBatch, encoded: list[_Encoded], options: DecoderOpt
 def _complete(image: ImageObject, result: Decoded) -> bool:
     image.image_data, image.backend = result.pixels, result.backend
     image.error = str(result.error) if result.error else None
+    if result.pixels is not None:  # a PNG's orientation can stand behind its pixels
+        image.height, image.width = result.pixels.shape[:2]
     return image.error is not None
 
 
@@ -400,7 +405,7 @@ def _read_sidecars(source: ByteSource, entry: ImageEntry, image: ImageObject) ->
             if len(content) < member.size:
                 raise ValueError("truncated")
             image.metadata[extension] = parse_sidecar(extension, content)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = f"sidecar {member.name}: {error}"
             image.warning = f"{image.warning}; {problem}" if image.warning else problem
             logger.warning("%s: %s", image.image_path, problem)

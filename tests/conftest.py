@@ -63,7 +63,7 @@ def client(cluster):
         yield client
 
 
-def encode(image, format, **options):
+def encode(image, format, /, **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -81,3 +81,15 @@ def members_of(path):
 
     with tarfile.open(path) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+
+
+FUZZED = {}
+
+
+def count_fuzz_inputs(name, tried):
+    FUZZED[name] = tried
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, tried in FUZZED.items():
+        terminalreporter.write_line(f"fuzzed the {name}: {tried} inputs, all accounted for")

@@ -1,0 +1,144 @@
+"""Decode everything, keep nothing, and say what is broken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from dask.system import CPU_COUNT
+
+from dask_imgread.partition import PathsOrTasks, list_tasks
+from dask_imgread.progress import ProgressBar
+from dask_imgread.reader import ImageReaderStage
+from dask_imgread.shards import resolve_path
+from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
+from dask_imgread.window import map_windowed
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_shards` found. Printed, it is a table of the shards that are not whole.
+
+    Parameters
+    ----------
+    bad
+        One row for each image that can't be read and for each place at which a shard is
+        damaged, with the columns of ``dask_imgread.tasks.COLUMNS``, indexed by ``image_id``.
+    table
+        One row for each shard: ``good`` images, and the number of each cause of failure.
+    """
+
+    bad: pd.DataFrame
+    table: pd.DataFrame
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is bad."""
+        return len(self.bad) == 0
+
+    def __str__(self) -> str:
+        """Return the table of the shards in which something is bad, and the totals."""
+        causes = self.table.drop(columns="good")
+        shown = self.table[causes.sum(axis=1) > 0]
+        total = self.table.sum().to_frame("total").T
+        verdict = "all good" if self.ok else f"{len(self.bad)} bad, in {len(shown)} of them"
+        summary = f"{int(total['good'].iloc[0])} good images in {len(self.table)} shards: {verdict}"
+        if self.ok:
+            return summary
+        return f"{pd.concat([shown, total]).rename_axis('shard').to_string()}\n\n{summary}"
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What one task came to."""
+
+    good: Counter[str]  # by shard
+    bad: list[ImageObject]
+
+
+@dataclass(frozen=True)
+class _Verify:
+    """Decode one task's images and keep only what is wrong."""
+
+    reader: ImageReaderStage
+
+    def __call__(self, task: FileGroupTask) -> _Tally:
+        good = Counter(dict.fromkeys(map(resolve_path, task.data), 0))
+        bad: list[ImageObject] = []
+        for batch in self.reader.stream(task):
+            good.update(image.shard for image in batch.data)
+            bad += batch.failed
+        return _Tally(good, bad)
+
+
+def verify_shards(
+    paths_or_tasks: PathsOrTasks,
+    *,
+    reader: ImageReaderStage | None = None,
+    client: Client | None = None,
+    progress: bool = False,
+    **partitioning: Any,
+) -> Verification:
+    """Decode every image of some shards and report those that can't be read.
+
+    Parameters
+    ----------
+    paths_or_tasks
+        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+    reader
+        The reader, with ``on_error="record"``; ``ImageReaderStage()`` if not given.
+    client
+        The cluster to work on; the threads of this process if not given.
+    progress
+        Show a bar on stderr.
+    **partitioning
+        Options of ``partition_shards``, for paths.
+
+    Returns
+    -------
+    Verification
+
+    Examples
+    --------
+    >>> from dask_imgread.testing import make_shards
+    >>> found = verify_shards(make_shards("shards", shards=2, images_per_shard=4, broken=1))
+    >>> found.ok, list(found.bad.index.str[-10:]), found.table["good"].tolist()
+    (False, ['000004.jpg'], [4, 3])
+    """
+    # Sidecars are read too: one that is broken is a warning in the log.
+    verify = _Verify(replace(reader or ImageReaderStage(verbose=False), on_error="record"))
+    tasks = list_tasks(paths_or_tasks, **partitioning)
+    good: Counter[str] = Counter()
+    bad: list[ImageObject] = []
+    with ProgressBar(len(tasks), hidden=not progress) as bar:
+        for done, tally in enumerate(_run(verify, tasks, client), 1):
+            good.update(tally.good)  # a Counter's update adds
+            bad += tally.bad
+            bar.update(done, good.total(), len(bad))
+    bad.sort(key=lambda image: (image.shard, image.offset))
+    return Verification(make_frame(bad), _make_table(good, bad))
+
+
+def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> Iterator[_Tally]:
+    if client is not None:
+        options = verify.reader.annotations(client)
+        for _, future in map_windowed(client, verify, tasks, pure=False, **options):
+            yield future.result()
+    else:
+        with ThreadPoolExecutor(CPU_COUNT) as pool:
+            yield from pool.map(verify, tasks)
+
+
+def _make_table(good: Counter[str], bad: list[ImageObject]) -> pd.DataFrame:
+    table = pd.DataFrame({"good": pd.Series(good, dtype="int64")}).sort_index()
+    if bad:
+        shards, causes = [image.shard for image in bad], [image.cause for image in bad]
+        table = table.join(pd.crosstab(pd.Index(shards), pd.Index(causes))).fillna(0)
+    return table.astype("int64").rename_axis("shard")
