@@ -61,4 +61,4 @@ def read_bag(
 
 
 def _stream(reader: ImageReaderStage, task: FileGroupTask) -> Iterator[ImageBatch]:
-    return reader.stream(task)
+    return reader.read(task)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dask.system import CPU_COUNT
 
-from dask_imgread.gpu import count_gpus
+from dask_imgread.gpu import RESOURCE, count_gpus
 
 if TYPE_CHECKING:
-    from distributed import LocalCluster
+    from distributed import Client, LocalCluster
 
 
 def start_cluster(
@@ -97,6 +97,24 @@ def choose_gpu_options(
     defaults = {
         "n_workers": n_workers,
         "threads_per_worker": max(1, int(1 / share)),
-        "resources": {"GPU": 1},
+        "resources": {RESOURCE: 1},
     }
     return defaults | options
+
+
+def check_resources(client: Client, asked: dict[str, float]) -> None:
+    """Raise RuntimeError if no worker of a cluster declares what tasks will ask for.
+
+    Dask would let the tasks wait for ever, in silence.
+    """
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    for name, amount in asked.items():
+        declared = [worker.get("resources", {}).get(name, 0) for worker in workers]
+        if max(declared, default=0) < amount:
+            raise RuntimeError(
+                f"tasks ask for {amount} of the resource {name!r}, but none of the "
+                f"{len(declared)} workers declares as much (declared: {sorted(set(declared))}), so "
+                f"that they would wait for ever. A cluster that fits: "
+                f"start_cluster(num_gpus_per_worker={amount}), or workers started with "
+                f'--resources "{name}=1"'
+            )

@@ -18,6 +18,7 @@ from PIL import ImageOps
 
 from dask_imgread import chatter
 from dask_imgread.header import ImageError, explain_error, open_with_pillow
+from dask_imgread.worker import release_with_worker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +89,7 @@ class DecoderPool:
     @contextmanager
     def borrow(self, options: DecoderOptions) -> Iterator[Decoder]:
         """Give a decoder to one thread. One that has raised is not used again."""
+        release_with_worker("dask-imgread-decoders", self.clear)
         with self._lock:
             idle = self._idle[options]
             decoder = idle.pop() if idle else None

@@ -129,5 +129,5 @@ def read_partition(
     task: FileGroupTask, *, reader: ImageReaderStage, fn: BatchFunction, empty: pd.DataFrame
 ) -> pd.DataFrame:
     """Read one task and return the rows of all its batches."""
-    rows = [fn(batch) for batch in reader.stream(task)]
+    rows = [fn(batch) for batch in reader.read(task)]
     return pd.concat(rows) if rows else empty

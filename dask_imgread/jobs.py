@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import fsspec
+import pandas as pd
 
 from dask_imgread.frame import read_partition, to_rows
-from dask_imgread.reader import ImageReaderStage
+from dask_imgread.reader import ImageReaderStage, describe_lost_shards
 from dask_imgread.tasks import FileGroupTask, make_frame
-from dask_imgread.window import map_windowed
+from dask_imgread.window import run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -46,9 +47,13 @@ class _Job:
     out: str
 
     def __call__(self, numbered: tuple[int, FileGroupTask]) -> Count:
-        """Read one task and write its rows, whole or not at all."""
+        """Read one task and write its rows."""
         number, task = numbered
         rows = read_partition(task, reader=self.reader, fn=to_rows, empty=make_frame([]))
+        return self.write(number, rows)
+
+    def write(self, number: int, rows: pd.DataFrame) -> Count:
+        """Write the rows of one partition, whole or not at all."""
         fs, root = fsspec.url_to_fs(self.out)
         path = f"{root}/part-{number:06d}.parquet"
         with fs.transaction, fs.open(path, "wb") as file:
@@ -88,9 +93,12 @@ def write_metadata(
     start = time.monotonic()
     total = Count()
     job = _Job(reader, out)
-    finished = map_windowed(client, job, enumerate(tasks), pure=False, **reader.annotations(client))
-    for done, (_, future) in enumerate(finished, 1):
-        total += future.result()
+    ended = run_tasks(client, job, enumerate(tasks), pure=False, **reader.annotations(client))
+    for done, ((number, task), result) in enumerate(ended, 1):
+        if isinstance(result, Count):
+            total += result
+        else:
+            total += job.write(number, make_frame(describe_lost_shards(task, result)))
         if report is not None:
             report(done, total.images, total.failed)
     return Summary(total, time.monotonic() - start)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dask.system import CPU_COUNT
-
 from dask_imgread import gpu
+from dask_imgread.cluster import check_resources
 from dask_imgread.decode import Decoded, DecoderOptions, decode_images
 from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
 from dask_imgread.samples import (
@@ -26,12 +25,14 @@ from dask_imgread.shards import open_shard, resolve_path
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
+from dask_imgread.worker import count_own_cores
 
 if TYPE_CHECKING:
     from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
 
+_LOGGED_PER_BATCH = 5  # failures; all are in the batch itself
 _HEADERS_PER_BATCH = 1000  # images of a batch from which no pixel is decoded
 
 
@@ -132,8 +133,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     @property
     def resources(self) -> Resources:
         """The share of a GPU that is held where this is asked, 0 where no GPU is to be used."""
-        wants_gpu = self.device == "gpu" or (self.device == "auto" and gpu.count_gpus() > 0)
-        return Resources(gpus=self.num_gpus_per_worker if wants_gpu and self.decode else 0.0)
+        used = self._wants_gpu() and (self.device == "gpu" or gpu.count_gpus() > 0)
+        return Resources(gpus=self.num_gpus_per_worker if used else 0.0)
 
     def outputs(self) -> tuple[list[str], list[str]]:
         """Return the names of the attributes that a batch and its images have."""
@@ -153,12 +154,22 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             ``{"resources": {"GPU": num_gpus_per_worker}}`` where the workers declare
             ``GPU``, ``{}`` for a CPU cluster. It fits ``client.map``, ``client.submit``,
             ``client.compute`` and ``dask.annotate``.
+
+        Raises
+        ------
+        RuntimeError
+            If the workers declare less than is asked for, or nothing while the device must
+            be a GPU: Dask would let the tasks wait for ever, in silence.
         """
-        workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        declared = any("GPU" in worker.get("resources", {}) for worker in workers)
-        if self.device == "cpu" or not self.decode or not declared:
+        if self.device == "cpu" or not self.decode:
             return {}
-        return {"resources": {"GPU": self.num_gpus_per_worker}}
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        declared = any(gpu.RESOURCE in worker.get("resources", {}) for worker in workers)
+        if not declared and self.device == "auto":
+            return {}
+        resources = {gpu.RESOURCE: self.num_gpus_per_worker}
+        check_resources(client, resources)
+        return {"resources": resources}
 
     def process(self, task: FileGroupTask) -> list[ImageBatch]:
         """Read all images of a task's shards.
@@ -180,12 +191,28 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         ReadError
             If an image can't be read, under ``on_error="raise"``.
         """
-        return list(self.stream(task))
+        return list(self.read(task))
+
+    def read(self, task: FileGroupTask) -> Iterator[ImageBatch]:
+        """Yield what ``stream`` does, holding a share of the worker's GPU meanwhile.
+
+        Every path through Dask reads with this, so that a ``stream`` extended in a subclass
+        is seen by all of them, and runs within its share.
+        """
+        with gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext():
+            yield from self.stream(task)
 
     def stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         """Yield the batches of ``process`` one at a time, keeping none."""
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
+        with gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext():
+            yield from self._stream(task)
+
+    def _wants_gpu(self) -> bool:
+        return self.decode and self.device != "cpu"
+
+    def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         options = self._choose_decoder()
         batches = 0
         images = failures = 0
@@ -222,6 +249,11 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         try:
             with open_shard(path, task.storage_options) as source:
                 index = self._index(source, task)
+                repeated = [entry.member.name for entry in index.images if entry.repeated]
+                if repeated:
+                    logger.warning(
+                        "%s: %d duplicate names, such as %s", path, len(repeated), repeated[0]
+                    )
                 shard_id = make_shard_id(path)
                 for entry in index.images:
                     image = _describe(entry, path, shard_id)
@@ -234,10 +266,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 for member in index.broken:
                     gathered.add(_describe_damage(member, path, shard_id), None)
         except (OSError, NotTarError) as error:
-            reason = f"unreadable shard: {error}"
-            gathered.add(
-                ImageObject(path, f"{make_shard_id(path)}/", shard=path, error=reason), None
-            )
+            gathered.add(_describe_lost(path, f"unreadable shard: {error}"), None)
         if not gathered.nothing():
             yield gathered.empty()
 
@@ -347,8 +376,10 @@ def _treat_failures(batch: ImageBatch, on_error: str) -> None:
     first = batch.failed[0]
     if on_error == "raise":
         raise ReadError(f"{first.image_path}: {first.error}")
-    for image in batch.failed:
+    for image in batch.failed[:_LOGGED_PER_BATCH]:
         logger.warning("%s: %s", image.image_path, image.error)
+    if len(batch.failed) > _LOGGED_PER_BATCH:
+        logger.warning("and %d more of %s", len(batch.failed) - _LOGGED_PER_BATCH, first.shard)
     if on_error == "skip":
         batch.skipped, batch.failed = len(batch.failed), []
 
@@ -363,7 +394,6 @@ def _describe(entry: ImageEntry, path: str, shard_id: str) -> ImageObject:
     if entry.repeated:
         image.image_id = f"{image_id}@{start}"
         image.warning = f"duplicate name: an earlier member of the shard has the id {image_id}"
-        logger.warning("%s: %s", image.image_path, image.warning)
     return image
 
 
@@ -377,6 +407,17 @@ def _describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
         offset=member.start,
         error=member.problem,
     )
+
+
+def _describe_lost(path: str, reason: str) -> ImageObject:
+    """Make the record of a whole shard that can't be read."""
+    return ImageObject(path, f"{make_shard_id(path)}/", shard=path, error=reason)
+
+
+def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:
+    """Make a record for each shard of a task that could not be run."""
+    paths = map(resolve_path, task.data)
+    return [_describe_lost(path, f"killed its worker: {error}") for path in paths]
 
 
 def _read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, bytes]:
@@ -409,15 +450,3 @@ def _read_sidecars(source: ByteSource, entry: ImageEntry, image: ImageObject) ->
             problem = f"sidecar {member.name}: {error}"
             image.warning = f"{image.warning}; {problem}" if image.warning else problem
             logger.warning("%s: %s", image.image_path, problem)
-
-
-def count_own_cores(num_gpus: int, share: float) -> int:
-    """Return how many CPU cores the calling thread has a right to.
-
-    A thread of a CPU worker has one, since Dask gives a machine as many threads as cores.
-    Beside GPUs the machine's cores are divided among its GPUs and the readers on each. In
-    the main thread of a process that is no worker all cores are free.
-    """
-    if num_gpus:
-        return max(1, int(CPU_COUNT / num_gpus * share))
-    return CPU_COUNT if threading.current_thread() is threading.main_thread() else 1

@@ -19,7 +19,7 @@ def make_thumbnails(
     task: FileGroupTask, *, reader: ImageReaderStage, count: int
 ) -> list[tuple[str, Pixels]]:
     """Decode the first ``count`` images of a task; return (key, small RGB array) for each."""
-    images = (image for batch in reader.stream(task) for image in batch.data)
+    images = (image for batch in reader.read(task) for image in batch.data)
     return [(image.key, _shrink(image.image_data)) for image in islice(images, count)]
 
 

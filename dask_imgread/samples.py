@@ -77,7 +77,8 @@ class ShardIndex:
 def index_members(members: Iterable[Member]) -> ShardIndex:
     """Group members into samples, wherever in the shard the members of a sample stand."""
     index = ShardIndex()
-    samples: dict[str, tuple[list[ImageEntry], list[tuple[str, Member]]]] = {}
+    sidecars: dict[str, list[tuple[str, Member]]] = {}
+    keys: set[str] = set()
     names: set[str] = set()
     last_key: str | None = None
     for member in members:
@@ -85,24 +86,20 @@ def index_members(members: Iterable[Member]) -> ShardIndex:
             index.broken.append(member)
             continue
         key, extension = split_name(member.name)
-        sample = samples.get(key)
-        if sample is None:
-            sample = samples[key] = ([], [])
-        elif key != last_key:
-            index.scattered = True
-        last_key = key
+        if key != last_key:
+            index.scattered |= key in keys
+            keys.add(key)
+            last_key = key
         if is_image(extension):
-            entry = ImageEntry(member, key, repeated=member.name in names)
+            repeated = member.name in names
             names.add(member.name)
-            index.scattered |= entry.repeated
-            sample[0].append(entry)
-            index.images.append(entry)
+            index.scattered |= repeated
+            index.images.append(ImageEntry(member, key, repeated=repeated))
         elif extension:
-            sample[1].append((extension, member))
-    for images, sidecars in samples.values():
-        if sidecars:
-            for entry in images:
-                entry.sidecars = tuple(sidecars)
+            sidecars.setdefault(key, []).append((extension, member))
+    for entry in index.images:
+        if entry.key in sidecars:
+            entry.sidecars = tuple(sidecars[entry.key])
     return index
 
 

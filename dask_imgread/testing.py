@@ -1,4 +1,4 @@
-"""What tests of image pipelines need: shards, and clusters to read them on."""
+"""What tests of image pipelines need: shards of pictures. See also ``pytest_plugin``."""
 
 from __future__ import annotations
 

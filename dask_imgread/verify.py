@@ -13,10 +13,10 @@ from dask.system import CPU_COUNT
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.progress import ProgressBar
-from dask_imgread.reader import ImageReaderStage
+from dask_imgread.reader import ImageReaderStage, describe_lost_shards
 from dask_imgread.shards import resolve_path
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
-from dask_imgread.window import map_windowed
+from dask_imgread.window import run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -72,7 +72,7 @@ class _Verify:
     def __call__(self, task: FileGroupTask) -> _Tally:
         good = Counter(dict.fromkeys(map(resolve_path, task.data), 0))
         bad: list[ImageObject] = []
-        for batch in self.reader.stream(task):
+        for batch in self.reader.read(task):
             good.update(image.shard for image in batch.data)
             bad += batch.failed
         return _Tally(good, bad)
@@ -127,13 +127,17 @@ def verify_shards(
 
 
 def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> Iterator[_Tally]:
-    if client is not None:
-        options = verify.reader.annotations(client)
-        for _, future in map_windowed(client, verify, tasks, pure=False, **options):
-            yield future.result()
-    else:
+    if client is None:
         with ThreadPoolExecutor(CPU_COUNT) as pool:
             yield from pool.map(verify, tasks)
+        return
+    options = verify.reader.annotations(client)
+    for task, result in run_tasks(client, verify, tasks, pure=False, **options):
+        if isinstance(result, _Tally):
+            yield result
+        else:
+            lost = describe_lost_shards(task, result)
+            yield _Tally(Counter(dict.fromkeys((image.shard for image in lost), 0)), lost)
 
 
 def _make_table(good: Counter[str], bad: list[ImageObject]) -> pd.DataFrame:

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from distributed.scheduler import KilledWorker
+
+from dask_imgread.cluster import check_resources
+
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def map_windowed(
@@ -24,8 +29,8 @@ def map_windowed(
 
     Dask sends tasks with a resource restriction to the workers all at once, and keeps
     every result until its future is dropped. Where results are pixels that fills the
-    cluster's memory; here at most ``window`` results exist at any time, if the caller
-    drops each future before taking the next.
+    cluster's memory; here at most ``window`` results exist at any time: a future is
+    released when the next one is taken, and no sooner is another task submitted.
 
     Parameters
     ----------
@@ -45,6 +50,11 @@ def map_windowed(
     item, future
         In the order in which they end. A future may hold an error.
 
+    Raises
+    ------
+    RuntimeError
+        If no worker declares the ``resources`` that are asked for.
+
     Examples
     --------
     >>> from distributed import Client
@@ -54,6 +64,7 @@ def map_windowed(
     """
     from distributed import as_completed
 
+    check_resources(client, options.get("resources") or {})
     if window is None:
         window = 2 * max(1, sum(client.nthreads().values()))
     waiting = iter(items)
@@ -71,5 +82,27 @@ def map_windowed(
         future = next(ended)
         item = running.pop(future)
         yield item, future
-        del future
+        future.release()
         submit(1)
+
+
+def run_tasks(
+    client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **options: Any
+) -> Iterator[tuple[Item, Result | KilledWorker]]:
+    """Yield what ``map_windowed`` does as results, and name the items that kill their workers.
+
+    When a worker dies again and again, Dask blames whatever it had been given. Here the
+    blamed items are tried once more at the end, one at a time: what kills its workers then
+    too is yielded with the error. Any other error is raised.
+    """
+    blamed: list[Item] = []
+    for item, future in map_windowed(client, fn, items, **options):
+        try:
+            yield item, future.result()
+        except KilledWorker:
+            blamed.append(item)
+    for item, future in map_windowed(client, fn, blamed, **(options | {"window": 1})):
+        try:
+            yield item, future.result()
+        except KilledWorker as error:
+            yield item, error

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 
 from dask_imgread.testing import write_shard
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(scope="session")
 def photographs():
@@ -47,20 +49,9 @@ def photo_shards(photographs, tmp_path_factory):
     return paths
 
 
-@pytest.fixture(scope="session")
-def cluster():
-    from dask_imgread import start_cluster
-
-    with start_cluster(n_workers=2, device="cpu", verbose=False, dashboard_address=":0") as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def client(cluster):
-    from distributed import Client
-
-    with Client(cluster) as client:
-        yield client
+def client(imgread_client):
+    return imgread_client
 
 
 def encode(image, format, /, **options):

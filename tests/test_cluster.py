@@ -44,19 +44,23 @@ def test_pixels_stay_out_of_pickle_bytes(photo_shards):
     assert batch.data[0].image_data.nbytes < sizeof(batch.data[0])
 
 
-def test_annotations_fit_the_cluster(client):
+def test_annotations_fit_a_cpu_cluster(client):
     assert ImageReaderStage().annotations(client) == {}
-    with (
-        start_cluster(
-            device="cpu", n_workers=1, resources={"GPU": 1}, verbose=False, dashboard_address=":0"
-        ) as declaring,
-        declaring.get_client() as other,
+    with pytest.raises(
+        RuntimeError, match=r"0.25 of the resource 'GPU'.*declared: \[0\].*start_cl"
     ):
-        reader = ImageReaderStage(num_gpus_per_worker=0.5)
-        assert reader.annotations(other) == {"resources": {"GPU": 0.5}}
-        assert ImageReaderStage(device="cpu").annotations(other) == {}
-        with dask.annotate(**reader.annotations(other)):
-            assert other.submit(sum, [1, 2]).result(timeout=20) == 3
+        ImageReaderStage(device="gpu").annotations(client)
+    with pytest.raises(RuntimeError, match="would wait for ever"):
+        next(map_windowed(client, abs, [1], resources={"GPU": 0.25}))
+
+
+def test_annotations_fit_a_cluster_that_declares_gpus(imgread_gpu_client):
+    reader = ImageReaderStage(num_gpus_per_worker=0.5)
+    assert reader.annotations(imgread_gpu_client) == {"resources": {"GPU": 0.5}}
+    assert ImageReaderStage(device="cpu").annotations(imgread_gpu_client) == {}
+    assert ImageReaderStage(decode=False).annotations(imgread_gpu_client) == {}
+    with dask.annotate(**reader.annotations(imgread_gpu_client)):
+        assert imgread_gpu_client.submit(sum, [1, 2]).result(timeout=20) == 3
 
 
 def test_start_cluster_prints_the_dashboard(capsys):
@@ -79,6 +83,14 @@ def test_gpu_workers_have_a_thread_for_each_share(share, threads):
 
 
 def test_map_windowed(client):
-    ended = list(map_windowed(client, abs, range(-20, 0), window=3))
-    assert sorted(future.result() for _, future in ended) == list(range(1, 21))
-    assert all(future.result() == -item for item, future in ended)
+    ended = [(item, f.result()) for item, f in map_windowed(client, abs, range(-20, 0), window=3)]
+    assert sorted(ended) == [(-n, n) for n in range(20, 0, -1)]
+
+
+def test_map_windowed_keeps_no_more_than_its_window(client):
+    """However slow the caller is, and whatever the caller still refers to."""
+    futures = []
+    for _, future in map_windowed(client, abs, range(30), window=4):
+        futures.append(future)
+        assert client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) <= 4
+    assert len(futures) == 30

@@ -133,13 +133,13 @@ def test_count_gpus(monkeypatch, visible, count):
 def test_threads_are_capped_to_a_threads_cores(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from dask_imgread import reader
+    from dask_imgread import worker
 
-    monkeypatch.setattr(reader, "CPU_COUNT", 16)
-    assert reader.count_own_cores(0, 0.25) == 16
+    monkeypatch.setattr(worker, "CPU_COUNT", 16)
+    assert worker.count_own_cores(0, 0.25) == 16
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(reader.count_own_cores, 0, 0.25).result() == 1
-        assert pool.submit(reader.count_own_cores, 2, 0.25).result() == 2
+        assert pool.submit(worker.count_own_cores, 0, 0.25).result() == 1
+        assert pool.submit(worker.count_own_cores, 2, 0.25).result() == 2
 
 
 def test_import_and_construction_load_no_dali():
