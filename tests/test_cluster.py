@@ -1,3 +1,6 @@
+import inspect
+import sys
+
 import dask
 import numpy as np
 import pytest
@@ -80,6 +83,28 @@ def test_gpu_workers_have_a_thread_for_each_share(share, threads):
     assert options["threads_per_worker"] == threads
     assert options["resources"] == {"GPU": 1}
     assert options["memory_limit"] == "4GB"
+
+
+def test_what_dask_cuda_is_given_is_what_it_takes():
+    """Against the real signature; the class itself can't start without a driver."""
+    dask_cuda = pytest.importorskip("dask_cuda", reason="dask-cuda is not installed")
+    from distributed import Worker
+
+    options = choose_gpu_options(2, 0.25, {"memory_limit": "8GB", "rmm_pool_size": "10GB"})
+    signature = inspect.signature(dask_cuda.LocalCUDACluster.__init__)
+    passed_on = signature.bind(None, **options).arguments.get("kwargs", {})
+    assert set(passed_on) == {"resources"}
+    assert "resources" in inspect.signature(Worker.__init__).parameters
+    assert signature.parameters["threads_per_worker"].default == 1
+
+
+def test_a_gpu_cluster_without_dask_cuda_says_what_to_install(monkeypatch):
+    from dask_imgread import cluster
+
+    monkeypatch.setattr(cluster, "count_gpus", lambda: 1)
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    with pytest.raises(ImportError, match=r"pip install 'dask-imgread\[gpu\]'"):
+        start_cluster()
 
 
 def test_map_windowed(client):
