@@ -107,11 +107,23 @@ def _complete(
 def _may_be_turned(content: bytes, name: str) -> bool:
     """Whether there is EXIF or XMP metadata, in which an orientation can stand."""
     if name == "jpeg":
-        head = content[:_METADATA_BYTES]
-        return b"Exif\0\0" in head or b"tiff:Orientation" in head
+        return _has_app1(content)
     if name == "png":
         return b"eXIf" in content or b"XML:com.adobe.xmp" in content or b"Raw profile" in content
     return content[12:16] == b"VP8X" and bool(content[20] & 0b1100)
+
+
+def _has_app1(content: bytes) -> bool:
+    """Whether a JPEG has an APP1 segment, the home of EXIF and XMP (ITU T.81, B.1.1)."""
+    position, last = 2, len(content) - 4
+    while position <= last and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker == 0xE1:
+            return True
+        if marker in (0xDA, 0xC0, 0xC2):  # the picture begins
+            return False
+        position += 2 + (content[position + 2] << 8) + content[position + 3]
+    return False
 
 
 def _read_orientation(image: Image.Image) -> int:

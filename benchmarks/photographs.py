@@ -1,0 +1,70 @@
+"""Shards of photograph crops, cut from the pictures in scikit-image's and scikit-learn's wheels."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dask_imgread.testing import write_shard
+
+_NAMES = [
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
+    "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
+]  # fmt: skip
+
+
+def load_photographs() -> list[Image.Image]:
+    """Return the colour photographs as RGB."""
+    import skimage
+    import sklearn.datasets
+
+    data = Path(skimage.__file__).parent / "data"
+    more = Path(sklearn.datasets.__file__).parent / "images"
+    paths = [data / name for name in _NAMES] + [more / "china.jpg", more / "flower.jpg"]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def make_photo_shards(
+    folder: Path, images: int, shards: int = 4, sidecars: tuple[str, ...] = ()
+) -> list[str]:
+    """Write crops of 300-640 x 250-512 pixels as JPEG, the same each time; return the paths."""
+    photographs = load_photographs()
+    rng = np.random.default_rng(0)
+    paths = []
+    for shard in range(shards):
+        members = []
+        for number in range(shard * images // shards, (shard + 1) * images // shards):
+            photo = photographs[number % len(photographs)]
+            width = int(rng.integers(300, min(640, photo.width) + 1))
+            height = int(rng.integers(250, min(512, photo.height) + 1))
+            left = int(rng.integers(0, photo.width - width + 1))
+            top = int(rng.integers(0, photo.height - height + 1))
+            buffer = io.BytesIO()
+            crop = photo.crop((left, top, left + width, top + height))
+            crop.save(buffer, "JPEG", quality=90)
+            members.append((f"{number:07d}.jpg", buffer.getvalue()))
+            members += [(f"{number:07d}.{ending}", b"1234567") for ending in sidecars]
+        paths.append(write_shard(folder / f"photos-{shard:03d}.tar", members))
+    return paths
+
+
+def read_all(shards: list[str]) -> list[bytes]:
+    """Return the encoded images of some shards, in memory."""
+    import tarfile
+
+    contents = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if member.name.endswith(".jpg"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    contents.append(file.read())
+    return contents
+
+
+CORES = len(os.sched_getaffinity(0))
