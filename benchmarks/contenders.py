@@ -100,7 +100,7 @@ def prepare_decoded_rows(shards: list[str]) -> Round:
 
 
 def prepare_curator(shards: list[str]) -> Round:
-    """A reader as NeMo Curator has it on a CPU: DALI's own tar reader, each picture copied."""
+    """Read as NeMo Curator does on a CPU: with DALI's own tar reader, copying each picture."""
     from nvidia.dali import Pipeline, fn, types
 
     def read_shard(shard: str) -> int:
@@ -143,14 +143,14 @@ def prepare_cluster(shards: list[str]) -> Round:
 
     client = _start_cluster()
     meta = pd.DataFrame({"width": pd.Series(dtype="int64")}).rename_axis("image_id")
-    tasks = partition_shards(shards)
+    tasks = partition_shards(shards, images_per_partition=250)
     reader = ImageReaderStage(verbose=False)
     frame = map_images(_make_row, tasks, reader=reader, meta=meta)
     return lambda: len(client.compute(frame).result())
 
 
 def prepare_by_hand(shards: list[str]) -> Round:
-    """What a Dask user writes: a bag over shards, tarfile and Pillow, on the same cluster."""
+    """Do what a Dask user writes: a bag over shards, tarfile and Pillow, on the same cluster."""
     import dask.bag as db
 
     client = _start_cluster()

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import re
+import struct
 import threading
 import warnings
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
-
-# Read when the module is loaded; what it would print is in the errors already.
-os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-
-from nvidia import nvimgcodec
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
@@ -22,13 +17,14 @@ _ORIENTATION = 0x0112
 _METADATA_BYTES = 1 << 17  # a JPEG's EXIF fills 64 KiB at most, and comes first
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
-# What nvImageCodec and DALI get to see: where both read, their pixels are Pillow's, and what is
-# cut short or broken they refuse. Not so the others that they know (nvImageCodec 0.9.0, DALI
-# 2.4.0): a truncated BMP, PNM or TIFF comes out half black without an error, some TIFFs with
-# wrong colours, and a JPEG 2000 with tiles of no size ends the process.
-_FOR_DALI = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+# DALI gets JPEG, PNG and WebP to decode: where it reads them, its pixels are Pillow's, and what
+# is cut short or broken it refuses. Not so the others that it knows (DALI 2.4.0 with nvImageCodec
+# 0.9.0): a truncated BMP, PNM or TIFF comes out half black without an error, some TIFFs with wrong
+# colours, and a JPEG 2000 with tiles of no size ends the process.
 _IMAGE = re.compile(
-    rb"GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp", re.DOTALL
+    rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
+    re.DOTALL,
 )
 _pillow_limit = threading.Lock()
 
@@ -67,16 +63,13 @@ def read_header(content: bytes) -> Header:
     """
     if not content:
         raise ImageError("empty: 0 bytes")
-    if _FOR_DALI.match(content):
-        try:
-            stream = nvimgcodec.CodeStream(content)
-            width, height, channels = stream.width, stream.height, stream.num_channels
-        except (RuntimeError, ValueError):
-            pass
-        else:
-            if width > 0 and height > 0:
-                name, plain = stream.codec_name, _is_plain(stream, content)
-                return _complete(content, name, width, height, channels, plain)
+    for magic, parse in _PARSERS.items():
+        if content.startswith(magic):
+            try:
+                header, metadata = parse(content)
+            except (IndexError, ValueError, struct.error):
+                break  # cut short or odd: Pillow has the last word
+            return _turn(content, header) if metadata else header
     with open_with_pillow(content) as image:
         name = (image.format or "unknown").lower()
         width, height = image.size[::-1] if _read_orientation(image) >= 5 else image.size
@@ -85,45 +78,78 @@ def read_header(content: bytes) -> Header:
         return Header(_FORMATS.get(name, name), width, height, channels, "pillow")
 
 
-def _complete(
-    content: bytes, name: str, width: int, height: int, channels: int, plain: bool
-) -> Header:
-    """Add the orientation: DALI applies a JPEG's from EXIF, and Pillow every other."""
-    orientation = 1
-    if _may_be_turned(content, name):
-        try:
-            with open_with_pillow(content) as image:
-                orientation = _read_orientation(image)
-        except ImageError:
-            pass
-        from_exif = name == "jpeg" and b"tiff:Orientation" not in content[:_METADATA_BYTES]
-        # A PNG's may come after its pixels, and is found only when they are decoded.
-        plain = plain and (from_exif or (orientation == 1 and name != "png"))
-    if orientation >= 5:
-        width, height = height, width
-    return Header(name, width, height, channels, "dali" if plain else "pillow")
-
-
-def _may_be_turned(content: bytes, name: str) -> bool:
-    """Whether there is EXIF or XMP metadata, in which an orientation can stand."""
-    if name == "jpeg":
-        return _has_app1(content)
-    if name == "png":
-        return b"eXIf" in content or b"XML:com.adobe.xmp" in content or b"Raw profile" in content
-    return content[12:16] == b"VP8X" and bool(content[20] & 0b1100)
-
-
-def _has_app1(content: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment, the home of EXIF and XMP (ITU T.81, B.1.1)."""
-    position, last = 2, len(content) - 4
-    while position <= last and content[position] == 0xFF:
+def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
+    """Walk to the frame header (ITU T.81, B.2), noting APP1, the home of EXIF and XMP."""
+    metadata = False
+    position = 2
+    while content[position] == 0xFF:
         marker = content[position + 1]
-        if marker == 0xE1:
-            return True
-        if marker in (0xDA, 0xC0, 0xC2):  # the picture begins
-            return False
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, high, low, wide, narrow, channels = content[position + 4 : position + 10]
+            width, height = wide << 8 | narrow, high << 8 | low
+            if not width or not height:
+                raise ValueError("size in another segment")
+            # Huffman-coded baseline or progressive, 8 bits; of CMYK DALI rounds otherwise.
+            plain = marker <= 0xC2 and bits == 8 and channels in (1, 3)
+            return Header("jpeg", width, height, channels, _name_backend(plain)), metadata
+        if marker == 0xDA:
+            break
+        metadata |= marker == 0xE1
         position += 2 + (content[position + 2] << 8) + content[position + 3]
-    return False
+    raise ValueError("no frame header")
+
+
+def _parse_png(content: bytes) -> tuple[Header, bool]:
+    """Read IHDR (PNG specification, 11.2.1)."""
+    width, height, bits, colour = struct.unpack(">8x4x4xIIBB", content[:26])
+    channels = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(colour)
+    if not width or not height or channels is None or content[12:16] != b"IHDR":
+        raise ValueError("no IHDR")
+    # Of an animation DALI shows another frame, and 16 bits it rounds.
+    plain = bits <= 8 and b"acTL" not in content[:_METADATA_BYTES]
+    metadata = any(word in content for word in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile"))
+    return Header("png", width, height, channels, _name_backend(plain)), metadata
+
+
+def _parse_webp(content: bytes) -> tuple[Header, bool]:
+    """Read the first chunk of a WebP (RFC 9649, 2.5 to 2.7)."""
+    chunk, flags = content[12:16], content[20]
+    if content[8:16] == b"WEBPVP8 " and content[23:26] == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack("<HH", content[26:30]))
+        return Header("webp", width, height, 3, "dali"), False
+    if content[8:16] == b"WEBPVP8L" and flags == 0x2F:
+        packed = int.from_bytes(content[21:25], "little")
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+        return Header("webp", width, height, 3 + (packed >> 28 & 1), "dali"), False
+    if content[8:16] == b"WEBPVP8X":
+        width = int.from_bytes(content[24:27], "little") + 1
+        height = int.from_bytes(content[27:30], "little") + 1
+        backend = _name_backend(not flags & 0b10)  # not an animation
+        return Header("webp", width, height, 3 + (flags >> 4 & 1), backend), bool(flags & 0b1100)
+    raise ValueError(f"no picture in chunk {chunk!r}")
+
+
+_PARSERS = {b"\xff\xd8\xff": _parse_jpeg, b"\x89PNG\r\n\x1a\n": _parse_png, b"RIFF": _parse_webp}
+
+
+def _name_backend(plain: bool) -> str:
+    return "dali" if plain else "pillow"
+
+
+def _turn(content: bytes, header: Header) -> Header:
+    """Apply the orientation to the size: DALI turns a JPEG as its EXIF says, Pillow all else."""
+    try:
+        with open_with_pillow(content) as image:
+            orientation = _read_orientation(image)
+    except ImageError:
+        orientation = 1
+    if header.format == "jpeg":
+        plain = b"tiff:Orientation" not in content[:_METADATA_BYTES]
+    else:  # a PNG's may come after its pixels, and is found only when they are decoded
+        plain = orientation == 1 and header.format != "png"
+    if orientation >= 5:
+        header = header._replace(width=header.height, height=header.width)
+    return header if plain else header._replace(backend="pillow")
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -136,15 +162,6 @@ def _read_orientation(image: Image.Image) -> int:
     except Exception:  # broken metadata does not break the picture
         return 1
     return orientation if orientation in range(2, 9) else 1
-
-
-def _is_plain(stream: nvimgcodec.CodeStream, content: bytes) -> bool:
-    """Whether DALI 2.4.0 decodes this variant of the format to Pillow's pixels."""
-    if stream.codec_name == "jpeg":  # CMYK is rounded otherwise
-        return bool(stream.num_channels != 4)
-    if stream.codec_name == "png":  # an animation shows another frame, 16 bits are rounded
-        return b"acTL" not in content[:_METADATA_BYTES] and stream.precision <= 8
-    return True
 
 
 def open_with_pillow(content: bytes) -> Image.Image:
@@ -168,7 +185,7 @@ def open_with_pillow(content: bytes) -> Image.Image:
         if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
             brand = content[8:12].decode("ascii", "replace")
             raise ImageError(f"unsupported codec: an ISO media file of brand {brand!r}") from None
-        if _FOR_DALI.match(content) or _IMAGE.match(content):
+        if _IMAGE.match(content):
             raise ImageError(f"corrupt: no known header in {len(content)} bytes") from None
         raise ImageError(f"not an image: it begins with {content[:16]!r}") from None
     except Exception as error:  # Pillow's plugins let through whatever struct and zlib raise

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from dask_imgread.samples import cut_at_samples, index_members
-from dask_imgread.shards import COMPRESSIONS, Paths, Shard, find_shards, open_shard
+from dask_imgread.shards import COMPRESSIONS, Paths, Shard, find_shards, is_local, open_shard
 from dask_imgread.tar import NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask
 
@@ -137,6 +137,12 @@ def _cut_by_images(
     def cut(shard: Shard) -> list[FileGroupTask]:
         return list(_cut(shard, count, config))
 
+    if all(is_local(shard.path) for shard in shards):
+        for (
+            shard
+        ) in shards:  # the walk is Python's own work: threads would only wait for each other
+            yield from cut(shard)
+        return
     with ThreadPoolExecutor(_WALKERS) as pool:
         for tasks in pool.map(cut, shards):
             yield from tasks

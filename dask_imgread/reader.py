@@ -45,11 +45,8 @@ class _Encoded(NamedTuple):
 
     image: ImageObject
     content: bytes
-    header: Header
-
-    @property
-    def decoded_bytes(self) -> int:
-        return self.header.width * self.header.height * 3
+    backend: str
+    decoded_bytes: int
 
 
 @dataclass
@@ -304,7 +301,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
             image.error = f"unreadable: {type(error).__name__}: {error}"
             return None
-        return _Encoded(image, content, header)
+        return _Encoded(image, content, header.backend, 3 * pixels)
 
 
 class _Gathered:
@@ -353,7 +350,7 @@ def _decode_into(batch: ImageBatch, encoded: list[_Encoded], options: DecoderOpt
     decoded = decode_images(
         [item.content for item in encoded],
         [item.image.image_path for item in encoded],
-        [item.header.backend for item in encoded],
+        [item.backend for item in encoded],
         options,
     )
     for item, result in zip(encoded, decoded, strict=True):

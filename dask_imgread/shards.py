@@ -56,7 +56,7 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
     def find(path: str) -> list[Shard]:
         return _find(path, options)
 
-    if all(_is_local(path) for path in expanded):
+    if all(is_local(path) for path in expanded):
         found = [find(path) for path in expanded]
     else:  # each look is a request
         with ThreadPoolExecutor(32) as pool:
@@ -86,12 +86,13 @@ def expand_braces(path: str) -> list[str]:
 
 def resolve_path(path: str) -> str:
     """Return the one spelling of a shard's path that its ids are made from."""
-    if _is_local(path):
+    if is_local(path):
         return os.path.abspath(path.removeprefix("file://").removeprefix("local://"))
     return path
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether a path lies in the local file system."""
     return "://" not in path or path.startswith(("file://", "local://"))
 
 

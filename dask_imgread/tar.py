@@ -130,7 +130,11 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             attributes = shared | attributes
         if "size" in attributes:
             size = _parse_decimal(attributes["size"], size)
-        if kind in _FILES or kind == _GNU_SPARSE:
+        if kind == b"0" and not attributes and long_name is None:  # the common case, made short
+            name = _parse_name(header)
+            if not name.endswith("/"):
+                previous = Member(name, begin, body, size)
+        elif kind in _FILES or kind == _GNU_SPARSE:
             name = attributes.get("path") or long_name or _parse_name(header)
             sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in attributes)
             if not name.endswith("/"):  # the old way to say "directory"
@@ -193,6 +197,8 @@ def _verify_checksum(header: bytes) -> None:
 
 def _parse_number(field: bytes) -> int:
     """Parse an octal field, or a base-256 one as GNU tar writes for large numbers."""
+    if field[:11].isdigit() and field[11] in (0, 32):  # as nearly every writer has it
+        return int(field[:11], 8)
     if field[0] == 0x80:
         return min(int.from_bytes(field[1:], "big"), _FARTHEST)
     text = field.split(b"\0", 1)[0].strip() or b"0"

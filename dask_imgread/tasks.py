@@ -111,7 +111,7 @@ class FileGroupTask:
             return "missing"
 
 
-@dataclass
+@dataclass(slots=True)  # there are many
 class ImageObject:
     """One image member of a shard: its pixels, or the reason why there are none.
 
