@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dask_imgread.bag import read_bag
+    from dask_imgread.batches import ReadError
     from dask_imgread.cluster import start_cluster
     from dask_imgread.frame import map_images, read_metadata
     from dask_imgread.partition import partition_shards
-    from dask_imgread.reader import ImageReaderStage, ReadError
+    from dask_imgread.reader import ImageReaderStage
     from dask_imgread.stage import ProcessingStage, Resources
     from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
     from dask_imgread.verify import verify_shards
@@ -41,7 +42,8 @@ _HOMES = {
     "cluster": ["start_cluster"],
     "frame": ["map_images", "read_metadata"],
     "partition": ["partition_shards"],
-    "reader": ["ImageReaderStage", "ReadError"],
+    "batches": ["ReadError"],
+    "reader": ["ImageReaderStage"],
     "stage": ["ProcessingStage", "Resources"],
     "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],
     "verify": ["verify_shards"],

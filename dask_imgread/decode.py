@@ -11,12 +11,12 @@ import functools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import ImageOps
+from PIL.Image import Resampling, fromarray
 
 from dask_imgread import chatter
 from dask_imgread.header import ImageError, explain_error, open_with_pillow
@@ -41,6 +41,8 @@ class DecoderOptions(NamedTuple):
     device: str  # "cpu" or "gpu"
     num_threads: int
     batch_size: int
+    resize: int | tuple[int, int] | None = None  # shorter side, or (height, width)
+    output: str = "host"  # or "device": the arrays stay where they were decoded
 
 
 class Decoder:
@@ -50,6 +52,7 @@ class Decoder:
         from nvidia.dali import Pipeline, fn, types
 
         gpu = options.device == "gpu"
+        self._to_host = options.output == "host" or not gpu
         self._pipeline = Pipeline(
             batch_size=options.batch_size,
             num_threads=options.num_threads,
@@ -64,21 +67,33 @@ class Decoder:
                 output_type=types.RGB,
                 jpeg_fancy_upsampling=True,  # as libjpeg, and so Pillow, does
             )
+            if isinstance(options.resize, int):
+                images = fn.resize(images, resize_shorter=float(options.resize))
+            elif options.resize is not None:
+                images = fn.resize(images, size=[float(side) for side in options.resize])
             self._pipeline.set_outputs(images)
         self._pipeline.build()
+        self._buffers: list[np.ndarray] = []
 
-    def run(self, contents: Sequence[bytes]) -> list[Pixels]:
-        """Decode a batch; the arrays are views of one buffer, and stay as they are.
+    def start(self, contents: Sequence[bytes]) -> None:
+        """Begin to decode a batch."""
+        self._buffers = [np.frombuffer(content, np.uint8) for content in contents]
+        self._pipeline.feed_input("encoded", self._buffers)
+        self._pipeline.schedule_run()
+
+    def finish(self) -> list[Pixels]:
+        """Return the batch that was begun; the arrays are views, and stay as they are.
 
         Raises
         ------
         RuntimeError
             If any image of the batch can't be decoded. The decoder is of no use then.
         """
-        buffers = [np.frombuffer(content, np.uint8) for content in contents]
-        self._pipeline.feed_input("encoded", buffers)
-        (images,) = self._pipeline.run()
-        return [np.asarray(image) for image in images.as_cpu()]
+        (images,) = self._pipeline.outputs()
+        self._buffers = []
+        if self._to_host:
+            return [np.asarray(image) for image in images.as_cpu()]  # one copy for the batch
+        return list(images)
 
 
 @functools.cache
@@ -104,16 +119,17 @@ class DecoderPool:
         self._idle: dict[DecoderOptions, list[Decoder]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    @contextmanager
-    def borrow(self, options: DecoderOptions) -> Iterator[Decoder]:
-        """Give a decoder to one thread. One that has raised is not used again."""
+    def take(self, options: DecoderOptions) -> Decoder:
+        """Give a decoder to one thread."""
         release_with_worker("dask-imgread-decoders", self.clear)
+        keep_freed_memory()
         with self._lock:
             idle = self._idle[options]
             decoder = idle.pop() if idle else None
-        keep_freed_memory()
-        decoder = decoder or Decoder(options)
-        yield decoder
+        return decoder or Decoder(options)
+
+    def give_back(self, options: DecoderOptions, decoder: Decoder) -> None:
+        """Keep a decoder for later. One that has raised must not come back."""
         with self._lock:
             self._idle[options].append(decoder)
             while sum(map(len, self._idle.values())) > self._limit:
@@ -135,15 +151,19 @@ class Decoded(NamedTuple):
     pixels: Pixels | None
     backend: str | None
     error: ImageError | None
+    size: tuple[int, int] | None = None  # upright width and height, where Pillow found them
 
 
-def decode_images(
+def start_decoding(
     contents: Sequence[bytes],
     names: Sequence[str],
     backends: Sequence[str],
     options: DecoderOptions,
-) -> list[Decoded]:
-    """Decode each image with its backend, and with Pillow what DALI refuses.
+) -> Callable[[], list[Decoded]]:
+    """Begin to decode each image with its backend; with Pillow what DALI refuses.
+
+    On a GPU the decoding begins at once, so that it goes on while the batch before is in
+    use; on the CPU, where nothing would be gained, when the result is asked for.
 
     Parameters
     ----------
@@ -158,18 +178,24 @@ def decode_images(
 
     Returns
     -------
-    list of Decoded
-        One for each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
+    callable
+        Returns a list of Decoded, one for each image in order: uint8 ``(H, W, 3)`` RGB,
+        or an error.
     """
     for_dali = [
         i for i, content in enumerate(contents) if backends[i] == "dali" and is_whole(content)
     ]
-    by_dali = _run_dali([contents[i] for i in for_dali], [names[i] for i in for_dali], options)
-    decoded = dict(zip(for_dali, by_dali, strict=True))
-    return [
-        decoded.get(i) or decode_with_pillow(content, names[i])
-        for i, content in enumerate(contents)
-    ]
+    chosen = [contents[i] for i in for_dali]
+    finish_dali = _start_dali(chosen, [names[i] for i in for_dali], options)
+
+    def finish() -> list[Decoded]:
+        decoded = dict(zip(for_dali, finish_dali(), strict=True))
+        return [
+            decoded.get(i) or decode_with_pillow(content, names[i], options.resize)
+            for i, content in enumerate(contents)
+        ]
+
+    return finish
 
 
 def is_whole(content: bytes) -> bool:
@@ -194,37 +220,63 @@ def is_whole(content: bytes) -> bool:
     return True
 
 
-def _run_dali(
+def _start_dali(
     contents: list[bytes], names: list[str], options: DecoderOptions
-) -> list[Decoded | None]:
-    """Decode with DALI; None for each image that it refuses."""
+) -> Callable[[], list[Decoded | None]]:
+    """Begin to decode with DALI; the callable returns None for each image that it refuses."""
     if not contents:
-        return []
+        return list
+    decoder = DECODERS.take(options)
+    if options.device == "gpu":
+        decoder.start(contents)
+
+    def finish() -> list[Decoded | None]:
+        try:
+            with chatter.catch(names):
+                if options.device != "gpu":
+                    decoder.start(contents)
+                decoded = [Decoded(pixels, backend, None) for pixels in decoder.finish()]
+        except RuntimeError as error:
+            if "CUDA" in str(error):
+                raise
+        else:
+            DECODERS.give_back(options, decoder)
+            return list(decoded)
+        if len(contents) == 1:
+            return [None]
+        # One image has failed its batch, and the error does not say which: take each by itself.
+        pairs = zip(contents, names, strict=True)
+        return [_start_dali([content], [name], options)()[0] for content, name in pairs]
+
     backend = f"dali-{options.device}"
-    try:
-        with chatter.catch(names), DECODERS.borrow(options) as decoder:
-            return [Decoded(pixels, backend, None) for pixels in decoder.run(contents)]
-    except RuntimeError as error:
-        # One image can fail a whole batch, and the error does not say which.
-        if "CUDA" in str(error):
-            raise
-    if len(contents) == 1:
-        return [None]
-    return [
-        _run_dali([content], [name], options)[0]
-        for content, name in zip(contents, names, strict=True)
-    ]
+    return finish
 
 
-def decode_with_pillow(content: bytes, name: str) -> Decoded:
+def decode_with_pillow(
+    content: bytes, name: str, resize: int | tuple[int, int] | None = None
+) -> Decoded:
     """Decode one image on the CPU with Pillow: the first frame, upright, as RGB."""
     try:
         with chatter.catch([name]), open_with_pillow(content) as image:
-            return Decoded(_to_rgb(image), "pillow", None)
+            pixels = _to_rgb(image)
     except ImageError as error:
         return Decoded(None, None, error)
     except Exception as error:  # Pillow's decoders let through whatever they run into
         return Decoded(None, None, explain_error(error))
+    height, width = pixels.shape[:2]
+    if resize is not None:
+        pixels = _resize(pixels, resize)
+    return Decoded(pixels, "pillow", None, (width, height))
+
+
+def _resize(pixels: Pixels, resize: int | tuple[int, int]) -> Pixels:
+    """Resize as DALI does: linear, and smoothed where it shrinks."""
+    height, width = pixels.shape[:2]
+    if isinstance(resize, int):
+        scale = resize / min(height, width)
+        resize = max(1, round(height * scale)), max(1, round(width * scale))
+    resized = fromarray(pixels).resize(resize[::-1], Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def _to_rgb(image: Image) -> Pixels:

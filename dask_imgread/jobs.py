@@ -11,7 +11,8 @@ import fsspec
 import pandas as pd
 
 from dask_imgread.frame import read_partition, to_rows
-from dask_imgread.reader import ImageReaderStage, describe_lost_shards
+from dask_imgread.reader import ImageReaderStage
+from dask_imgread.records import describe_lost_shards
 from dask_imgread.tasks import FileGroupTask, make_frame
 from dask_imgread.window import run_tasks
 

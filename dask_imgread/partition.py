@@ -138,9 +138,7 @@ def _cut_by_images(
         return list(_cut(shard, count, config))
 
     if all(is_local(shard.path) for shard in shards):
-        for (
-            shard
-        ) in shards:  # the walk is Python's own work: threads would only wait for each other
+        for shard in shards:  # a walk is Python's own work: threads would wait for each other
             yield from cut(shard)
         return
     with ThreadPoolExecutor(_WALKERS) as pool:

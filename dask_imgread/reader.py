@@ -7,23 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from dask_imgread import gpu
+from dask_imgread.batches import BatchGatherer, BatchRules, EncodedImage
 from dask_imgread.cluster import check_resources
-from dask_imgread.decode import Decoded, DecoderOptions, decode_images
-from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
-from dask_imgread.samples import (
-    MAX_SIDECAR_BYTES,
-    ImageEntry,
-    ShardIndex,
-    index_members,
-    make_shard_id,
-    parse_sidecar,
+from dask_imgread.decode import DecoderOptions
+from dask_imgread.header import ImageError
+from dask_imgread.records import (
+    describe_damage,
+    describe_image,
+    describe_lost,
+    read_encoded,
+    read_sidecars,
 )
+from dask_imgread.samples import ImageEntry, ShardIndex, index_members, make_shard_id
 from dask_imgread.shards import open_shard, resolve_path
 from dask_imgread.stage import ProcessingStage, Resources
-from dask_imgread.tar import ByteSource, Member, NotTarError, walk_members
+from dask_imgread.tar import ByteSource, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 from dask_imgread.worker import count_own_cores
 
@@ -31,22 +32,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
-
-_LOGGED_PER_BATCH = 5  # failures; all are in the batch itself
-_HEADERS_PER_BATCH = 1000  # images of a batch from which no pixel is decoded
-
-
-class ReadError(RuntimeError):
-    """An image could not be read, under ``on_error="raise"``. Names shard and member."""
-
-
-class _Encoded(NamedTuple):
-    """An image that is to be decoded: its bytes, and the record that it will complete."""
-
-    image: ImageObject
-    content: bytes
-    backend: str
-    decoded_bytes: int
 
 
 @dataclass
@@ -84,7 +69,17 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         Images with more pixels are refused before anything is decoded; None for no limit.
     max_batch_bytes
         A batch is cut so that its decoded images take no more bytes, unless one image
-        alone does.
+        alone does. On a GPU two batches exist at a time: one is decoded while the one
+        before is in use.
+    resize
+        Resize each image after decoding, on the same device: an int is the length of the
+        shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
+        of an ImageObject stay those of the source.
+    output
+        ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
+        objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
+        ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since
+        they can't travel. What Pillow decodes, and everything on a CPU, stays NumPy.
 
     Examples
     --------
@@ -107,6 +102,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     on_error: Literal["record", "skip", "raise"] = "record"
     max_pixels: int | None = 1 << 28
     max_batch_bytes: int = 256 << 20
+    resize: int | tuple[int, int] | None = None
+    output: Literal["host", "device"] = "host"
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -120,9 +117,18 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             )
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1 or None, not {self.max_pixels!r}")
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        if self.resize is not None and not (
+            all(isinstance(side, int) and side > 0 for side in sides)
+            and len(sides) == (2 if isinstance(self.resize, tuple) else 1)
+        ):
+            raise ValueError(
+                f"resize must be a length, (height, width) or None, not {self.resize!r}"
+            )
         for field, choices in (
             ("device", ("auto", "gpu", "cpu")),
             ("on_error", ("record", "skip", "raise")),
+            ("output", ("host", "device")),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
@@ -236,13 +242,14 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             )
         device = "gpu" if available else "cpu"
         threads = min(self.num_threads, count_own_cores(available, self.num_gpus_per_worker))
-        return DecoderOptions(device, threads, self.dali_batch_size)
+        return DecoderOptions(device, threads, self.dali_batch_size, self.resize, self.output)
 
     def _read_shard(
         self, path: str, task: FileGroupTask, options: DecoderOptions
     ) -> Iterator[ImageBatch]:
         """Yield one shard's batches; what is broken in it ends in them too."""
-        gathered = _Gathered(self, options)
+        rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.decode, self.on_error)
+        gathered = BatchGatherer(rules, options)
         try:
             with open_shard(path, task.storage_options) as source:
                 index = self._index(source, task)
@@ -253,19 +260,13 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                     )
                 shard_id = make_shard_id(path)
                 for entry in index.images:
-                    image = _describe(entry, path, shard_id)
-                    encoded = self._load(source, entry, image)
-                    if encoded is not None and not gathered.has_room_for(encoded):
-                        yield gathered.empty()
-                    gathered.add(image, encoded)
-                    if gathered.full():
-                        yield gathered.empty()
+                    image = describe_image(entry, path, shard_id)
+                    yield from gathered.add(image, self._load(source, entry, image))
                 for member in index.broken:
-                    gathered.add(_describe_damage(member, path, shard_id), None)
+                    yield from gathered.add(describe_damage(member, path, shard_id), None)
         except (OSError, NotTarError) as error:
-            gathered.add(_describe_lost(path, f"unreadable shard: {error}"), None)
-        if not gathered.nothing():
-            yield gathered.empty()
+            yield from gathered.add(describe_lost(path, f"unreadable shard: {error}"), None)
+        yield from gathered.empty()
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> ShardIndex:
         """Walk the headers of the task's part of a shard."""
@@ -278,15 +279,17 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         index.broken = [m for m in index.broken if start <= m.start < last]
         return index
 
-    def _load(self, source: ByteSource, entry: ImageEntry, image: ImageObject) -> _Encoded | None:
+    def _load(
+        self, source: ByteSource, entry: ImageEntry, image: ImageObject
+    ) -> EncodedImage | None:
         """Read an image's bytes, header and sidecars; None, and ``image.error``, if it can't be."""
         member = entry.member
         if self.sidecars:
-            _read_sidecars(source, entry, image)
+            read_sidecars(source, entry, image)
         try:
             if member.problem is not None:
                 raise ImageError(member.problem)
-            header, content = _read_encoded(source, member, self.decode)
+            header, content = read_encoded(source, member, self.decode)
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels
             pixels = header.width * header.height
@@ -301,149 +304,4 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
             image.error = f"unreadable: {type(error).__name__}: {error}"
             return None
-        return _Encoded(image, content, header.backend, 3 * pixels)
-
-
-class _Gathered:
-    """Images on their way to the next batch."""
-
-    def __init__(self, reader: ImageReaderStage, options: DecoderOptions) -> None:
-        self._reader, self._options = reader, options
-        self._encoded: list[_Encoded] = []
-        self._failed: list[ImageObject] = []
-        self._bytes = 0
-        self._limit = reader.dali_batch_size if reader.decode else _HEADERS_PER_BATCH
-
-    def has_room_for(self, encoded: _Encoded) -> bool:
-        if not self._encoded or not self._reader.decode:
-            return True
-        return self._bytes + encoded.decoded_bytes <= self._reader.max_batch_bytes
-
-    def add(self, image: ImageObject, encoded: _Encoded | None) -> None:
-        if encoded is None:
-            self._failed.append(image)
-        else:
-            self._encoded.append(encoded)
-            self._bytes += encoded.decoded_bytes
-
-    def full(self) -> bool:
-        # Failures alone fill a batch too: a shard of nothing else must not pile up.
-        return max(len(self._encoded), len(self._failed)) >= self._limit
-
-    def nothing(self) -> bool:
-        return not self._encoded and not self._failed
-
-    def empty(self) -> ImageBatch:
-        """Decode what was gathered, and begin anew."""
-        batch = ImageBatch(failed=self._failed)
-        if self._reader.decode:
-            _decode_into(batch, self._encoded, self._options)
-        else:
-            batch.data = [encoded.image for encoded in self._encoded]
-        self._encoded, self._failed, self._bytes = [], [], 0
-        _treat_failures(batch, self._reader.on_error)
-        return batch
-
-
-def _decode_into(batch: ImageBatch, encoded: list[_Encoded], options: DecoderOptions) -> None:
-    """Decode images and put each into ``batch.data`` or ``batch.failed``."""
-    decoded = decode_images(
-        [item.content for item in encoded],
-        [item.image.image_path for item in encoded],
-        [item.backend for item in encoded],
-        options,
-    )
-    for item, result in zip(encoded, decoded, strict=True):
-        batch_of = batch.failed if _complete(item.image, result) else batch.data
-        batch_of.append(item.image)
-
-
-def _complete(image: ImageObject, result: Decoded) -> bool:
-    image.image_data, image.backend = result.pixels, result.backend
-    image.error = str(result.error) if result.error else None
-    if result.pixels is not None:  # a PNG's orientation can stand behind its pixels
-        image.height, image.width = result.pixels.shape[:2]
-    return image.error is not None
-
-
-def _treat_failures(batch: ImageBatch, on_error: str) -> None:
-    """Log the batch's failures; raise or leave them out where the user asked for it."""
-    if not batch.failed:
-        return
-    first = batch.failed[0]
-    if on_error == "raise":
-        raise ReadError(f"{first.image_path}: {first.error}")
-    for image in batch.failed[:_LOGGED_PER_BATCH]:
-        logger.warning("%s: %s", image.image_path, image.error)
-    if len(batch.failed) > _LOGGED_PER_BATCH:
-        logger.warning("and %d more of %s", len(batch.failed) - _LOGGED_PER_BATCH, first.shard)
-    if on_error == "skip":
-        batch.skipped, batch.failed = len(batch.failed), []
-
-
-def _describe(entry: ImageEntry, path: str, shard_id: str) -> ImageObject:
-    """Make the record of an image before it is read."""
-    name, start, offset, size, _ = entry.member
-    image_id = f"{shard_id}/{name}"
-    image = ImageObject(
-        f"{path}/{name}", image_id, shard=path, key=entry.key, offset=offset, size=size
-    )
-    if entry.repeated:
-        image.image_id = f"{image_id}@{start}"
-        image.warning = f"duplicate name: an earlier member of the shard has the id {image_id}"
-    return image
-
-
-def _describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
-    """Make the record of a place where the archive is damaged."""
-    where = f"@{member.start}"
-    return ImageObject(
-        f"{path}/{where}",
-        f"{shard_id}/{where}",
-        shard=path,
-        offset=member.start,
-        error=member.problem,
-    )
-
-
-def _describe_lost(path: str, reason: str) -> ImageObject:
-    """Make the record of a whole shard that can't be read."""
-    return ImageObject(path, f"{make_shard_id(path)}/", shard=path, error=reason)
-
-
-def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:
-    """Make a record for each shard of a task that could not be run."""
-    paths = map(resolve_path, task.data)
-    return [_describe_lost(path, f"killed its worker: {error}") for path in paths]
-
-
-def _read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, bytes]:
-    """Read an image's header, and all its bytes if ``whole``."""
-    if not whole:
-        head = source.read_at(member.offset, min(member.size, HEAD_BYTES))
-        try:
-            return read_header(head), b""
-        except ImageError:
-            pass  # the header may lie further on
-    content = source.read_at(member.offset, member.size)
-    if len(content) < member.size:
-        raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")
-    return read_header(content), content
-
-
-def _read_sidecars(source: ByteSource, entry: ImageEntry, image: ImageObject) -> None:
-    """Read the sample's other members; one that can't be read is a warning."""
-    for extension, member in entry.sidecars:
-        try:
-            if member.problem is not None:
-                raise ValueError(member.problem)
-            if member.size > MAX_SIDECAR_BYTES:
-                raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
-            content = source.read_at(member.offset, member.size)
-            if len(content) < member.size:
-                raise ValueError("truncated")
-            image.metadata[extension] = parse_sidecar(extension, content)
-        except (ValueError, OSError) as error:
-            problem = f"sidecar {member.name}: {error}"
-            image.warning = f"{image.warning}; {problem}" if image.warning else problem
-            logger.warning("%s: %s", image.image_path, problem)
+        return EncodedImage(image, content, header.backend, 3 * pixels)

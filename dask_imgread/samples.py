@@ -41,7 +41,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 def is_image(extension: str) -> bool:
     """Say whether members with this extension are images."""
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def make_shard_id(shard: str) -> str:

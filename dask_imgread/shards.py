@@ -176,7 +176,8 @@ class LocalSource:
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return the bytes from ``offset``, fewer where the file ends."""
-        size = max(0, min(size, self._end - offset))  # a hostile size must not be allocated
+        if offset + size > self._end:  # a hostile size must not be allocated
+            size = max(0, self._end - offset)
         content = os.pread(self._descriptor, size, offset)
         while len(content) < size:  # the system reads 2 GiB at most at a time
             more = os.pread(self._descriptor, size - len(content), offset + len(content))

@@ -82,19 +82,21 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
 
     while stop is None or position < stop or begin is not None:
         header = source.read_at(position, BLOCK)
-        if len(header) < BLOCK and not ended:
-            yield from _cut_archive(source, position, previous)
+        if len(header) < BLOCK:
+            if not ended:
+                yield from _cut_archive(source, position, previous)
             return
         if previous is not None:
             yield previous
             previous = None
-        if header == _ZEROS:
+        if not header[0] and header == _ZEROS:
             ended = True
             position += BLOCK
             continue
-        if ended and not _is_header(header):
-            return
-        ended = False
+        if ended:
+            if not _is_header(header):
+                return
+            ended = False
         try:
             _verify_checksum(header)
             size = _parse_number(header[124:136])
@@ -171,7 +173,7 @@ def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> 
 def _is_header(block: bytes) -> bool:
     try:
         _verify_checksum(block)
-    except (ValueError, IndexError):
+    except ValueError:
         return False
     return True
 
@@ -183,11 +185,11 @@ def _padded(size: int) -> int:
 def _verify_checksum(header: bytes) -> None:
     """Raise ValueError unless the header's own checksum agrees with its bytes."""
     try:
-        stated = int(header[148:156].strip(b" \0") or b"0", 8)
+        stated = int(header[148:156].strip(b" \0"), 8)
     except ValueError:
         raise ValueError("no tar header") from None
-    blanked = header[:148] + b"        " + header[156:]
     # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, and comes from C.
+    blanked = header[:148] + b"        " + header[156:]
     if zlib.adler32(blanked) & 0xFFFF == (1 + stated) % 65521:
         return
     # Some old writers summed signed bytes.
@@ -213,7 +215,7 @@ def _parse_decimal(text: str, default: int) -> int:
 
 def _parse_name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
+    if header[345] and header[257:263] == b"ustar\0":
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return _decode(name)
 

@@ -218,7 +218,7 @@ def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:
 
 def _sizeof_image(image: ImageObject) -> int:
     # Dask's own guess for a dataclass does not see the pixels.
-    pixels = 0 if image.image_data is None else image.image_data.nbytes
+    pixels = getattr(image.image_data, "nbytes", 0)  # what lies on a GPU is not the host's
     metadata: int = sizeof(image.metadata) if image.metadata else 0
     return 600 + len(image.image_path) + pixels + metadata
 

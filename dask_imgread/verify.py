@@ -13,7 +13,8 @@ from dask.system import CPU_COUNT
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.progress import ProgressBar
-from dask_imgread.reader import ImageReaderStage, describe_lost_shards
+from dask_imgread.reader import ImageReaderStage
+from dask_imgread.records import describe_lost_shards
 from dask_imgread.shards import resolve_path
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
 from dask_imgread.window import run_tasks

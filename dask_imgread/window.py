@@ -43,7 +43,7 @@ def map_windowed(
     window
         Tasks in flight at most; twice the cluster's threads if not given.
     **options
-        Options of ``client.submit``, such as ``reader.annotations(client)`` or ``retries``.
+        Options of ``client.map``, such as ``reader.annotations(client)`` or ``retries``.
 
     Yields
     ------
@@ -72,18 +72,21 @@ def map_windowed(
     running: dict[Future, Item] = {}
 
     def submit(count: int) -> None:
-        for item in islice(waiting, count):
-            future = client.submit(fn, item, **options)
+        chosen = list(islice(waiting, count))
+        for item, future in zip(chosen, client.map(fn, chosen, **options), strict=True):
             running[future] = item
             ended.add(future)
 
+    # Several at a time: one by one, telling the scheduler costs more than the scheduling.
+    at_a_time = max(1, window // 4)
     submit(window)
     while running:
         future = next(ended)
         item = running.pop(future)
         yield item, future
         future.release()
-        submit(1)
+        if len(running) <= window - at_a_time:
+            submit(at_a_time)
 
 
 def run_tasks(

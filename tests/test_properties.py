@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_imgread import ImageReaderStage, partition_shards
-from dask_imgread.decode import DecoderOptions, decode_images
+from dask_imgread.decode import DecoderOptions, start_decoding
 from dask_imgread.header import ImageError, read_header
 from dask_imgread.samples import index_members
 from dask_imgread.tar import NotTarError, walk_members
@@ -145,12 +145,12 @@ def test_fuzz_the_decoders():
                 continue
             if header.width * header.height <= 1 << 22:
                 batch.append((content, header))
-        decoded = decode_images(
+        decoded = start_decoding(
             [c for c, _ in batch],
             [str(n) for n in range(len(batch))],
             [h.backend for _, h in batch],
             options,
-        )
+        )()
         assert len(decoded) == len(batch)
         for result in decoded:
             assert (result.pixels is None) == (result.error is not None)

@@ -94,6 +94,9 @@ def test_no_paths():
         {"device": "tpu"},
         {"on_error": "ignore"},
         {"max_pixels": 0},
+        {"resize": 0},
+        {"resize": (8,)},
+        {"output": "disk"},
     ],
 )
 def test_wrong_values_are_named(options):
@@ -178,3 +181,44 @@ def _jpeg_with(exif):
     buffer = io.BytesIO()
     draw_picture(1, (60, 40)).save(buffer, "JPEG", exif=exif)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("resize", [32, (20, 50)])
+def test_resize(tmp_path, resize):
+    """DALI's and Pillow's: the same shapes, and nearly the same pixels."""
+    picture = draw_picture(5, (160, 120))
+    members = [("a.png", encode_picture(picture, "png")), ("b.bmp", encode_picture(picture, "bmp"))]
+    shard = write_shard(tmp_path / "s.tar", members)
+    (batch,) = ImageReaderStage(resize=resize)(FileGroupTask(data=[shard]))
+    by_dali, by_pillow = batch.data
+    assert (by_dali.backend, by_pillow.backend) == ("dali-cpu", "pillow")
+    shape = (20, 50, 3) if isinstance(resize, tuple) else (32, 43, 3)
+    assert by_dali.image_data.shape == by_pillow.image_data.shape == shape
+    assert (by_dali.width, by_dali.height) == (by_pillow.width, by_pillow.height) == (160, 120)
+    difference = np.abs(by_dali.image_data.astype(int) - by_pillow.image_data)
+    assert difference.mean() < 1
+
+
+def test_batches_decoded_ahead_are_the_same(photo_shards, tmp_path, monkeypatch):
+    """What a GPU does while the batch before is in use, in the same order on the CPU."""
+    from dask_imgread import batches
+
+    broken = write_shard(tmp_path / "s.tar", [("a.jpg", b""), ("b.jpg", b"no")])
+    task = FileGroupTask(data=[photo_shards[0], broken, photo_shards[1]])
+    plain = ImageReaderStage(dali_batch_size=7)(task)
+    monkeypatch.setitem(batches._BATCHES_AHEAD, "cpu", 1)
+    ahead = ImageReaderStage(dali_batch_size=7)(task)
+    assert [b.task_id for b in ahead] == [b.task_id for b in plain]
+    for one, other in zip(plain, ahead, strict=True):
+        assert [i.image_id for i in one.data] == [i.image_id for i in other.data]
+        assert [i.error for i in one.failed] == [i.error for i in other.failed]
+        for a, b in zip(one.data, other.data, strict=True):
+            np.testing.assert_array_equal(a.image_data, b.image_data)
+
+
+def test_device_output_on_a_cpu_is_numpy(photo_shards):
+    (batch,) = ImageReaderStage(output="device")(FileGroupTask(data=photo_shards[:1]))
+    (host,) = ImageReaderStage()(FileGroupTask(data=photo_shards[:1]))
+    for image, expected in zip(batch.data, host.data, strict=True):
+        assert isinstance(image.image_data, np.ndarray)
+        np.testing.assert_array_equal(image.image_data, expected.image_data)

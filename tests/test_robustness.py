@@ -305,6 +305,6 @@ def test_idle_decoders_are_bounded():
 
     pool = DecoderPool(limit=3)
     for size in range(1, 8):
-        with pool.borrow(DecoderOptions("cpu", 1, size)):
-            pass
+        options = DecoderOptions("cpu", 1, size)
+        pool.give_back(options, pool.take(options))
     assert sum(map(len, pool._idle.values())) == 3

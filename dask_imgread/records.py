@@ -1,0 +1,81 @@
+"""The record of each image: what is known of it before it is decoded, or why it can't be."""
+
+from __future__ import annotations
+
+import logging
+
+from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
+from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
+from dask_imgread.shards import resolve_path
+from dask_imgread.tar import ByteSource, Member
+from dask_imgread.tasks import FileGroupTask, ImageObject
+
+logger = logging.getLogger("dask_imgread")
+
+
+def describe_image(entry: ImageEntry, path: str, shard_id: str) -> ImageObject:
+    """Make the record of an image before it is read."""
+    name, start, offset, size, _ = entry.member
+    image_id = f"{shard_id}/{name}"
+    image = ImageObject(
+        f"{path}/{name}", image_id, shard=path, key=entry.key, offset=offset, size=size
+    )
+    if entry.repeated:
+        image.image_id = f"{image_id}@{start}"
+        image.warning = f"duplicate name: an earlier member of the shard has the id {image_id}"
+    return image
+
+
+def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
+    """Make the record of a place where the archive is damaged."""
+    where = f"@{member.start}"
+    return ImageObject(
+        f"{path}/{where}",
+        f"{shard_id}/{where}",
+        shard=path,
+        offset=member.start,
+        error=member.problem,
+    )
+
+
+def describe_lost(path: str, reason: str) -> ImageObject:
+    """Make the record of a whole shard that can't be read."""
+    return ImageObject(path, f"{make_shard_id(path)}/", shard=path, error=reason)
+
+
+def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:
+    """Make a record for each shard of a task that could not be run."""
+    paths = map(resolve_path, task.data)
+    return [describe_lost(path, f"killed its worker: {error}") for path in paths]
+
+
+def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, bytes]:
+    """Read an image's header, and all its bytes if ``whole``."""
+    if not whole:
+        head = source.read_at(member.offset, min(member.size, HEAD_BYTES))
+        try:
+            return read_header(head), b""
+        except ImageError:
+            pass  # the header may lie further on
+    content = source.read_at(member.offset, member.size)
+    if len(content) < member.size:
+        raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")
+    return read_header(content), content
+
+
+def read_sidecars(source: ByteSource, entry: ImageEntry, image: ImageObject) -> None:
+    """Read the sample's other members; one that can't be read is a warning."""
+    for extension, member in entry.sidecars:
+        try:
+            if member.problem is not None:
+                raise ValueError(member.problem)
+            if member.size > MAX_SIDECAR_BYTES:
+                raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
+            content = source.read_at(member.offset, member.size)
+            if len(content) < member.size:
+                raise ValueError("truncated")
+            image.metadata[extension] = parse_sidecar(extension, content)
+        except (ValueError, OSError) as error:
+            problem = f"sidecar {member.name}: {error}"
+            image.warning = f"{image.warning}; {problem}" if image.warning else problem
+            logger.warning("%s: %s", image.image_path, problem)
