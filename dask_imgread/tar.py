@@ -80,8 +80,9 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
     previous: Member | None = None  # held back until it is known that its bytes are there
     ended = False  # an end-of-archive mark was passed; archives put together with `cat` go on
 
+    read_at = source.read_at
     while stop is None or position < stop or begin is not None:
-        header = source.read_at(position, BLOCK)
+        header = read_at(position, BLOCK)
         if len(header) < BLOCK:
             if not ended:
                 yield from _cut_archive(source, position, previous)
@@ -107,11 +108,17 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
                 "", position, position, 0, f"damaged archive: {error} at offset {position}"
             )
             return
-        if begin is None:
-            begin = position
         kind = header[156:157]
         body = position + BLOCK
+        if kind == b"0" and begin is None and not shared:  # the common case, made short
+            name = _parse_name(header)
+            if not name.endswith("/"):  # the old way to say "directory"
+                previous = Member(name, position, body, size)
+            position = body + (size + 511 & -512)
+            continue
 
+        if begin is None:
+            begin = position
         if kind in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS):
             text = source.read_at(body, size) if size <= _MAX_EXTENDED_HEADER else b""
             if len(text) < size:
@@ -132,14 +139,10 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             attributes = shared | attributes
         if "size" in attributes:
             size = _parse_decimal(attributes["size"], size)
-        if kind == b"0" and not attributes and long_name is None:  # the common case, made short
-            name = _parse_name(header)
-            if not name.endswith("/"):
-                previous = Member(name, begin, body, size)
-        elif kind in _FILES or kind == _GNU_SPARSE:
+        if kind in _FILES or kind == _GNU_SPARSE:
             name = attributes.get("path") or long_name or _parse_name(header)
             sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in attributes)
-            if not name.endswith("/"):  # the old way to say "directory"
+            if not name.endswith("/"):
                 name = attributes.get("GNU.sparse.name", name)
                 problem = "unsupported: stored as a sparse file" if sparse else None
                 previous = Member(name, begin, body, size, problem)
