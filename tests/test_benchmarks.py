@@ -13,11 +13,8 @@ def test_a_tiny_run_of_every_row(tmp_path, capfd):
     table = json.loads(out.read_text())
     assert len(table["rows"]) == 10
     assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])
-    assert (
-        capfd.readouterr().out.count("| yes |")
-        + len([row for row in table["rows"] if not row["met"]])
-        == 9
-    )
+    printed = capfd.readouterr().out
+    assert all(row["what"] in printed for row in table["rows"])
     assert "dask" in table["about"]["versions"]
 
 
