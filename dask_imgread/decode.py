@@ -108,7 +108,7 @@ def keep_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another libc may have none
         if mallopt is not None:
             mallopt(_M_TRIM_THRESHOLD, 128 << 20)
-            mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+            mallopt(_M_MMAP_THRESHOLD, 4 << 20)  # larger pictures go back at once
 
 
 class DecoderPool:

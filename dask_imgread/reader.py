@@ -227,6 +227,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 images += batch.num_items
                 failures += len(batch.failed) + batch.skipped
                 yield batch
+                del batch  # not to be held while the next one is decoded
         if self.verbose:
             logger.info(
                 "%s: task %s: %d images, %d failed", self.name, task.task_id, images, failures
