@@ -74,7 +74,7 @@ PATHS = {
     "windowed": lambda client, reader, shards: sum(
         client.submit(lambda batches: sum(b.num_items for b in batches), future).result()
         for _, future in map_windowed(
-            client, reader, partition_shards(shards, images_per_partition=5), window=1
+            client, reader, partition_shards(shards, images_per_partition=2), window=1
         )
     ),
 }
