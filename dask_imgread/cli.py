@@ -204,7 +204,7 @@ def print_summary(summary: Summary, paths: _Paths) -> None:
     print(f"{count.images} images, {count.failed} failed")
     print(f"{summary.seconds:.1f} s, {rate:.0f} images/s")
     print()
-    print(first.to_pandas().to_string(index=False))
+    print(first.to_pandas().reset_index().to_string(index=False))
     for row in failures.to_pylist():
         print(f"failed: {row['image_id']}: {row['error']}")
     print()

@@ -19,6 +19,7 @@ def test_demo(tmp_path):
     assert "39 images, 1 failed" in done.stdout
     assert "truncated" in done.stdout
     assert "images/s" in done.stdout
+    assert "/000000.jpg" in done.stdout
     folder = tmp_path / "dask-imgread-demo"
     rows = pd.read_parquet(folder / "metadata")
     assert len(rows) == 40
