@@ -23,7 +23,7 @@ from dask_imgread.header import ImageError, explain_error, open_with_pillow
 from dask_imgread.worker import release_with_worker
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
     from dask_imgread.tasks import Pixels
 
@@ -279,8 +279,10 @@ def _resize(pixels: Pixels, resize: int | tuple[int, int]) -> Pixels:
     return np.asarray(resized)
 
 
-def _to_rgb(image: Image) -> Pixels:
+def _to_rgb(image: ImageFile) -> Pixels:
     """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
+    if image.format == "PPM" and image.tile and image.tile[0][3] == ("RGB", 0xFFFF):
+        return _read_wide_ppm(image)
     upright = ImageOps.exif_transpose(image)
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     if wide:
@@ -289,3 +291,14 @@ def _to_rgb(image: Image) -> Pixels:
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     rgb: Pixels = np.array(upright.convert("RGB"))
     return rgb
+
+
+def _read_wide_ppm(image: ImageFile) -> Pixels:
+    """Read a binary colour PPM of 16 bits, the one source of which Pillow rounds the upper 8."""
+    assert image.fp is not None  # it is open: nothing was loaded yet
+    image.fp.seek(image.tile[0][2])
+    content = image.fp.read(image.width * image.height * 6)
+    if len(content) < image.width * image.height * 6:
+        raise OSError(f"image file is truncated ({len(content)} bytes of pixels)")
+    wide = np.frombuffer(content, ">u2").reshape(image.height, image.width, 3)
+    return (wide >> 8).astype(np.uint8)

@@ -9,7 +9,7 @@ import threading
 import warnings
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
@@ -164,7 +164,7 @@ def _read_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(2, 9) else 1
 
 
-def open_with_pillow(content: bytes) -> Image.Image:
+def open_with_pillow(content: bytes) -> ImageFile.ImageFile:
     """Open an image with Pillow, reading its header only, whatever its size.
 
     Raises

@@ -205,6 +205,7 @@ def test_16_bits_keep_the_upper_8_in_every_format(tmp_path):
         "c.tif": encode(grey, "TIFF", compression="tiff_lzw"),
         "d.jp2": encode(grey, "JPEG2000"),
         "e.pgm": b"P5 256 256 65535\n" + wide.astype(">u2").tobytes(),
+        "e.ppm": b"P6 256 256 65535\n" + wide.astype(">u2").repeat(3).tobytes(),
         "f.png": make_png(256, 256, 16, wide.astype(">u2").repeat(3).tobytes()),
     }
     good, failed = read_members(tmp_path, *members.items())
