@@ -47,15 +47,16 @@ class _Tap:
             if size:
                 os.ftruncate(self._memory, 0)
                 os.lseek(self._memory, 0, os.SEEK_SET)
-            kept = self._kept
-            lines = printed.splitlines(keepends=True)
-            mine = [bool(_PRINTED.search(line)) for line in lines]
-            for line in (line for line, is_mine in zip(lines, mine, strict=True) if not is_mine):
-                os.write(kept, line)
+            mine = []
+            for line in printed.splitlines(keepends=True):
+                if _PRINTED.search(line):
+                    mine.append(line)
+                else:
+                    os.write(self._kept, line)
             if self._holders == 0:
-                os.dup2(kept, 2)
-                os.close(kept)
-            return b"".join(line for line, is_mine in zip(lines, mine, strict=True) if is_mine)
+                os.dup2(self._kept, 2)
+                os.close(self._kept)
+            return b"".join(mine)
 
 
 _tap = _Tap()

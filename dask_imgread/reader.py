@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -202,15 +202,18 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         Every path through Dask reads with this, so that a ``stream`` extended in a subclass
         is seen by all of them, and runs within its share.
         """
-        with gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext():
+        with self._hold_share():
             yield from self.stream(task)
 
     def stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         """Yield the batches of ``process`` one at a time, keeping none."""
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
-        with gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext():
+        with self._hold_share():
             yield from self._stream(task)
+
+    def _hold_share(self) -> AbstractContextManager[None]:
+        return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()
 
     def _wants_gpu(self) -> bool:
         return self.decode and self.device != "cpu"
