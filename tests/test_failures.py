@@ -14,12 +14,17 @@ import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage, ReadError, partition_shards
+from dask_imgread.header import read_header
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import encode, members_of, read_with_pillow
 
 PICTURE = draw_picture(3, (64, 48))
 JPEG = encode_picture(PICTURE)
 PNG = encode_picture(PICTURE, "png")
+_TABLE = JPEG.index(b"\xff\xc4") + 5
+# A header like any other and the end mark in place, but a Huffman table that can't be: DALI is
+# given it, and only decoding finds out.
+BROKEN = JPEG[:_TABLE] + b"\xff" * 16 + JPEG[_TABLE + 16 :]
 STORED = 512 + -(-len(JPEG) // 512) * 512  # bytes of the JPEG in a tar, its header included
 
 
@@ -41,6 +46,7 @@ BAD = {
     "header.png": (PNG[:20], "truncated"),
     "heic.avif": (b"\0\0\0\x1cftypheic" + bytes(100), "unsupported codec"),
     "arithmetic.jpg": (JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1), "corrupt"),
+    "table.jpg": (BROKEN, "corrupt"),
     "zeros.jpg": (bytes(500), "not an image"),
     "vector.gif": (b"%PDF-1.4 something", "not an image"),
 }
@@ -67,9 +73,8 @@ def test_one_image_that_fails_its_batch_costs_no_other(tmp_path, photo_shards):
     """An error that only decoding finds: the header and the end mark are whole."""
     members = list(members_of(photo_shards[0]).items())
     clean = read(photo_shards[0])[0]
-    # An arithmetic-coded frame: a header like any other, and no decoder here for what follows.
-    broken = JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1)
-    good, failed = read_members(tmp_path, *members[:9], ("bad.jpg", broken), *members[9:])
+    assert read_header(BROKEN).backend == "dali"
+    good, failed = read_members(tmp_path, *members[:9], ("bad.jpg", BROKEN), *members[9:])
     assert [i.image_path.rpartition("/")[2] for i in failed] == ["bad.jpg"]
     assert len(good) == len(clean) == 25
     for image, expected in zip(good, clean, strict=True):
@@ -81,8 +86,7 @@ def test_a_failed_decoder_is_not_used_again(tmp_path):
     from dask_imgread.decode import DECODERS
 
     DECODERS.clear()
-    broken = JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1)
-    read_members(tmp_path, ("a.jpg", broken))
+    read_members(tmp_path, ("a.jpg", BROKEN))
     assert not any(DECODERS._idle.values())
     read_members(tmp_path, ("a.jpg", JPEG))
     assert sum(map(len, DECODERS._idle.values())) == 1
@@ -474,8 +478,7 @@ def test_nothing_is_written_to_disk(tmp_path):
 def test_the_decoders_chatter_becomes_log_records(tmp_path, capfd, caplog):
     caplog.set_level(logging.WARNING, "dask_imgread")
     tiff = encode(PICTURE.convert("1"), "TIFF", compression="group4")
-    broken = JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1)
-    read_members(tmp_path, ("a.jpg", JPEG), ("b.tif", tiff), ("c.jpg", broken))
+    read_members(tmp_path, ("a.jpg", JPEG), ("b.tif", tiff), ("c.jpg", BROKEN))
     printed = capfd.readouterr().err
     assert "[ERROR]" not in printed
     assert "libtiff" not in printed

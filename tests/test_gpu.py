@@ -51,7 +51,8 @@ def test_same_pixels_as_the_cpu(photo_shards):
 def test_one_bad_image_costs_one_image(tmp_path, photo_shards):
     members = list(members_of(photo_shards[0]).items())
     jpeg = members[0][1]
-    broken = jpeg.replace(b"\xff\xc0", b"\xff\xcb", 1)
+    table = jpeg.index(b"\xff\xc4") + 5  # a Huffman table that can't be
+    broken = jpeg[:table] + b"\xff" * 16 + jpeg[table + 16 :]
     shard = write_shard(tmp_path / "s.tar", [*members[:5], ("bad.jpg", broken), *members[5:]])
     (batch,) = ImageReaderStage(device="gpu").process(FileGroupTask(data=[shard]))
     assert batch.num_items == 25

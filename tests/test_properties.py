@@ -23,6 +23,8 @@ GOOD = [(e, encode_picture(p, e)) for p in PICTURES for e in EXTENSIONS]
 BAD = [("jpg", b""), ("png", b"not a picture"), ("gif", b"GIF89a")]
 BAD += [(e, c[: len(c) // 3]) for e, c in GOOD[:7]]
 BAD += [("jpg", GOOD[0][1].replace(b"\xff\xc0", b"\xff\xcb", 1))]
+_TABLE = GOOD[0][1].index(b"\xff\xc4") + 5  # a Huffman table that fails its whole batch
+BAD += [("jpg", GOOD[0][1][:_TABLE] + b"\xff" * 16 + GOOD[0][1][_TABLE + 16 :])]
 SIDECARS = [("txt", b"words"), ("json", b"{"), ("cls", b"x"), ("npy", b"\0")]
 
 
