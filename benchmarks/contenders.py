@@ -125,7 +125,7 @@ def prepare_curator(shards: list[str]) -> Round:
 def _start_cluster() -> Any:
     from dask_imgread import start_cluster
 
-    return start_cluster(device="cpu", verbose=False, dashboard_address=None).get_client()
+    return start_cluster(device="cpu", verbose=False, dashboard_address=":0").get_client()
 
 
 def _make_row(batch: Any) -> Any:

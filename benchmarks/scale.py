@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (path,) = make_shards(folder, shards=1, images_per_shard=1)
         few, many = make_tasks(options.tasks, path), make_tasks(options.partitions, path)
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
             Client(cluster) as client,
         ):
             client.gather(client.map(reader, few[:100]))

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from dask_imgread.batches import ReadError
     from dask_imgread.cluster import start_cluster
     from dask_imgread.frame import map_images, read_metadata
+    from dask_imgread.jobs import JobError, Summary, run_job
     from dask_imgread.partition import partition_shards
+    from dask_imgread.plan import OtherJobError
     from dask_imgread.reader import ImageReaderStage
     from dask_imgread.stage import ProcessingStage, Resources
     from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
@@ -25,14 +27,18 @@ __all__ = [
     "ImageBatch",
     "ImageObject",
     "ImageReaderStage",
+    "JobError",
+    "OtherJobError",
     "ProcessingStage",
     "ReadError",
     "Resources",
+    "Summary",
     "map_images",
     "map_windowed",
     "partition_shards",
     "read_bag",
     "read_metadata",
+    "run_job",
     "start_cluster",
     "verify_shards",
 ]
@@ -41,7 +47,9 @@ _HOMES = {
     "bag": ["read_bag"],
     "cluster": ["start_cluster"],
     "frame": ["map_images", "read_metadata"],
+    "jobs": ["JobError", "Summary", "run_job"],
     "partition": ["partition_shards"],
+    "plan": ["OtherJobError"],
     "batches": ["ReadError"],
     "reader": ["ImageReaderStage"],
     "stage": ["ProcessingStage", "Resources"],

@@ -3,170 +3,297 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dask_imgread.options import (
+    UsageError,
+    add_cluster,
+    add_job,
+    add_reader,
+    add_shards,
+    load_function,
+    make_reader,
+    merge_pairs,
+    parse_arguments,
+    parse_pair,
+    require,
+)
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from dask_imgread.frame import BatchFunction
     from dask_imgread.jobs import Summary
     from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.shards import Shard
     from dask_imgread.tasks import FileGroupTask
 
+logger = logging.getLogger("dask_imgread")
+
 _SHEET_IMAGES = 24
+SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED = range(4)
 
 
-class UsageError(Exception):
-    """What the user asked for can't be done; the message says why in one line."""
+class Stopped(BaseException):
+    """A signal asks the process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
-    0 if all was read or recorded, 1 if `verify` found something bad, 2 if the command or
-    its paths are wrong.
+    0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
+    image that can't be read; 2 if the command, its paths or its options are wrong; 3 if the
+    job could not finish; 130 and 143 after SIGINT and SIGTERM.
     """
-    options = make_parser().parse_args(arguments)
+    from dask_imgread.storage import StorageError, hide_secrets
+
+    parser = make_parser()
+    secrets: dict[str, Any] = {}
     try:
-        return int(options.run(options))
-    except (UsageError, OSError, ValueError) as error:
-        print(f"dask-imgread: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dask-imgread: interrupted", file=sys.stderr)
-        return 130
+        with stop_on_signals():
+            options = parse_arguments(parser, arguments)
+            secrets |= merge_pairs(getattr(options, "storage_option", None) or [])
+            return int(options.run(options))
+    except Stopped as stopped:
+        say_error(f"stopped by {stopped.signal.name}; what is done is kept")
+        return 128 + stopped.signal
+    except Exception as error:
+        wrong = isinstance(error, UsageError | FileNotFoundError | PermissionError | ValueError)
+        wrong = wrong or isinstance(error, ImportError | FileExistsError | NotADirectoryError)
+        status = UNFINISHED if isinstance(error, StorageError) or not wrong else WRONG_USAGE
+        say_error(hide_secrets(str(error) or repr(error), secrets))
+        return status
+
+
+def say_error(text: str) -> None:
+    """Say in one line on stderr why a command ends."""
+    from dask_imgread.progress import logs_json
+
+    if logs_json():
+        logger.error("%s", text)
+    else:
+        print(f"dask-imgread: {text}", file=sys.stderr)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise Stopped at SIGTERM and SIGINT, so that clusters are closed; the second one kills."""
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        for each in earlier:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    earlier = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="dask-imgread", description="Read WebDataset tar shards of images on a Dask cluster."
+        prog="dask-imgread",
+        description="Read WebDataset tar shards of images on a Dask cluster.",
+        epilog="Exit status: 0 all read, 1 some images failed (verify, --fail-on-error), "
+        "2 wrong usage, 3 the job could not finish.",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     demo = commands.add_parser("demo", help="make a few shards of pictures and read them")
-    demo.set_defaults(run=run_demo, decode=True)
+    demo.set_defaults(run=run_demo)
     demo.add_argument("--folder", default="dask-imgread-demo", help="where to put everything")
     demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
+    demo.add_argument("--workers", type=int, metavar="N", help="worker processes")
+    demo.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
 
     metadata = commands.add_parser("metadata", help="write one row for each image as Parquet")
     metadata.set_defaults(run=run_metadata)
-    metadata.add_argument("shards", nargs="+", metavar="SHARDS", help="file, folder, glob or URL")
-    metadata.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
-    metadata.add_argument("--decode", action="store_true", help="decode, and so find broken images")
+    add_shards(metadata)
+    metadata.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode, and so find broken images; else headers are read",
+    )
+
+    apply = commands.add_parser("apply", help="write what a function makes of the images")
+    apply.set_defaults(run=run_apply)
+    apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="as for map_images")
+    add_shards(apply)
+
+    for command in (metadata, apply):
+        add_job(command)
+        add_reader(command)
+        add_cluster(command)
 
     verify = commands.add_parser("verify", help="decode everything and say what is broken")
     verify.set_defaults(run=run_verify)
-    verify.add_argument("shards", nargs="+", metavar="SHARDS", help="file, folder, glob or URL")
+    add_shards(verify)
     verify.add_argument("--out", metavar="FILE", help="Parquet file for the list of bad images")
+    verify.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
+    add_cluster(verify)
 
-    for command in (demo, metadata, verify):
-        command.add_argument("--images-per-partition", type=int, metavar="N")
-        command.add_argument("--workers", type=int, metavar="N", help="worker processes")
-        command.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
+    report = commands.add_parser("report", help="write a page to look at from a job's output")
+    report.set_defaults(run=run_report)
+    report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
+    report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
+    for name in ("--storage-option", "--out-option"):
+        report.add_argument(name, action="append", type=parse_pair, metavar="KEY=VALUE")
     return parser
 
 
-@dataclass
-class _Paths:
-    """Where a command's results go."""
-
-    out: Path
-
-    @property
-    def metadata(self) -> Path:
-        return self.out / "metadata"
-
-    @property
-    def sheet(self) -> Path:
-        return self.out / "contact-sheet.png"
-
-
 def run_demo(options: argparse.Namespace) -> int:
-    """Make shards, one of their pictures broken, and read them."""
+    """Make shards, one of their pictures broken, read them, and draw what was read."""
+    from dask_imgread.cluster import connect_client
+    from dask_imgread.jobs import run_job
+    from dask_imgread.partition import partition_shards
     from dask_imgread.pictures import make_shards
+    from dask_imgread.report import write_report
 
     if options.images < 1:
         raise UsageError(f"--images must be at least 1, not {options.images}")
-    folder = Path(options.folder) / "shards"
+    folder = Path(options.folder)
     per_shard = -(-options.images // 4)
-    print(f"Drawing {4 * per_shard} pictures into {folder}", file=sys.stderr)
-    options.shards = make_shards(
-        folder, shards=4, images_per_shard=per_shard, size=(480, 360), broken=1
+    print(f"Drawing {4 * per_shard} pictures into {folder / 'shards'}", file=sys.stderr)
+    shards = make_shards(
+        folder / "shards", shards=4, images_per_shard=per_shard, size=(480, 360), broken=1
     )
-    options.out = options.folder
-    return run_metadata(options)
+    reader = make_reader(options, sidecars=False)
+    out = str(folder / "metadata")
+    with connect_client(n_workers=options.workers, device=options.device, verbose=False) as client:
+        print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
+        summary = run_job(shards, out, client=client, reader=reader, overwrite=True, progress=True)
+        sheet = folder / "contact-sheet.png"
+        save_contact_sheet(client, partition_shards(shards), reader, sheet)
+    print_summary(summary, out, {})
+    print(f"contact sheet  {sheet}")
+    print(f"report         {write_report(out, str(folder / 'report.html'))}")
+    return SUCCESS
 
 
 def run_metadata(options: argparse.Namespace) -> int:
-    """Read shards and write their metadata, with a contact sheet to look at."""
-    from distributed import Client
+    """Write shards' metadata."""
+    require(options, "shards", "out")
+    return do_job(options, None, make_reader(options, sidecars=False))
 
-    from dask_imgread.cluster import start_cluster
-    from dask_imgread.jobs import write_metadata
-    from dask_imgread.partition import partition_shards
-    from dask_imgread.progress import ProgressBar
-    from dask_imgread.reader import ImageReaderStage
 
-    tasks = partition_shards(options.shards, images_per_partition=options.images_per_partition)
-    check_readable(tasks)
-    paths = _Paths(Path(options.out))
-    reader = ImageReaderStage(
-        device=options.device, decode=options.decode, sidecars=False, verbose=False
+def run_apply(options: argparse.Namespace) -> int:
+    """Write what a function makes of shards' images."""
+    require(options, "function", "shards", "out")
+    return do_job(options, load_function(options.function), make_reader(options))
+
+
+def do_job(options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage) -> int:
+    """Run a job as the options say, and print what it came to."""
+    from dask_imgread.jobs import run_job
+    from dask_imgread.progress import start_logging
+    from dask_imgread.shards import find_shards
+
+    start_logging(options.log_format)
+    storage_options = merge_pairs(options.storage_option)
+    out_options = merge_pairs(options.out_option) if options.out_option else None
+    shards = find_shards(options.shards, storage_options)
+    check_readable(shards, storage_options)
+    summary = run_job(
+        shards,
+        options.out,
+        fn,
+        reader=reader,
+        scheduler=options.scheduler,
+        scheduler_file=options.scheduler_file,
+        n_workers=options.workers,
+        files_per_partition=options.files_per_partition,
+        images_per_partition=options.images_per_partition,
+        blocksize=options.blocksize,
+        storage_options=storage_options,
+        out_options=out_options,
+        retries=options.retries,
+        retry_failed=options.retry_failed,
+        overwrite=options.overwrite,
+        progress=True,
     )
-    with (
-        start_cluster(device=options.device, n_workers=options.workers, verbose=False) as cluster,
-        Client(cluster) as client,
-    ):
-        print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
-        with ProgressBar(len(tasks)) as bar:
-            summary = write_metadata(client, tasks, reader, str(paths.metadata), bar.update)
-        save_contact_sheet(client, tasks, reader, paths.sheet)
-    print_summary(summary, paths)
-    return 0
+    if options.log_format == "json":
+        print(json.dumps(asdict(summary) | {"out": options.out}))
+    else:
+        print_summary(summary, options.out, out_options or storage_options)
+    return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
 
 
 def run_verify(options: argparse.Namespace) -> int:
     """Decode everything, and print what was found per shard and per cause."""
-    from distributed import Client
-
-    from dask_imgread.cluster import start_cluster
-    from dask_imgread.partition import partition_shards
-    from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.cluster import connect_client
+    from dask_imgread.partition import Division, divide_shards
+    from dask_imgread.shards import find_shards
     from dask_imgread.verify import verify_shards
 
-    tasks = partition_shards(options.shards, images_per_partition=options.images_per_partition)
-    check_readable(tasks)
-    with (
-        start_cluster(device=options.device, n_workers=options.workers, verbose=False) as cluster,
-        Client(cluster) as client,
-    ):
-        reader = ImageReaderStage(device=options.device, verbose=False)
-        found = verify_shards(tasks, reader=reader, client=client, progress=True)
+    require(options, "shards")
+    storage_options = merge_pairs(options.storage_option)
+    shards = find_shards(options.shards, storage_options)
+    check_readable(shards, storage_options)
+    division = Division(
+        options.files_per_partition, options.images_per_partition, options.blocksize
+    )
+    tasks = list(divide_shards(shards, division, storage_options))
+    with connect_client(
+        scheduler=options.scheduler,
+        scheduler_file=options.scheduler_file,
+        n_workers=options.workers,
+        device=options.device,
+        verbose=False,
+    ) as client:
+        found = verify_shards(tasks, reader=make_reader(options), client=client, progress=True)
     print(found)
     if options.out is not None:
         found.bad.to_parquet(options.out)
         print(f"bad images     {options.out}")
-    return 0 if found.ok else 1
+    return SUCCESS if found.ok else BAD_IMAGES
 
 
-def check_readable(tasks: Sequence[FileGroupTask]) -> None:
+def run_report(options: argparse.Namespace) -> int:
+    """Write the page of a job's output."""
+    from dask_imgread.report import write_report
+
+    out_options = merge_pairs(options.out_option) if options.out_option else None
+    storage_options = merge_pairs(options.storage_option or [])
+    print(
+        write_report(
+            options.folder, options.out, storage_options=storage_options, out_options=out_options
+        )
+    )
+    return SUCCESS
+
+
+def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> None:
     """Raise UsageError if not one shard is a tar: a wrong path, rather than a broken shard."""
     from dask_imgread.shards import open_shard
+    from dask_imgread.storage import name_url
     from dask_imgread.tar import NotTarError, walk_members
 
     first: Exception | None = None
-    for task in tasks:
-        for path in task.data:
-            try:
-                with open_shard(path, task.storage_options) as source:
-                    next(walk_members(source), None)
-                return
-            except (OSError, NotTarError) as error:
-                first = first or UsageError(f"{path}: {error}")
+    for shard in shards:
+        try:
+            with open_shard(shard.path, storage_options) as source:
+                next(walk_members(source), None)
+            return
+        except (OSError, NotTarError) as error:
+            first = first or UsageError(f"{name_url(shard.path)}: {error}")
     if first is not None:
         raise first
 
@@ -177,7 +304,7 @@ def save_contact_sheet(
     """Decode a few images of a few tasks on the cluster, and save a sheet of them."""
     from dataclasses import replace
 
-    from dask_imgread.report import draw_contact_sheet, make_thumbnails
+    from dask_imgread.sheet import draw_contact_sheet, make_thumbnails
 
     chosen = tasks[:: max(1, len(tasks) // 4)][:_SHEET_IMAGES]
     small = replace(reader, decode=True, dali_batch_size=_SHEET_IMAGES)
@@ -192,21 +319,19 @@ def save_contact_sheet(
     draw_contact_sheet([item for found in client.gather(thumbnails) for item in found], path)
 
 
-def print_summary(summary: Summary, paths: _Paths) -> None:
+def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
-    import pyarrow.dataset as ds
+    from dask_imgread.folder import JobFolder
+    from dask_imgread.storage import name_url
 
-    count = summary.count
-    rate = (count.images + count.failed) / summary.seconds
-    rows = ds.dataset(paths.metadata)
-    first = rows.head(5, columns=["image_id", "format", "width", "height", "size"])
-    failures = rows.head(5, columns=["image_id", "error"], filter=ds.field("error").is_valid())
-    print(f"{count.images} images, {count.failed} failed")
+    rate = (summary.new_images + summary.new_failed) / summary.seconds
+    print(f"{summary.images} images, {summary.failed} failed")
+    print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
     print(f"{summary.seconds:.1f} s, {rate:.0f} images/s")
     print()
-    print(first.to_pandas().reset_index().to_string(index=False))
-    for row in failures.to_pylist():
-        print(f"failed: {row['image_id']}: {row['error']}")
+    first, failures = JobFolder(out, options).read_samples()
+    print(first.to_string(index=False))
+    for image_id, error in failures:
+        print(f"failed: {image_id}: {error}")
     print()
-    print(f"metadata       {paths.metadata}")
-    print(f"contact sheet  {paths.sheet}")
+    print(f"rows           {name_url(out)}")

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask.system import CPU_COUNT
@@ -10,6 +17,11 @@ from dask_imgread.gpu import RESOURCE, count_gpus
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
+
+
+logger = logging.getLogger("dask_imgread")
+
+_WAIT = 600  # seconds, for a scheduler and for workers
 
 
 def start_cluster(
@@ -63,6 +75,7 @@ def start_cluster(
         raise RuntimeError(
             'device="gpu", but NVML, the NVIDIA driver\'s library, finds no GPU here'
         )
+    options = {"dashboard_address": _choose_dashboard()} | options
     if gpus:
         cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
     else:
@@ -70,6 +83,77 @@ def start_cluster(
     if verbose:
         print(f"Dask dashboard: {cluster.dashboard_link}")
     return cluster
+
+
+@contextmanager
+def connect_client(
+    *,
+    scheduler: str | None = None,
+    scheduler_file: str | None = None,
+    n_workers: int | None = None,
+    **options: Any,
+) -> Iterator[Client]:
+    """Connect to a scheduler that is there, or else start a cluster; close in the end.
+
+    Parameters
+    ----------
+    scheduler, scheduler_file
+        The address of a scheduler, or the file that it has written; both may come to be
+        within ten minutes.
+    n_workers
+        Workers to wait for, as long; or to start.
+    **options
+        Options of ``start_cluster``.
+
+    Raises
+    ------
+    TimeoutError
+        If there is no scheduler or too few workers after ten minutes.
+    """
+    from distributed import Client
+
+    if scheduler is None and scheduler_file is None:
+        with start_cluster(n_workers=n_workers, **options) as cluster, Client(cluster) as client:
+            yield client
+        return
+    if scheduler_file is not None:
+        _wait_for_file(scheduler_file)
+    with _reach(partial(Client, scheduler, scheduler_file=scheduler_file)) as client:
+        wanted = n_workers or 1
+        logger.info("waiting for %d workers of %s", wanted, client.scheduler.address)
+        client.wait_for_workers(wanted, timeout=_WAIT)
+        yield client
+
+
+def _reach(connect: Callable[[], Client]) -> Client:
+    """Connect to a scheduler, as soon as it is there."""
+    end = time.monotonic() + _WAIT  # as Dask's own time-out it would hold for reconnecting too
+    while True:
+        try:
+            return connect()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def _wait_for_file(path: str) -> None:
+    end = time.monotonic() + _WAIT  # Dask would wait for ever
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no scheduler has written {path} in {_WAIT} s")
+        time.sleep(0.1)
+
+
+def _choose_dashboard() -> str:
+    """Return Dask's usual port, or any where a second cluster runs beside the first."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", 8787))
+        except OSError:
+            return ":0"
+    return ":8787"
 
 
 def _start_on_cores(n_workers: int | None, options: dict[str, Any]) -> LocalCluster:

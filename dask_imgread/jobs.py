@@ -1,105 +1,327 @@
-"""Batch jobs: read shards on a cluster and write what was read as a Parquet dataset."""
+"""Batch jobs: read shards on a cluster and write a Parquet dataset, resumed where they stopped."""
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import fsspec
 import pandas as pd
+import pyarrow as pa
+from distributed.scheduler import KilledWorker
 
-from dask_imgread.frame import read_partition, to_rows
+from dask_imgread.batches import ReadError
+from dask_imgread.cluster import connect_client
+from dask_imgread.folder import SCHEMA, Count, JobFolder
+from dask_imgread.frame import BatchFunction
+from dask_imgread.partition import Division
+from dask_imgread.parts import PartWriter, describe_batch, name_function, to_table
+from dask_imgread.plan import iterate_tasks, prepare_plan
+from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reader import ImageReaderStage
-from dask_imgread.records import describe_lost_shards
-from dask_imgread.tasks import FileGroupTask, make_frame
+from dask_imgread.shards import Paths, Shard, find_shards, is_local, resolve_path
+from dask_imgread.storage import hide_secrets
+from dask_imgread.tasks import FileGroupTask, ImageBatch
 from dask_imgread.window import run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
 
+logger = logging.getLogger("dask_imgread")
 
-@dataclass(frozen=True)
-class Count:
-    """How many images were read, and how many rows tell of one that could not be."""
+_MOST_ERRORS = 20  # partitions that could not be done, until a job is given up
+_INFERRED_BATCH, _INFERRED_TASKS = 8, 10  # images, in one of so many partitions
 
-    images: int = 0
-    failed: int = 0
 
-    def __add__(self, other: Count) -> Count:
-        """Add the numbers."""
-        return Count(self.images + other.images, self.failed + other.failed)
+class JobError(RuntimeError):
+    """A job could not finish. What is done is kept, and the same call goes on from there."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job read, and how long it took."""
-
-    count: Count
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker must know to do one partition of a job."""
-
-    reader: ImageReaderStage
-    out: str
-
-    def __call__(self, numbered: tuple[int, FileGroupTask]) -> Count:
-        """Read one task and write its rows."""
-        number, task = numbered
-        rows = read_partition(task, reader=self.reader, fn=to_rows, empty=make_frame([]))
-        return self.write(number, rows)
-
-    def write(self, number: int, rows: pd.DataFrame) -> Count:
-        """Write the rows of one partition, whole or not at all."""
-        fs, root = fsspec.url_to_fs(self.out)
-        path = f"{root}/part-{number:06d}.parquet"
-        with fs.transaction, fs.open(path, "wb") as file:
-            rows.to_parquet(file)
-        failed = int(rows["error"].notna().sum())
-        return Count(len(rows) - failed, failed)
-
-
-def write_metadata(
-    client: Client,
-    tasks: Sequence[FileGroupTask],
-    reader: ImageReaderStage,
-    out: str,
-    report: Callable[[int, int, int], None] | None = None,
-) -> Summary:
-    """Read tasks on a cluster and write one row for each image to ``out``.
+    """What a job came to.
 
     Parameters
     ----------
-    client
-        A client of the cluster.
-    tasks
-        What to read; each becomes one file ``part-<number>.parquet``, written by its worker.
-    reader
-        The reader; with ``decode=False`` it reads headers only.
+    images, failed
+        Images in the whole output that were read, and that could not be.
+    partitions
+        How many there are.
+    new_images, new_failed, new_partitions
+        The same of this run alone.
+    seconds
+        How long this run took, from finding the shards on.
+    """
+
+    images: int
+    failed: int
+    partitions: int
+    new_images: int
+    new_failed: int
+    new_partitions: int
+    seconds: float
+
+
+def run_job(
+    paths: Paths,
+    out: str | os.PathLike[str],
+    fn: BatchFunction | None = None,
+    *,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    scheduler_file: str | None = None,
+    n_workers: int | None = None,
+    reader: ImageReaderStage | None = None,
+    meta: pd.DataFrame | None = None,
+    files_per_partition: int | None = None,
+    images_per_partition: int | None = None,
+    blocksize: int | None = None,
+    storage_options: dict[str, Any] | None = None,
+    out_options: dict[str, Any] | None = None,
+    retries: int = 2,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Read shards on a cluster and write a row for each image, or what a function makes of them.
+
+    The output is a Parquet dataset of one file for each partition, written by the worker
+    that read it, whole or not at all. Killed at any moment and called again, a job does what
+    is missing, and nothing twice. No more than a window of tasks is in flight.
+
+    Parameters
+    ----------
+    paths
+        Shards, as ``partition_shards`` takes them.
     out
-        A folder or URL.
-    report
-        Called after each task with the numbers of tasks done, images and failures so far.
+        A folder, or a URL that fsspec can write to.
+    fn
+        Takes an ``ImageBatch`` and returns a DataFrame, as for ``map_images``. If it raises,
+        the batch's images are recorded as failed. If not given, the rows are the images'
+        metadata, with the columns of ``dask_imgread.tasks.COLUMNS``, and ``sidecars``, as
+        JSON, if the reader reads them.
+    client
+        The cluster to work on.
+    scheduler, scheduler_file
+        Where no client is given: the address of a scheduler that is there, or the file that
+        it has written. If neither is given, a cluster on this machine is started, if there
+        is anything left to do.
+    n_workers
+        Workers to start; or to wait for, ten minutes at most.
+    reader
+        The reader. If not given, ``ImageReaderStage()`` for a function, and for metadata one
+        that reads headers alone.
+    meta
+        An empty DataFrame with the columns, dtypes and index of what ``fn`` returns;
+        ``fn.meta`` if not given, and what ``fn`` returns for a few images if there is none.
+    files_per_partition, images_per_partition, blocksize
+        How the shards are divided, as in ``partition_shards``.
+    storage_options
+        Options for the shards' file system, and for that of ``out`` if it is remote. They are
+        written nowhere.
+    out_options
+        Options for the file system of ``out``, if they are others.
+    retries
+        How often a partition is tried again that raises, or whose worker dies.
+    retry_failed
+        Read those partitions again in which an image could not be read, and replace their
+        rows.
+    overwrite
+        Remove what another job has written to ``out``, and begin anew.
+    progress
+        Show it on stderr: a bar on a terminal, else a line every ten seconds.
 
     Returns
     -------
     Summary
+
+    Raises
+    ------
+    OtherJobError
+        If ``out`` holds the output of other shards or options; a ValueError.
+    FileExistsError
+        If ``out`` holds what no job has written.
+    FileNotFoundError
+        If a path, or all that a folder or a glob stands for, does not exist.
+    ReadError
+        If an image can't be read, under ``on_error="raise"``.
+    JobError
+        If partitions could not be done, or the scheduler is lost.
+
+    Examples
+    --------
+    >>> from distributed import Client
+    >>> from dask_imgread.testing import make_shards
+    >>> shards = make_shards("shards", shards=2, images_per_shard=4, broken=1)
+    >>> reader = ImageReaderStage(device="cpu", verbose=False)
+    >>> with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
+    ...     first = run_job(shards, "out", reader=reader, client=client)
+    ...     again = run_job(shards, "out", reader=reader, client=client)
+    >>> first.images, first.failed, again.images, again.new_partitions
+    (7, 1, 7, 0)
+    >>> len(pd.read_parquet("out"))
+    8
     """
-    fs, root = fsspec.url_to_fs(out)
-    fs.makedirs(root, exist_ok=True)
     start = time.monotonic()
+    options = storage_options or {}
+    job = _make_job(fn, reader, _open_folder(str(out), options, out_options))
+    division = Division(files_per_partition, images_per_partition, blocksize)
+    shards = find_shards(paths, options)
+    partitions = prepare_plan(job.folder, shards, job.describe(), division, options, overwrite)
+    done, before = _find_done(job.folder, partitions, retry_failed)
+    count = Count()
+    if sum(done) < partitions:
+        tasks = _Tasks(job.folder, shards, options, bytearray(not mark for mark in done))
+        with (
+            nullcontext(client)
+            if client is not None
+            else _connect(job.reader, scheduler, scheduler_file, n_workers) as used,
+            choose_progress(partitions, sum(done), hidden=not progress) as shown,
+        ):
+            job = replace(job, schema=_find_schema(used, job, meta, tasks))
+            count = _run(used, job, tasks, retries, shown)
+    job.folder.tidy()
+    return Summary(
+        images=before.images + count.images,
+        failed=before.failed + count.failed,
+        partitions=partitions,
+        new_images=count.images,
+        new_failed=count.failed,
+        new_partitions=partitions - sum(done),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _make_job(
+    fn: BatchFunction | None, reader: ImageReaderStage | None, out: JobFolder
+) -> PartWriter:
+    if fn is None:
+        return PartWriter(reader or ImageReaderStage(decode=False, sidecars=False), None, out)
+    reader = reader or ImageReaderStage()
+    if not reader.decode:
+        raise ValueError("a function of images needs a reader with decode=True")
+    return PartWriter(reader, fn, out)
+
+
+def _open_folder(
+    out: str, options: dict[str, Any], out_options: dict[str, Any] | None
+) -> JobFolder:
+    if out_options is None:
+        out_options = {} if is_local(out) else options
+    return JobFolder(resolve_path(out), out_options)
+
+
+def _find_done(folder: JobFolder, partitions: int, retry_failed: bool) -> tuple[bytearray, Count]:
+    """Return 1 for each partition that needs no more work, and what they came to."""
+    done = folder.mark_done(partitions)
     total = Count()
-    job = _Job(reader, out)
-    ended = run_tasks(client, job, enumerate(tasks), pure=False, **reader.annotations(client))
-    for done, ((number, task), result) in enumerate(ended, 1):
-        if isinstance(result, Count):
-            total += result
+    for number, count in folder.read_counts(n for n, mark in enumerate(bytes(done)) if mark):
+        if retry_failed and count.failed:
+            done[number] = 0
         else:
-            total += job.write(number, make_frame(describe_lost_shards(task, result)))
-        if report is not None:
-            report(done, total.images, total.failed)
-    return Summary(total, time.monotonic() - start)
+            total += count
+    return done, total
+
+
+def _connect(
+    reader: ImageReaderStage, scheduler: str | None, scheduler_file: str | None, workers: int | None
+) -> AbstractContextManager[Client]:
+    return connect_client(
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        n_workers=workers,
+        # Headers are read by cores: one process for each, not one for each GPU.
+        device=reader.device if reader.decode else "cpu",
+        num_gpus_per_worker=reader.num_gpus_per_worker,
+        verbose=False,
+    )
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The partitions that are to be done, made when they are taken, as often as is asked."""
+
+    folder: JobFolder
+    shards: list[Shard]
+    options: dict[str, Any]
+    wanted: bytearray
+
+    def __iter__(self) -> Iterator[tuple[int, FileGroupTask]]:
+        return iterate_tasks(self.folder, self.shards, self.options, self.wanted)
+
+
+def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress: Progress) -> Count:
+    """Do the tasks on the cluster; return what they came to.
+
+    Raises
+    ------
+    JobError
+        If a task ends in an error that is not an image's, and so is still to be done.
+    """
+    total = Count()
+    errors: list[str] = []
+    options = job.reader.annotations(client) | {"pure": False, "retries": retries}
+    try:
+        for done, ((number, task), result) in enumerate(
+            run_tasks(client, job, tasks, **options), 1
+        ):
+            if isinstance(result, KilledWorker):
+                result = job.write_lost(number, task, result)
+            if isinstance(result, ReadError):
+                raise result
+            if isinstance(result, Exception):
+                reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
+                errors.append(f"partition {number}, {task!r}: {reason}")
+                logger.error("%s", errors[-1])
+                if len(errors) == _MOST_ERRORS:
+                    break
+            else:
+                total += result
+            progress.update(done - len(errors), total.images, total.failed)
+    except CancelledError:
+        raise JobError("the scheduler was lost") from None
+    if errors:
+        raise JobError(f"{len(errors)} partitions could not be done, such as {errors[0]}")
+    return total
+
+
+def _find_schema(
+    client: Client, job: PartWriter, meta: pd.DataFrame | None, tasks: _Tasks
+) -> pa.Schema:
+    """Return the columns and types of all parts; for a function, written when first found."""
+    if job.fn is None:
+        return to_table(describe_batch(ImageBatch(), job.reader.sidecars)).schema
+    try:
+        return job.folder.read_table(SCHEMA).schema
+    except FileNotFoundError:
+        pass
+    meta = getattr(job.fn, "meta", None) if meta is None else meta
+    schema = to_table(meta).schema if meta is not None else _infer_schema(client, job, tasks)
+    job.folder.write_table(SCHEMA, schema.empty_table())
+    return schema
+
+
+def _infer_schema(client: Client, job: PartWriter, tasks: _Tasks) -> pa.Schema:
+    """Run the function on a few images, on a worker."""
+    assert job.fn is not None
+    small = replace(job, reader=replace(job.reader, dali_batch_size=_INFERRED_BATCH))
+    options = job.reader.annotations(client)
+    for _, task in islice(tasks, _INFERRED_TASKS):
+        try:
+            schemas = client.submit(small.infer_schemas, task, pure=False, **options).result()
+        except Exception as error:
+            name, reason = name_function(job.fn), f"{type(error).__name__}: {error}"
+            raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
+        if schemas:
+            # A column that is empty in one batch gets its type from another.
+            return pa.unify_schemas(schemas, promote_options="default")
+    raise JobError(
+        f"no image of the first {_INFERRED_TASKS} partitions could be read, to tell the columns "
+        f"of {name_function(job.fn)} by: give them with meta"
+    )

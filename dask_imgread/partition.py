@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
 from dask_imgread.samples import cut_at_samples, index_members
-from dask_imgread.shards import COMPRESSIONS, Paths, Shard, find_shards, is_local, open_shard
+from dask_imgread.shards import Paths, Shard, find_compression, find_shards, is_local, open_shard
 from dask_imgread.tar import NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask
 
@@ -75,32 +76,50 @@ def partition_shards(
     >>> len(partition_shards(shards, images_per_partition=2))
     12
     """
-    numbers = {
-        "files_per_partition": files_per_partition,
-        "images_per_partition": images_per_partition,
-        "blocksize": blocksize,
-        "limit": limit,
-    }
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number!r}")
-    given = [name for name in list(numbers)[:3] if numbers[name] is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} can't be given together: they divide differently")
-
+    division = Division(files_per_partition, images_per_partition, blocksize)
+    _check_positive("limit", limit)
     shards = find_shards(paths, storage_options)
-    config = {"storage_options": storage_options} if storage_options else {}
-    if images_per_partition is not None:
-        tasks = _cut_by_images(shards, images_per_partition, config)
-    elif blocksize is not None:
-        tasks = _divide_by_bytes(shards, blocksize, config)
-    else:
-        tasks = _group(shards, files_per_partition or 1, config)
-    chosen = list(islice(tasks, limit))
+    chosen = list(islice(divide_shards(shards, division, storage_options), limit))
     for number, task in enumerate(chosen):
         task.task_id = f"file_group_{number}"
         task.dataset_name = dataset_name
     return chosen
+
+
+@dataclass(frozen=True)
+class Division:
+    """How shards are divided into tasks; see ``partition_shards``."""
+
+    files_per_partition: int | None = None
+    images_per_partition: int | None = None
+    blocksize: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        given = {name: number for name, number in asdict(self).items() if number is not None}
+        for name, number in given.items():
+            _check_positive(name, number)
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} can't be given together: they divide differently"
+            )
+
+
+def _check_positive(name: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError(f"{name} must be at least 1, not {number!r}")
+
+
+def divide_shards(
+    shards: list[Shard], division: Division, storage_options: dict[str, Any] | None = None
+) -> Iterator[FileGroupTask]:
+    """Yield the tasks of some shards, in the shards' order, each made when it is taken."""
+    config = {"storage_options": storage_options} if storage_options else {}
+    if division.images_per_partition is not None:
+        return _cut_by_images(shards, division.images_per_partition, config)
+    if division.blocksize is not None:
+        return _divide_by_bytes(shards, division.blocksize, config)
+    return _group(shards, division.files_per_partition or 1, config)
 
 
 def list_tasks(paths_or_tasks: PathsOrTasks, **partitioning: Any) -> list[FileGroupTask]:
@@ -151,8 +170,7 @@ def _cut(
 ) -> Iterator[FileGroupTask]:
     """Yield tasks for the parts of one shard, cut by a number of images or of bytes."""
     task = _make_task([shard], config)
-    compressed = any(COMPRESSIONS[end] for end in COMPRESSIONS if shard.path.endswith(end))
-    if compressed:
+    if find_compression(shard.path) is not None:
         yield task
         return
     try:

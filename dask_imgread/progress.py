@@ -1,38 +1,165 @@
-"""Show on stderr how far a run has come."""
+"""Show on stderr how far a run has come: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import sys
-from types import TracebackType
+import time
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, Self
 
 from tqdm import tqdm
+
+logger = logging.getLogger("dask_imgread")
+
+_LINE_EVERY = 10.0  # seconds
+_LINE = (
+    "%(partitions_done)d of %(partitions)d partitions, %(images)d images, %(failed)d failed, "
+    "%(images_per_second).0f images/s, %(seconds_left)s s left"
+)
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class Progress(Protocol):
+    """What shows how far a run has come; a context manager."""
+
+    def update(self, done: int, images: int, failed: int) -> None:
+        """Show that ``done`` partitions are done, with so many images so far, this run's."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def choose_progress(partitions: int, done: int = 0, *, hidden: bool = False) -> Progress:
+    """Return a bar where stderr is a terminal and the log is not JSON, else lines in the log.
+
+    Parameters
+    ----------
+    partitions, done
+        How many there are, and how many were done before this run.
+    hidden
+        Show nothing.
+    """
+    if hidden or (sys.stderr.isatty() and not logs_json()):
+        return ProgressBar(partitions, done, hidden=hidden)
+    return ProgressLog(partitions, done)
 
 
 class ProgressBar:
     """A bar: partitions done, images, failures, images per second, time left."""
 
-    def __init__(self, partitions: int, *, hidden: bool = False) -> None:
+    def __init__(self, partitions: int, done: int = 0, *, hidden: bool = False) -> None:
+        self._before = done
         self._bar = tqdm(
-            total=partitions, unit="partition", file=sys.stderr, dynamic_ncols=True, disable=hidden
+            total=partitions,
+            initial=done,
+            unit="partition",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=hidden,
         )
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def update(self, done: int, images: int, failed: int) -> None:
-        """Show that ``done`` partitions are done, with so many images so far."""
+        """Show that ``done`` partitions are done, with so many images so far, this run's."""
         if self._bar.disable:
             return
         rate = (images + failed) / max(self._bar.format_dict["elapsed"], 1e-9)
         self._bar.set_postfix_str(
             f"{images} images, {failed} failed, {rate:.0f} images/s", refresh=False
         )
-        self._bar.update(done - self._bar.n)
+        self._bar.update(done + self._before - self._bar.n)
+
+
+class ProgressLog:
+    """A line every ten seconds, and one at the end: in the log, or on stderr as it is."""
+
+    def __init__(self, partitions: int, done: int = 0) -> None:
+        self._partitions, self._before = partitions, done
+        self._start = self._told = time.monotonic()
+        self._last = (0, 0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tell()
+
+    def update(self, done: int, images: int, failed: int) -> None:
+        """Show that ``done`` partitions are done, with so many images so far, this run's."""
+        self._last = done, images, failed
+        if time.monotonic() - self._told >= _LINE_EVERY:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        done, images, failed = self._last
+        seconds = max(self._told - self._start, 1e-9)
+        left = self._partitions - self._before - done
+        figures = {
+            "partitions_done": self._before + done,
+            "partitions": self._partitions,
+            "images": images,
+            "failed": failed,
+            "images_per_second": round((images + failed) / seconds, 1),
+            "seconds_left": round(seconds / done * left) if done else None,
+        }
+        line = _LINE % figures
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", line, extra=figures)
+        else:  # whoever asked to see it has not set up a log that shows it
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=sys.stderr)
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as one line of JSON, with whatever ``extra`` it carries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def logs_json() -> bool:
+    """Whether this process's log is JSON."""
+    return any(isinstance(h.formatter, JsonFormatter) for h in logging.getLogger().handlers)
+
+
+def start_logging(log_format: Literal["text", "json"]) -> None:
+    """Send this process's log, Dask's and that of workers it starts, to stderr."""
+    import dask
+    from distributed.config import initialize_logging
+
+    form = (
+        {"()": f"{__name__}.{JsonFormatter.__name__}"}
+        if log_format == "json"
+        else {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    )
+    settings = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": form},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {"dask_imgread": {"level": "INFO"}},
+    }
+    initialize_logging({"logging": settings})
+    logging.captureWarnings(True)
+    # Worker processes set up their logs when they import Dask, by what they inherit.
+    os.environ["DASK_INTERNAL_INHERIT_CONFIG"] = dask.config.serialize({"logging": settings})

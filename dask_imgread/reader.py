@@ -24,6 +24,7 @@ from dask_imgread.records import (
 from dask_imgread.samples import ImageEntry, ShardIndex, index_members, make_shard_id
 from dask_imgread.shards import open_shard, resolve_path
 from dask_imgread.stage import ProcessingStage, Resources
+from dask_imgread.storage import hide_secrets, name_url
 from dask_imgread.tar import ByteSource, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 from dask_imgread.worker import count_own_cores
@@ -254,22 +255,24 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         """Yield one shard's batches; what is broken in it ends in them too."""
         rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.decode, self.on_error)
         gathered = BatchGatherer(rules, options)
+        shown = name_url(path)
         try:
             with open_shard(path, task.storage_options) as source:
                 index = self._index(source, task)
                 repeated = [entry.member.name for entry in index.images if entry.repeated]
                 if repeated:
                     logger.warning(
-                        "%s: %d duplicate names, such as %s", path, len(repeated), repeated[0]
+                        "%s: %d duplicate names, such as %s", shown, len(repeated), repeated[0]
                     )
                 shard_id = make_shard_id(path)
                 for entry in index.images:
-                    image = describe_image(entry, path, shard_id)
+                    image = describe_image(entry, shown, shard_id)
                     yield from gathered.add(image, self._load(source, entry, image))
                 for member in index.broken:
-                    yield from gathered.add(describe_damage(member, path, shard_id), None)
+                    yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
-            yield from gathered.add(describe_lost(path, f"unreadable shard: {error}"), None)
+            reason = hide_secrets(f"unreadable shard: {error}", task.storage_options)
+            yield from gathered.add(describe_lost(path, reason), None)
         yield from gathered.empty()
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> ShardIndex:
@@ -306,6 +309,6 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             image.error = str(error)
             return None
         except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
-            image.error = f"unreadable: {type(error).__name__}: {error}"
+            image.error = hide_secrets(f"unreadable: {type(error).__name__}: {error}")
             return None
         return EncodedImage(image, content, header.backend, 3 * pixels)

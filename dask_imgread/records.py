@@ -7,6 +7,7 @@ import logging
 from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
 from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
 from dask_imgread.shards import resolve_path
+from dask_imgread.storage import hide_secrets, name_url
 from dask_imgread.tar import ByteSource, Member
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
@@ -40,13 +41,15 @@ def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
 
 def describe_lost(path: str, reason: str) -> ImageObject:
     """Make the record of a whole shard that can't be read."""
-    return ImageObject(path, f"{make_shard_id(path)}/", shard=path, error=reason)
+    shown = name_url(path)
+    return ImageObject(shown, f"{make_shard_id(path)}/", shard=shown, error=reason)
 
 
 def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:
     """Make a record for each shard of a task that could not be run."""
     paths = map(resolve_path, task.data)
-    return [describe_lost(path, f"killed its worker: {error}") for path in paths]
+    reason = hide_secrets(f"killed its worker: {error}", task.storage_options)
+    return [describe_lost(path, reason) for path in paths]
 
 
 def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, bytes]:

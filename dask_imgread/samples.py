@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask_imgread.storage import drop_signature
 from dask_imgread.tar import Member
 
 IMAGE_EXTENSIONS = frozenset(
@@ -22,8 +22,6 @@ IMAGE_EXTENSIONS = frozenset(
 )
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_JSON_DEPTH = 100
-
-_USER_INFO = re.compile(r"(?<=://)[^/@]*@")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -50,7 +48,7 @@ def make_shard_id(shard: str) -> str:
     The digest keeps apart shards of one name in two folders; nothing else goes into it,
     so that the name is the same in every process and for every grouping of shards.
     """
-    plain = _USER_INFO.sub("", shard)
+    plain = drop_signature(shard)
     stem = posixpath.basename(plain.split("?", 1)[0]).split(".", 1)[0]
     return f"{stem}-{hashlib.blake2b(plain.encode(), digest_size=5).hexdigest()}"
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_imgread.storage import StorageError, hide_secrets, name_url, with_retries
 from dask_imgread.tar import ByteSource
 
 COMPRESSIONS = {".tar": None, ".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd"}
 _BLOCK_BYTES = 4 << 20
 _CACHE_BYTES = 256 << 20  # a reader of a remote or compressed shard keeps this much of it
 _PIECE_BYTES = 16 << 10  # what is lost at most where a compressed stream breaks off
-
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 class Shard(NamedTuple):
@@ -33,6 +33,9 @@ class Shard(NamedTuple):
     version: str
 
 
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | list[Shard]
+
+
 def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> list[Shard]:
     """List the shards that ``paths`` stand for, in the order given, each once.
 
@@ -40,7 +43,8 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
     ----------
     paths
         A file, a folder (searched recursively), a glob, a brace range such as
-        ``{00000..00099}.tar``, a URL that fsspec knows, or a list of these.
+        ``{00000..00099}.tar``, a URL that fsspec knows, or a list of these. Shards that were
+        found before are returned as they are.
     storage_options
         Options for fsspec's file system.
 
@@ -48,9 +52,14 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
     ------
     FileNotFoundError
         If a path, or all that a folder or a glob stands for, does not exist.
+    PermissionError
+        If a store refuses to tell.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    expanded = [name for path in given for name in expand_braces(os.fspath(path))]
+    if given and isinstance(given[0], Shard):
+        return cast("list[Shard]", given)
+    names = [os.fspath(cast("str", path)) for path in given]
+    expanded = [path for name in names for path in expand_braces(name)]
     options = storage_options or {}
 
     def find(path: str) -> list[Shard]:
@@ -97,20 +106,21 @@ def is_local(path: str) -> bool:
 
 
 def _find(path: str, options: dict[str, Any]) -> list[Shard]:
-    fs, root = url_to_fs(path, **options)
+    fs, root = connect(path, options)
     if isinstance(fs, LocalFileSystem) and os.path.isfile(root):
         return [stat_shard(root, {})]
-    if any(mark in path for mark in "*[") and not fs.exists(root):
-        found = fs.glob(root, detail=True)
+    if any(mark in path for mark in "*[") and not with_retries(fs.exists, path, root):
+        found = with_retries(fs.glob, path, root, detail=True)
         kind = "no shard matches"
     else:
         try:
-            info = fs.info(root)
+            info = with_retries(fs.info, path, root)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no such shard or folder: {path}") from None
-        if info["type"] != "directory":
+            raise FileNotFoundError(f"no such shard or folder: {name_url(path)}") from None
+        # A web server's folders are pages: only the slash tells.
+        if info["type"] != "directory" and not path.endswith("/"):
             return [_make_shard(fs, root, info)]
-        found = fs.find(root, detail=True)
+        found = with_retries(fs.find, path, root, detail=True)
         kind = f"no {' or '.join(COMPRESSIONS)} in the folder"
     shards = [
         _make_shard(fs, name, info)
@@ -118,7 +128,9 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
         if info["type"] == "file" and name.endswith(tuple(COMPRESSIONS))
     ]
     if not shards:
-        raise FileNotFoundError(f"{kind} {path}")
+        if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
+            with_retries(fs.cat_file, path, root.partition("*")[0])
+        raise FileNotFoundError(f"{kind} {name_url(path)}")
     return shards
 
 
@@ -137,8 +149,31 @@ def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
     FileNotFoundError
         If there is no such file.
     """
-    fs, name = url_to_fs(path, **storage_options)
-    return _make_shard(fs, name, fs.info(name))
+    fs, name = connect(path, storage_options)
+    return _make_shard(fs, name, with_retries(fs.info, path, name))
+
+
+def connect(path: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path or URL, and the path in it.
+
+    Raises
+    ------
+    ImportError
+        If the package for the URL's store is not installed; the message names it.
+    ValueError
+        If there is no such store, or the options don't fit it.
+    """
+    if path.startswith(("s3://", "s3a://")):
+        # Its libraries' own attempts, 25 for each of ours, would take hours on a dead server.
+        options = {"config_kwargs": {"retries": {"max_attempts": 0}}} | options
+    try:
+        fs, name = url_to_fs(path, **options)
+    except TypeError as error:
+        reason = hide_secrets(str(error), options)
+        raise ValueError(f"{name_url(path)}: storage options that don't fit: {reason}") from None
+    if "s3" in fs.protocol:
+        fs.retries = 1
+    return fs, name
 
 
 @contextmanager
@@ -146,25 +181,41 @@ def open_shard(path: str, storage_options: dict[str, Any] | None = None) -> Iter
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
 
     A plain local file is read in place. Of any other, blocks of 4 MiB are fetched as
-    they are needed and the last 256 MiB are kept; a compressed shard is read again from
-    its beginning where more than that lies between two reads.
+    they are needed and the last 256 MiB are kept. A shard that is compressed, or lies on a
+    server without ranged reads, is read again from its beginning where more than that
+    lies between two reads.
 
     Raises
     ------
     OSError
         If it can't be opened.
     """
-    fs, name = url_to_fs(path, **(storage_options or {}))
-    compression = next((COMPRESSIONS[s] for s in COMPRESSIONS if path.endswith(s)), None)
+    fs, name = connect(path, storage_options or {})
+    compression = find_compression(path)
     source: LocalSource | BlockSource
     if compression is not None:
-        source = BlockSource(_Stream(lambda: fs.open(name, "rb"), compression))
+        source = BlockSource(_Stream(fs, name, compression))
     elif isinstance(fs, LocalFileSystem):
         source = LocalSource(name)
     else:
-        source = BlockSource(_Ranges(fs, name))
+        source = BlockSource(_open_remote(fs, name))
     with closing(source):
         yield source
+
+
+def find_compression(path: str) -> str | None:
+    """Return how a shard is compressed, by its name."""
+    plain = path.partition("?")[0] if "://" in path else path
+    return next((COMPRESSIONS[end] for end in COMPRESSIONS if plain.endswith(end)), None)
+
+
+def _open_remote(fs: fsspec.AbstractFileSystem, name: str) -> _Ranges | _Stream:
+    info = with_retries(fs.info, name, name)
+    if info.get("size") is None or not info.get("partial", True):
+        return _Stream(fs, name, None)
+    if "http" in fs.protocol:
+        return _HttpRanges(fs, name, info["size"])
+    return _Ranges(fs, name, info["size"])
 
 
 class LocalSource:
@@ -199,16 +250,24 @@ class LocalSource:
 class _Ranges:
     """Blocks of a remote file, each by a request for its range."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int) -> None:
         self._fs, self._name = fs, name
-        self.end: int | None = fs.info(name)["size"]
+        self.end: int | None = size
 
     def fetch(self, block: int) -> bytes:
         start = block * _BLOCK_BYTES
         assert self.end is not None
         if start >= self.end:
             return b""
-        stop = min(start + _BLOCK_BYTES, self.end)
+        return with_retries(self._request, self._name, start, min(start + _BLOCK_BYTES, self.end))
+
+    def _request(self, start: int, stop: int) -> bytes:
+        content = self._read(start, stop)
+        if len(content) != stop - start:
+            raise ConnectionError(f"{len(content)} bytes came of {stop - start}")
+        return content
+
+    def _read(self, start: int, stop: int) -> bytes:
         content: bytes = self._fs.cat_file(self._name, start=start, end=stop)
         return content
 
@@ -216,21 +275,104 @@ class _Ranges:
         """Nothing is held open between two requests."""
 
 
-class _Stream:
-    """Blocks of a compressed file, decompressed from its beginning on."""
+class _HttpRanges(_Ranges):
+    """Blocks of a file on a web server, which may turn out to give no ranges."""
 
-    def __init__(self, open_file: Callable[[], IO[bytes]], compression: str) -> None:
-        self._open_file, self._compression = open_file, compression
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int) -> None:
+        super().__init__(fs, name, size)
+        # Unlike `cat_file`, such a file sees whether the answer is the range asked for.
+        self._file = fs.open(name, "rb", size=size, cache_type="none")
+        self._stream: _Stream | None = None
+
+    def fetch(self, block: int) -> bytes:
+        if self._stream is None:
+            try:
+                return super().fetch(block)
+            except ValueError:  # so fsspec says that the answer is no range
+                self._stream = _Stream(self._fs, self._name, None)
+        return self._stream.fetch(block)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        self._file.seek(start)
+        content: bytes = self._file.read(stop - start)
+        return content
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+class _ResumedFile(io.RawIOBase):
+    """A file read from its beginning on, and taken up again where its connection breaks."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
+        super().__init__()
+        self._fs, self._name = fs, name
         self._file: IO[bytes] | None = None
-        self._stream: pa.CompressedInputStream | None = None
+        self._done = 0
+
+    def read(self, size: int = -1) -> bytes:
+        return with_retries(self._read_once, self._name, size)
+
+    def _read_once(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            content = self._file.read(size)
+        except Exception:
+            self._drop()
+            raise
+        self._done += len(content)
+        return content
+
+    def _open(self) -> IO[bytes]:
+        # A web server's file is one stream: whether it gives ranges is not known yet.
+        options = {"block_size": 0} if "http" in self._fs.protocol else {}
+        file: IO[bytes] = self._fs.open(self._name, "rb", **options)
+        try:
+            if options:
+                skipped = 0
+                while skipped < self._done:
+                    piece = file.read(min(_BLOCK_BYTES, self._done - skipped))
+                    if not piece:
+                        raise ConnectionError(f"the file ended after {skipped} bytes")
+                    skipped += len(piece)
+            else:
+                file.seek(self._done)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+
+class _Stream:
+    """Blocks of a file that can only be read from its beginning on, such as a compressed one."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, compression: str | None) -> None:
+        self._fs, self._name, self._compression = fs, name, compression
+        self._file: _ResumedFile | None = None
+        self._stream: pa.CompressedInputStream | _ResumedFile | None = None
         self._next = 0
         self.end: int | None = None
 
     def fetch(self, block: int) -> bytes:
         if self._stream is None or block < self._next:
             self.close()
-            self._file = self._open_file()
-            self._stream = pa.CompressedInputStream(self._file, self._compression)
+            self._file = self._stream = _ResumedFile(self._fs, self._name)
+            if self._compression is not None:
+                self._stream = pa.CompressedInputStream(self._file, self._compression)
             self._next = 0
         content = b""
         while self._next <= block:
@@ -241,12 +383,14 @@ class _Stream:
                 break
         return content if self._next == block + 1 else b""
 
-    def _read_block(self, stream: pa.CompressedInputStream) -> bytes:
+    def _read_block(self, stream: pa.CompressedInputStream | _ResumedFile) -> bytes:
         pieces: list[bytes] = []
         missing = _BLOCK_BYTES
         while missing:
             try:
                 piece = stream.read(min(_PIECE_BYTES, missing))
+            except StorageError:
+                raise
             except OSError:  # cut or damaged: what came before stands
                 break
             if not piece:
@@ -266,6 +410,7 @@ class BlockSource:
     def __init__(self, blocks: _Ranges | _Stream) -> None:
         self._blocks = blocks
         self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._lost: tuple[int, StorageError] | None = None
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return the bytes from ``offset``, fewer where the source ends."""
@@ -282,7 +427,13 @@ class BlockSource:
 
     def _load(self, block: int) -> bytes:
         if block not in self._kept:
-            self._kept[block] = self._blocks.fetch(block)
+            if self._lost is not None and self._lost[0] == block:
+                raise self._lost[1]  # not half a minute again for each image in it
+            try:
+                self._kept[block] = self._blocks.fetch(block)
+            except StorageError as error:
+                self._lost = block, error
+                raise
             while len(self._kept) * _BLOCK_BYTES > _CACHE_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(block)

@@ -13,6 +13,7 @@ from dask.sizeof import sizeof
 from numpy.typing import NDArray
 
 from dask_imgread.shards import resolve_path, stat_shard
+from dask_imgread.storage import name_url
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -32,7 +33,7 @@ COLUMNS = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class FileGroupTask:
     """The shards, or the part of one shard, that one task reads.
 
@@ -46,7 +47,8 @@ class FileGroupTask:
         A name for the task; batches are numbered after it.
     reader_config
         What the reader is told about these shards: ``storage_options``, a dict for
-        fsspec's file system. It is left out of ``repr``, since it may hold credentials.
+        fsspec's file system. It is left out of ``repr``, since it may hold credentials,
+        as are those in URLs.
     byte_range
         Offsets of the first header to read and of the first not to (None: to the end).
         For a task with one shard only.
@@ -61,7 +63,7 @@ class FileGroupTask:
     dataset_name: str = ""
     data: list[str] = field(default_factory=list)
     task_id: str = ""
-    reader_config: dict[str, Any] = field(default_factory=dict, repr=False)
+    reader_config: dict[str, Any] = field(default_factory=dict)
     byte_range: tuple[int, int | None] | None = None
     index_whole_shard: bool = False
     versions: tuple[str, ...] = ()
@@ -86,6 +88,11 @@ class FileGroupTask:
         """Options for fsspec's file system."""
         options: dict[str, Any] = self.reader_config.get("storage_options") or {}
         return options
+
+    def __repr__(self) -> str:
+        """Return what Dask writes into its logs when the task fails."""
+        data = [name_url(path) for path in self.data]
+        return f"FileGroupTask({self.task_id!r}, data={data}, byte_range={self.byte_range})"
 
     def __dask_tokenize__(self) -> object:
         """Name what is read, the shards' content included, alike in every process."""

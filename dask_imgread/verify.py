@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from dask.system import CPU_COUNT
+from distributed.scheduler import KilledWorker
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.progress import ProgressBar
 from dask_imgread.reader import ImageReaderStage
 from dask_imgread.records import describe_lost_shards
 from dask_imgread.shards import resolve_path
+from dask_imgread.storage import name_url
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
 from dask_imgread.window import run_tasks
 
@@ -71,7 +73,7 @@ class _Verify:
     reader: ImageReaderStage
 
     def __call__(self, task: FileGroupTask) -> _Tally:
-        good = Counter(dict.fromkeys(map(resolve_path, task.data), 0))
+        good = Counter({name_url(resolve_path(path)): 0 for path in task.data})
         bad: list[ImageObject] = []
         for batch in self.reader.read(task):
             good.update(image.shard for image in batch.data)
@@ -136,6 +138,8 @@ def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> 
     for task, result in run_tasks(client, verify, tasks, pure=False, **options):
         if isinstance(result, _Tally):
             yield result
+        elif not isinstance(result, KilledWorker):
+            raise result
         else:
             lost = describe_lost_shards(task, result)
             yield _Tally(Counter(dict.fromkeys((image.shard for image in lost), 0)), lost)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +14,9 @@ from dask_imgread.cluster import check_resources
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+
+_SMALLEST_WINDOW = 16
+_LOOKED_EVERY = 5.0  # seconds, at the number of threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +46,8 @@ def map_windowed(
     items
         Its arguments, taken as they are needed; may be endless.
     window
-        Tasks in flight at most; twice the cluster's threads if not given.
+        Tasks in flight at most; if not given, twice the threads that the cluster has at
+        the time, and 16 at least, so that an adaptive cluster sees that there is work.
     **options
         Options of ``client.map``, such as ``reader.annotations(client)`` or ``retries``.
 
@@ -58,15 +64,13 @@ def map_windowed(
     Examples
     --------
     >>> from distributed import Client
-    >>> with Client(n_workers=1, processes=False, dashboard_address=None) as client:
+    >>> with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
     ...     sorted(future.result() for _, future in map_windowed(client, abs, [-3, -1, 2]))
     [1, 2, 3]
     """
     from distributed import as_completed
 
     check_resources(client, options.get("resources") or {})
-    if window is None:
-        window = 2 * max(1, sum(client.nthreads().values()))
     waiting = iter(items)
     ended = as_completed()
     running: dict[Future, Item] = {}
@@ -77,35 +81,55 @@ def map_windowed(
             running[future] = item
             ended.add(future)
 
-    # Several at a time: one by one, telling the scheduler costs more than the scheduling.
-    at_a_time = max(1, window // 4)
-    submit(window)
+    limit = window or _look_up_window(client)
+    looked = time.monotonic()
+    submit(limit)
     while running:
         future = next(ended)
         item = running.pop(future)
         yield item, future
         future.release()
-        if len(running) <= window - at_a_time:
-            submit(at_a_time)
+        if window is None and time.monotonic() - looked > _LOOKED_EVERY:
+            limit, looked = _look_up_window(client), time.monotonic()
+        # Several at a time: one by one, telling the scheduler costs more than the scheduling.
+        if limit - len(running) >= max(1, limit // 4):
+            submit(limit - len(running))
+
+
+def _look_up_window(client: Client) -> int:
+    threads: int = sum(client.nthreads().values())
+    return max(_SMALLEST_WINDOW, 2 * threads)
 
 
 def run_tasks(
     client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **options: Any
-) -> Iterator[tuple[Item, Result | KilledWorker]]:
-    """Yield what ``map_windowed`` does as results, and name the items that kill their workers.
+) -> Iterator[tuple[Item, Result | Exception]]:
+    """Yield what ``map_windowed`` does as results or errors, and find what kills its workers.
 
     When a worker dies again and again, Dask blames whatever it had been given. Here the
-    blamed items are tried once more at the end, one at a time: what kills its workers then
-    too is yielded with the error. Any other error is raised.
+    blamed items are tried once more at the end, one at a time: only what kills its workers
+    then too is yielded with the ``KilledWorker``.
+
+    Raises
+    ------
+    CancelledError
+        If the scheduler is lost.
     """
     blamed: list[Item] = []
     for item, future in map_windowed(client, fn, items, **options):
-        try:
-            yield item, future.result()
-        except KilledWorker:
+        result = _take_result(future)
+        if isinstance(result, KilledWorker):
             blamed.append(item)
+        else:
+            yield item, result
     for item, future in map_windowed(client, fn, blamed, **(options | {"window": 1})):
-        try:
-            yield item, future.result()
-        except KilledWorker as error:
-            yield item, error
+        yield item, _take_result(future)
+
+
+def _take_result(future: Future) -> Any:
+    try:
+        return future.result()
+    except CancelledError:
+        raise
+    except Exception as error:
+        return error

@@ -1,6 +1,7 @@
-"""Decode every image of some shards and write a table of what they are.
+"""Decode every image of some shards and write a table of how bright each is.
 
-Runs on all GPUs of the machine, or on its CPU cores where there is none:
+Runs on all GPUs of the machine, or on its CPU cores where there is none. Killed and called
+again, it goes on where it stopped:
 
     python examples/batch_job.py "shards/*.tar" --out brightness
 """
@@ -8,42 +9,27 @@ Runs on all GPUs of the machine, or on its CPU cores where there is none:
 import argparse
 
 import pandas as pd
-from dask.distributed import Client, progress
+from brightness import measure
 
-from dask_imgread import ImageBatch, ImageReaderStage, map_images, start_cluster
+from dask_imgread import ImageReaderStage, run_job, start_cluster
 
-META = pd.DataFrame(
-    {"width": pd.Series(dtype="int64"), "brightness": pd.Series(dtype="float64")},
-    index=pd.Index([], dtype="string[pyarrow]", name="image_id"),
-)
-
-
-def measure(batch: ImageBatch) -> pd.DataFrame:
-    """Return one row for each image; runs on the worker that decoded them."""
-    rows = {
-        "width": [image.width for image in batch.data],
-        "brightness": [image.image_data.mean() for image in batch.data],
-    }
-    ids = pd.Index(
-        [image.image_id for image in batch.data], dtype="string[pyarrow]", name="image_id"
-    )
-    return pd.DataFrame(rows, index=ids).astype(META.dtypes)
+SHARE = 0.25  # of a GPU for each reader: four decode on it at a time
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards", nargs="+")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
+    parser.add_argument("--out", required=True, help="folder or URL for the table")
     options = parser.parse_args()
 
-    reader = ImageReaderStage(num_gpus_per_worker=0.25)
-    with start_cluster(num_gpus_per_worker=0.25) as cluster, Client(cluster) as client:
-        frame = map_images(measure, options.shards, reader=reader, meta=META)
-        frame = client.persist(frame, **reader.annotations(client))
-        progress(frame)
-        frame.to_parquet(options.out)
-        print(f"\n{len(frame)} images, mean brightness {frame.brightness.mean().compute():.1f}")
+    reader = ImageReaderStage(num_gpus_per_worker=SHARE, sidecars=False)
+    with start_cluster(num_gpus_per_worker=SHARE) as cluster, cluster.get_client() as client:
+        summary = run_job(
+            options.shards, options.out, measure, client=client, reader=reader, progress=True
+        )
+    rows = pd.read_parquet(options.out, columns=["brightness"])
+    print(f"{summary.images} images, mean brightness {rows['brightness'].mean():.1f}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the worker processes import this file
     main()

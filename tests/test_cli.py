@@ -24,6 +24,7 @@ def test_demo(tmp_path):
     rows = pd.read_parquet(folder / "metadata")
     assert len(rows) == 40
     assert rows["error"].notna().sum() == 1
+    assert "bokeh" in (folder / "report.html").read_text()
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sum(count > 0 for count in sheet.convert("L").histogram()) > 50
     assert "Traceback" not in done.stderr
@@ -35,13 +36,14 @@ def test_metadata(tmp_path, photo_shards):
     )
     assert done.returncode == 0, done.stderr
     assert "100 images, 0 failed" in done.stdout
-    assert len(list((tmp_path / "out" / "metadata").glob("*.parquet"))) == 12
-    assert len(pd.read_parquet(tmp_path / "out" / "metadata")) == 100
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 12
+    assert len(pd.read_parquet(tmp_path / "out")) == 100
 
 
 @pytest.mark.parametrize("wrong", ["nope.tar", "empty", "text.tar", "zero.tar", "page.html"])
 def test_wrong_paths(tmp_path, monkeypatch, capsys, wrong):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("hello")
     (tmp_path / "zero.tar").write_text("")

@@ -25,10 +25,10 @@ from dask_imgread import (
     partition_shards,
     read_bag,
     read_metadata,
+    run_job,
     verify_shards,
 )
 from dask_imgread.decode import DECODERS
-from dask_imgread.jobs import write_metadata
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 
 META = pd.DataFrame({"total": pd.Series(dtype="int64")}).rename_axis("image_id")
@@ -187,9 +187,9 @@ def test_a_shard_that_always_kills_its_worker_is_reported_by_name(
     assert lost.image_path == photo_shards[1]
     assert lost.error.startswith("killed its worker: ")
 
-    tasks = partition_shards(photo_shards)
-    summary = write_metadata(client_that_gives_up_early, tasks, killer, str(tmp_path / "out"))
-    assert (summary.count.images, summary.count.failed) == (75, 1)
+    options = {"client": client_that_gives_up_early, "reader": killer}
+    summary = run_job(photo_shards, tmp_path / "out", **options)
+    assert (summary.images, summary.failed) == (75, 1)
     rows = pd.read_parquet(tmp_path / "out")
     assert rows["error"].dropna().str.startswith("killed its worker").all()
 

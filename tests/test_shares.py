@@ -156,7 +156,7 @@ def test_a_share_larger_than_what_is_declared(tasks):
     from distributed import Client
 
     with Client(
-        n_workers=1, processes=False, resources={"GPU": 0.1}, dashboard_address=None
+        n_workers=1, processes=False, resources={"GPU": 0.1}, dashboard_address=":0"
     ) as client:
         with pytest.raises(RuntimeError, match=r"0.25 of a GPU.*declares only 0.1"):
             client.submit(ImageReaderStage(), tasks[0]).result(timeout=20)

@@ -1,0 +1,82 @@
+"""What a job of many partitions takes of client and scheduler: ``python -m benchmarks.job``.
+
+The reader returns at once, so that what is left is planning, scheduling and writing. Each number
+of partitions runs in a process of its own, which is client and scheduler; two workers write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.scale import InstantReader
+from dask_imgread import run_job
+from dask_imgread.testing import write_shard
+
+MEMBERS_IN_A_SHARD = 10_000
+
+
+def make_shards(folder: Path, partitions: int) -> list[str]:
+    """Write shards of one empty image for each partition."""
+
+    def name_members(start: int) -> Iterable[tuple[str, bytes]]:
+        stop = min(start + MEMBERS_IN_A_SHARD, partitions)
+        return [(f"{number:09d}.jpg", b"") for number in range(start, stop)]
+
+    return [
+        write_shard(folder / f"{start:09d}.tar", name_members(start))
+        for start in range(0, partitions, MEMBERS_IN_A_SHARD)
+    ]
+
+
+def measure(partitions: int) -> None:
+    """Run a job of so many partitions and print what it took."""
+    from distributed import Client, LocalCluster
+
+    with TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder), partitions)
+        reader = InstantReader(verbose=False, decode=False, sidecars=False)
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+            Client(cluster) as client,
+        ):
+            before, start = read_peak(), time.perf_counter()
+            run_job(shards, f"{folder}/out", client=client, reader=reader, images_per_partition=1)
+            seconds, peak = time.perf_counter() - start, read_peak()
+        start = time.perf_counter()
+        run_job(shards, f"{folder}/out", reader=reader, images_per_partition=1)
+        again = time.perf_counter() - start
+    print(
+        f"{partitions:,} partitions: {peak:.0f} MB at the peak, {before:.0f} MB before; "
+        f"{1e3 * seconds / partitions:.1f} ms a partition; "
+        f"{again:.1f} s to find that nothing is left",
+        flush=True,
+    )
+
+
+def read_peak() -> float:
+    """Return the most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure each number of partitions in its own process."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.job", description=__doc__)
+    parser.add_argument("partitions", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    numbers = parser.parse_args(arguments).partitions
+    if len(numbers) == 1:
+        measure(numbers[0])
+    else:
+        for number in numbers:
+            subprocess.run([sys.executable, "-m", "benchmarks.job", str(number)], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

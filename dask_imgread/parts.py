@@ -1,0 +1,170 @@
+"""Write the parts of a job's output: one for each partition, by the worker that read it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from base64 import b64encode
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from dask_imgread.folder import Count, Footer, JobFolder
+from dask_imgread.frame import BatchFunction
+from dask_imgread.reader import ImageReaderStage
+from dask_imgread.records import describe_lost_shards
+from dask_imgread.storage import hide_secrets
+from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame
+from dask_imgread.worker import find_worker
+
+logger = logging.getLogger("dask_imgread")
+
+# What of a reader decides on the rows. The rest is how fast they come.
+_DECISIVE = ("decode", "sidecars", "on_error", "max_pixels", "resize", "output")
+_INFERRED_BATCHES = 4  # whose rows tell the types of a function's columns
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Reads one partition and writes its rows; all that a worker must know of a job.
+
+    Parameters
+    ----------
+    reader
+        The reader.
+    fn
+        What makes the rows of a batch; None for the images' metadata.
+    folder
+        Where they are written.
+    schema
+        The columns and types that all parts have; None until they are known.
+    """
+
+    reader: ImageReaderStage
+    fn: BatchFunction | None
+    folder: JobFolder
+    schema: pa.Schema | None = None
+
+    __name__ = "write_part"  # Dask names tasks by it
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that decides on what the rows are."""
+        options = asdict(self.reader)
+        return {
+            "command": "metadata" if self.fn is None else "apply",
+            "function": None if self.fn is None else name_function(self.fn),
+            "version": version("dask-imgread"),
+            "options": {"reader": type(self.reader).__qualname__}
+            | {name: options[name] for name in _DECISIVE},
+        }
+
+    def __call__(self, numbered: tuple[int, FileGroupTask]) -> Count:
+        """Read one partition and write its rows."""
+        number, task = numbered
+        began = time.time()
+        rows, records = [self._no_rows()], [_no_records()]
+        count = Count()
+        for batch in self.reader.read(task):
+            rows.append(self._make_rows(batch))
+            records.append(to_table(batch.to_frame()))
+            count += Count(batch.num_items, len(batch.failed) + batch.skipped)
+        self._write(number, pa.concat_tables(rows), pa.concat_tables(records), count, began)
+        return count
+
+    def infer_schemas(self, task: FileGroupTask) -> list[pa.Schema]:
+        """Return the columns that the function gives for the first images of a partition."""
+        assert self.fn is not None
+        batches = (batch for batch in self.reader.read(task) if batch.data)
+        return [to_table(self.fn(batch)).schema for batch in islice(batches, _INFERRED_BATCHES)]
+
+    def write_lost(self, number: int, task: FileGroupTask, error: Exception) -> Count:
+        """Write a row for each shard of a partition that could not be run."""
+        batch = ImageBatch(failed=describe_lost_shards(task, error))
+        rows = self._no_rows() if self.fn is not None else self._make_rows(batch)
+        count = Count(0, len(batch.failed))
+        self._write(number, rows, to_table(batch.to_frame()), count, time.time())
+        return count
+
+    def _no_rows(self) -> pa.Table:
+        assert self.schema is not None
+        return self.schema.empty_table()
+
+    def _make_rows(self, batch: ImageBatch) -> pa.Table:
+        if self.fn is None:
+            return to_table(describe_batch(batch, self.reader.sidecars))
+        try:
+            assert self.schema is not None
+            return _conform(to_table(self.fn(batch)), self.schema)
+        except Exception as error:
+            if self.reader.on_error == "raise":
+                raise
+            logger.exception("%s failed", name_function(self.fn))
+            _fail_batch(batch, error, self.reader.on_error == "skip")
+            return self._no_rows()
+
+    def _write(
+        self, number: int, rows: pa.Table, records: pa.Table, count: Count, began: float
+    ) -> None:
+        worker = find_worker()
+        name = worker.address if worker is not None else "client"
+        footer = Footer(count.images, count.failed, began, time.time(), name)
+        self.folder.write_part(number, rows, records if self.fn is not None else None, footer)
+
+
+def name_function(fn: BatchFunction) -> str:
+    """Return ``module:function``."""
+    if isinstance(fn, partial):
+        return f"{name_function(fn.func)} with {fn.args} {fn.keywords}"
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{fn.__module__}:{name}"
+
+
+def to_table(rows: pd.DataFrame) -> pa.Table:
+    """Return rows as Arrow holds them, their index as a column if it has a name."""
+    if not isinstance(rows, pd.DataFrame):
+        raise TypeError(f"a DataFrame is expected, not {type(rows).__name__}")
+    # An index without a name only numbers the rows.
+    return pa.Table.from_pandas(rows, preserve_index=any(n is not None for n in rows.index.names))
+
+
+def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give a table the schema of all parts."""
+    if set(table.column_names) != set(schema.names):
+        raise ValueError(f"columns {table.column_names} came where {schema.names} are expected")
+    return table.select(schema.names).cast(schema)
+
+
+def describe_batch(batch: ImageBatch, sidecars: bool) -> pd.DataFrame:
+    """Return a batch's metadata, and the sidecars as JSON if they are asked for."""
+    frame = batch.to_frame()
+    if sidecars:
+        texts = [_to_json(image.metadata) for image in [*batch.data, *batch.failed]]
+        frame["sidecars"] = pd.array(texts, dtype="string[pyarrow]")
+    return frame
+
+
+def _to_json(sidecars: dict[str, Any]) -> str:
+    # ASCII: a lone surrogate, which JSON may hold, is no UTF-8.
+    return json.dumps(sidecars, default=lambda content: {"base64": b64encode(content).decode()})
+
+
+def _no_records() -> pa.Table:
+    return to_table(make_frame([]))
+
+
+def _fail_batch(batch: ImageBatch, error: Exception, skip: bool) -> None:
+    """Count a batch's images as failed."""
+    reason = hide_secrets(f"function failed: {type(error).__name__}: {error}")
+    for image in batch.data:
+        image.image_data, image.error = None, reason
+    if skip:
+        batch.skipped += len(batch.data)
+    else:
+        batch.failed += batch.data
+    batch.data = []

@@ -1,0 +1,201 @@
+"""The plots of a job's page, and numbers told for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from math import ceil, floor, log10
+from typing import Any
+
+import numpy as np
+from bokeh.core.properties import value
+from bokeh.embed import components
+from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+from bokeh.themes import Theme
+from bokeh.transform import dodge
+from numpy.typing import NDArray
+
+from dask_imgread.tally import MEASURES, Floats, Spread, Tally
+
+TOP = 20  # causes, shards and formats that are drawn
+_TIME_BINS = 60
+
+_INK, _BLUE, _RED = "#76828f", "#4a86e8", "#e0566a"  # to be read on white and on black
+_FONT = "system-ui, sans-serif"
+_THEME = Theme(
+    json={
+        "attrs": {
+            "Plot": {
+                "background_fill_color": None,
+                "border_fill_color": None,
+                "outline_line_color": None,
+                "sizing_mode": "stretch_width",
+                "toolbar_location": None,
+            },
+            "Axis": {
+                "axis_line_color": None,
+                "axis_label_text_color": _INK,
+                "axis_label_text_font": _FONT,
+                "axis_label_text_font_size": "12px",
+                "axis_label_text_font_style": "normal",
+                "major_label_text_color": _INK,
+                "major_label_text_font": _FONT,
+                "major_label_text_font_size": "12px",
+                "major_tick_line_color": None,
+                "minor_tick_line_color": None,
+            },
+            "Grid": {"grid_line_color": _INK, "grid_line_alpha": 0.2},
+        }
+    }
+)
+
+
+def embed_plots(tally: Tally, times: Floats) -> tuple[dict[str, str], str, str]:
+    """Return HTML: that of each plot by its name, the script that draws them, and bokeh's own."""
+    plots: dict[str, figure] = {}
+    if tally.failed:
+        plots["causes"] = _draw_ranking(tally.causes, _RED)
+        plots["shards"] = _draw_ranking(tally.shards, _RED)
+    if tally.images:
+        plots["format"] = _draw_ranking(tally.formats, _BLUE)
+        plots |= {name: _draw_spread(tally.spreads[name], *MEASURES[name]) for name in MEASURES}
+    if times.size:
+        plots["rate"] = _draw_rates(times)
+    if not plots:
+        return {}, "", ""
+    script, divs = components(plots, theme=_THEME)
+    return divs, script, Resources(mode="inline", components=["bokeh"]).render()
+
+
+def _draw_ranking(counts: Counter[str], color: str) -> figure:
+    """Draw a bar for each name, with the name and the number above it."""
+    names, numbers = zip(*counts.most_common(TOP), strict=True)
+    total = counts.total()
+    source = ColumnDataSource(
+        {
+            "place": list(range(len(names))),
+            "name": names,
+            "short": [n if len(n) <= 40 else f"{n[:12]}…{n[-27:]}" for n in names],
+            "number": numbers,
+            "told": [f"{number:,} ({number / total:.1%})" for number in numbers],
+        }
+    )
+    plot = figure(
+        height=20 + 34 * len(names),
+        tools="",
+        x_range=Range1d(0, max(numbers)),
+        y_range=Range1d(len(names) - 0.5, -0.6),
+    )
+    plot.hbar(y="place", right="number", height=0.25, source=source, color=color)
+    lines = plot.hbar(y="place", right=max(numbers), height=1, source=source, alpha=0)
+    style = {"text_color": _INK, "text_font": value(_FONT), "text_font_size": "13px"}
+    y = dodge("place", -0.2)
+    plot.text(0, y, "short", source=source, **style)
+    plot.text(max(numbers), y, "told", source=source, text_align="right", **style)
+    plot.add_tools(HoverTool(renderers=[lines], tooltips="@name: @told"))
+    plot.axis.visible = plot.grid.visible = False
+    return plot
+
+
+def _draw_spread(spread: Spread, title: str, unit: str) -> figure:
+    edges, counts = spread.bins()
+    spans = [f"{say(low, unit)} to {say(high, unit)}" for low, high in pairwise(edges)]
+    labels = [
+        f"{span}: {count:,} images" for span, count in zip(spans, counts.tolist(), strict=True)
+    ]
+    margin = max(1.05, (2 * edges[0] / edges[-1]) ** 0.5)  # an octave at least
+    low, high = edges[0] / margin, edges[-1] * margin
+    name = title.lower()
+    plot = _draw_bars(
+        edges,
+        counts,
+        labels,
+        x_axis_type="log",
+        x_range=Range1d(low, high),
+        x_axis_label=f"{name} ({unit})" if unit else name,
+        y_axis_label="images",
+    )
+    plot.yaxis.ticker.min_interval = 1
+    ticks = _choose_ticks(low, high)
+    plot.xaxis.ticker = FixedTicker(ticks=ticks)
+    plot.xaxis.major_label_overrides = {tick: say(tick) for tick in ticks}
+    return plot
+
+
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """Return as many round numbers as can be read on a logarithmic axis.
+
+    >>> _choose_ticks(90, 600), _choose_ticks(99, 126)
+    ([100.0, 200.0, 500.0], [100.0, 105.0, 110.0, 115.0, 120.0, 125.0])
+    """
+    decades = 10.0 ** np.arange(floor(log10(low)) - 1, ceil(log10(high)) + 1)
+    if high < 4 * low:
+        steps = np.outer(decades, (1, 2, 5)).ravel().tolist()
+        step = next(step for step in steps if (high - low) / step < 6)
+        return [n * step for n in range(ceil(low / step), floor(high / step) + 1)]
+    digits = (1,), (1, 3), (1, 2, 5)
+    choices = [decades[::4], decades[::2], *(np.outer(decades, d).ravel() for d in digits)]
+    inside = [ticks[(ticks >= low) & (ticks <= high)].tolist() for ticks in choices]
+    return max((ticks for ticks in inside if len(ticks) <= 6), key=len)
+
+
+def _draw_rates(times: Floats) -> figure:
+    """Draw images per second over time; each part's images are spread over its time."""
+    images, began, ended = times
+    edges = np.linspace(began.min(), ended.max(), _TIME_BINS + 1)
+    done = [(images * ((edge - began) / (ended - began)).clip(0, 1)).sum() for edge in edges]
+    rates = np.diff(done) / np.diff(edges)
+    labels = [
+        f"{tell_time(start)}: {say(rate)} images/s"
+        for start, rate in zip(edges[:-1], rates, strict=True)
+    ]
+    return _draw_bars(
+        edges * 1000,
+        rates,
+        labels,
+        x_axis_type="datetime",
+        x_range=Range1d(edges[0] * 1000, edges[-1] * 1000),
+        x_axis_label="time (UTC)",
+        y_axis_label="images/s",
+    )
+
+
+def _draw_bars(
+    edges: Floats, heights: NDArray[Any], labels: Sequence[str], **options: Any
+) -> figure:
+    source = ColumnDataSource(
+        {"left": edges[:-1], "right": edges[1:], "height": heights, "label": labels}
+    )
+    plot = figure(height=220, tools="", y_range=Range1d(0, 1.05 * heights.max() or 1), **options)
+    bars = plot.quad(
+        left="left", right="right", top="height", bottom=0, source=source, color=_BLUE,
+        hover_alpha=0.6,
+    )  # fmt: skip
+    plot.add_tools(HoverTool(renderers=[bars], tooltips="@label", mode="vline"))
+    plot.xgrid.visible = False
+    plot.yaxis.ticker.desired_num_ticks = 4
+    plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[000000]")
+    return plot
+
+
+def say(number: float, unit: str = "") -> str:
+    """Return a number for people.
+
+    >>> say(1.618, "MP"), say(1024, "px"), say(31_400_000, "B"), say(20_000)
+    ('1.62 MP', '1,024 px', '31.4 MB', '20 k')
+    """
+    prefix = ""
+    if number >= 10_000:
+        power = min(int(log10(number) // 3), 6)
+        number, prefix = number / 1000**power, "kMGTPE"[power - 1]
+    digits = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def tell_time(seconds: float) -> str:
+    """Return a time, in seconds since 1970, for people."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"

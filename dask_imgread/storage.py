@@ -1,0 +1,188 @@
+"""Requests to object stores and web servers: made again where that helps, told without secrets."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+logger = logging.getLogger("dask_imgread")
+
+ATTEMPTS = 7  # with the pauses below: half a minute of pauses
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
+PATIENCE = 60.0  # seconds after which no other attempt is made
+
+_REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY = 408, 425, 429
+_PERMANENT = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
+# What the libraries under fsspec raise when a connection fails is known by where it comes from:
+# which of them are installed depends on the stores that are read.
+_NETWORK_LIBRARIES = {"aiohttp", "botocore", "aiobotocore", "urllib3", "requests", "http"}
+
+_URL = re.compile(r"[\w+.-]+://[^\s'\"<>]+")
+_USER_INFO = re.compile(r"(?<=://)[^/@?#]*@")
+_SECRET_NAME = re.compile(r"secret|passw|token|credential|signature|auth|cookie|key|^pass$", re.I)
+# How S3, Google and Azure sign a URL: all of it changes whenever the URL is signed anew.
+_SIGNED_BY = re.compile(
+    r"x-(amz|goog)-.*|AWSAccessKeyId|Signature|Expires|Policy|Key-Pair-Id"
+    r"|sig|s[ekprtv]|spr|sip|srt|ss|sk(oid|tid|t|e|s|v)",
+    re.I,
+)
+_SIGNATURE = re.compile(r"[?&](x-(amz|goog)-signature|signature|sig)=", re.I)
+
+
+class StorageError(OSError):
+    """A store did not give what was asked for; the message names the URL and the reason."""
+
+
+def with_retries(
+    call: Callable[P, Result], url: str, /, *args: P.args, **kwargs: P.kwargs
+) -> Result:
+    """Call ``call(*args, **kwargs)``, again with longer and longer pauses while it may yet work.
+
+    Parameters
+    ----------
+    call
+        Something that asks a store, such as a method of an fsspec file system.
+    url
+        What is asked for, for the messages.
+
+    Raises
+    ------
+    StorageError
+        If the answer is still a time-out, a broken connection or a status such as 503 after
+        about a minute, or is an error of another kind that is not an OSError.
+    FileNotFoundError, PermissionError
+        At once, if the answer is 404, or 401 or 403.
+    ValueError
+        If the store's options don't fit it.
+    """
+    start = time.monotonic()
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if not is_transient(error):
+                raise _explain(error, url) from None  # the cause may print what is secret
+            reason = f"{name_url(url)}: {_describe(error)}"
+        seconds = time.monotonic() - start
+        if attempt == ATTEMPTS or seconds > PATIENCE:
+            break
+        pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.7, 1.3)
+        logger.info("%s; trying again in %.1f s", reason, pause)
+        time.sleep(pause)
+    raise StorageError(f"{reason}, and so {attempt} times in {seconds:.0f} s")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    status = _find_status(error)
+    if status is not None:
+        return status >= 500 or status in (_REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY)
+    return any(
+        isinstance(cause, ConnectionError | TimeoutError | EOFError)
+        or type(cause).__module__.partition(".")[0] in _NETWORK_LIBRARIES
+        for cause in _list_causes(error)
+    )
+
+
+def _list_causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _find_status(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error: aiohttp's, botocore's, gcsfs's or adlfs's."""
+    for cause in _list_causes(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, Mapping):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            names = ["status", "status_code"]
+            if type(cause).__module__.startswith("gcsfs"):  # elsewhere it is no answer's
+                names.append("code")
+            status = next((getattr(cause, name) for name in names if hasattr(cause, name)), None)
+        if isinstance(status, int) and 300 <= status < 600:
+            return status
+    return None
+
+
+def _explain(error: Exception, url: str) -> Exception:
+    """Return a permanent error with its URL in its message, as an OSError where it was none."""
+    status = _find_status(error)
+    if isinstance(error, TypeError):  # some stores look at their options when they are asked
+        return ValueError(f"{name_url(url)}: storage options that don't fit: {error}")
+    if status is None and type(error).__module__ == "builtins":
+        shown = hide_secrets(str(error))
+        return error if shown == str(error) else type(error)(shown)
+    kind = _PERMANENT.get(status or 0, StorageError)
+    return kind(f"{name_url(url)}: {_describe(error)}")
+
+
+def _describe(error: BaseException) -> str:
+    root = list(_list_causes(error))[-1]
+    status = _find_status(error)
+    text = hide_secrets(str(root))
+    if status is not None:
+        reason = getattr(root, "message", None)  # aiohttp's own text repeats the URL
+        return f"HTTP {status}: {reason or text}"
+    return f"{type(root).__name__}: {text}" if text else type(root).__name__
+
+
+def drop_signature(url: str) -> str:
+    """Return a URL without user, password and signature: what stays when it is signed anew.
+
+    >>> drop_signature("https://me:pw@host/a.tar?v=2&X-Amz-Signature=1f0c&X-Amz-Expires=99")
+    'https://host/a.tar?v=2'
+    """
+    if "://" not in url:
+        return url
+    head, mark, query = _USER_INFO.sub("", url).partition("?")
+    if not _SIGNATURE.search(mark + query):
+        return head + mark + query
+    kept = [part for part in query.split("&") if not _SIGNED_BY.fullmatch(part.split("=")[0])]
+    return head + mark + "&".join(kept) if kept else head
+
+
+def name_url(url: str) -> str:
+    """Return a URL as it may be shown: without its signature, and with its secrets masked.
+
+    >>> name_url("https://me:pw@host/a.tar?v=2&token=1f0c")
+    'https://host/a.tar?v=2&token=***'
+    """
+    head, mark, query = drop_signature(url).partition("?")
+    if "://" not in head:
+        return url
+    parts = [part.partition("=") for part in query.split("&")]
+    shown = [
+        f"{name}{equals}{'***' if _SECRET_NAME.search(name) else value}"
+        for name, equals, value in parts
+    ]
+    return head + mark + "&".join(shown)
+
+
+def hide_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """Return a message without the secrets of the URLs and the storage options in it.
+
+    >>> hide_secrets("no https://me:pw@host/a.tar with s3cret", {"secret": "s3cret"})
+    'no https://host/a.tar with ***'
+    """
+    text = _URL.sub(lambda match: name_url(match.group()), text)
+    for secret in _list_secrets(options or {}):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _list_secrets(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _list_secrets(value)
+        elif isinstance(value, str) and len(value) > 3 and _SECRET_NAME.search(str(name)):
+            yield value

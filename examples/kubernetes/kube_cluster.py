@@ -1,0 +1,73 @@
+"""Decode shards on a Dask cluster on Kubernetes, one GPU for each worker; write their metadata.
+
+Runs in the pod of cronjob.yaml. Needs the Dask operator in the cluster, and, as the image
+has it, `pip install dask-kubernetes`.
+"""
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+from dask_kubernetes.operator import KubeCluster, make_cluster_spec
+
+from dask_imgread import ImageReaderStage, run_job
+
+READERS = 4  # that share a GPU
+SECRET = "imgread-storage"  # its keys become the environment of whoever opens shards
+
+
+def make_spec(name: str, image: str, workers: int) -> dict[str, Any]:
+    """Return the DaskCluster that the operator is to make."""
+    command = ["dask", "cuda", "worker", "--nthreads", str(READERS), "--resources", "GPU=1"]
+    spec = make_cluster_spec(
+        name=name,
+        image=image,
+        n_workers=workers,
+        env=[],
+        worker_command=command,
+        idle_timeout=3600,  # if this client does not come back; a new GPU node takes its time
+    )
+    (scheduler,) = spec["spec"]["scheduler"]["spec"]["containers"]
+    # make_cluster_spec (dask-kubernetes 2026.3) says `dask-scheduler`, which distributed no
+    # longer has since 2026.6.
+    scheduler["args"] = ["dask", "scheduler", "--host", "0.0.0.0"]
+    scheduler["resources"] = {"requests": {"cpu": "1"}, "limits": {"memory": "8Gi"}}
+
+    pod = spec["spec"]["worker"]["spec"]
+    pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    (worker,) = pod["containers"]
+    worker["resources"] = {"limits": {"nvidia.com/gpu": "1", "cpu": "16", "memory": "64Gi"}}
+    worker["envFrom"] = [{"secretRef": {"name": SECRET}}]
+    return spec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards", nargs="+", help="URLs that workers can open")
+    parser.add_argument("--out", required=True, help="URL for the metadata")
+    parser.add_argument("--image", required=True, help="of scheduler and workers")
+    parser.add_argument("--workers", type=int, default=8, help="pods, one GPU each")
+    parser.add_argument("--name", default="imgread", help="of the DaskCluster")
+    options = parser.parse_args()
+
+    # As an exception SIGTERM deletes the cluster; process 1 of a pod would just ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
+    with (
+        # If this pod's predecessor was killed, its cluster is still there, and is taken over.
+        KubeCluster(
+            custom_cluster_spec=make_spec(options.name, options.image, options.workers),
+            shutdown_on_close=True,
+            resource_timeout=900,  # to pull the image
+            quiet=True,
+        ) as cluster,
+        cluster.get_client() as client,
+    ):
+        client.wait_for_workers(1)
+        summary = run_job(options.shards, options.out, client=client, reader=reader, progress=True)
+    print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

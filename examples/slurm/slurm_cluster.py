@@ -1,0 +1,61 @@
+"""Decode shards with workers that are Slurm jobs of one GPU each, and write their metadata.
+
+    python examples/slurm/slurm_cluster.py "shards/*.tar" --out result --jobs 8
+
+The scheduler lives in this process, the head, which therefore must live as long as the job.
+Where login nodes end long processes, let it be a small Slurm job itself:
+
+    sbatch --requeue --time=2-00 --cpus-per-task=2 --mem=8G --wrap \
+        'python examples/slurm/slurm_cluster.py "shards/*.tar" --out result --jobs 8'
+
+If the head is killed, its workers end by themselves; started again, it goes on where it
+stopped, with new ones. Needs `pip install dask-jobqueue`.
+"""
+
+import argparse
+import signal
+import sys
+
+from dask_jobqueue import SLURMCluster
+
+from dask_imgread import ImageReaderStage, run_job
+
+READERS = 4  # that share a GPU
+
+
+def make_cluster() -> SLURMCluster:
+    """Return a cluster without workers; change here what your site asks for."""
+    return SLURMCluster(
+        job_name="imgread-worker",
+        processes=1,
+        cores=READERS,  # the worker's threads ...
+        job_cpu=16,  # ... and the CPU cores that Slurm gives it
+        memory="64GB",
+        walltime="04:00:00",
+        job_extra_directives=["--gpus-per-node=1"],
+        worker_extra_args=["--resources", "GPU=1"],
+        log_directory="slurm-logs",
+        scheduler_options={"dashboard_address": ":0"},  # a free port, for a second job beside it
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
+    parser.add_argument("--out", required=True, help="folder or URL for the metadata")
+    parser.add_argument("--jobs", type=int, default=8, help="Slurm jobs, one GPU each")
+    options = parser.parse_args()
+
+    # As an exception SIGTERM closes the cluster, and so cancels the jobs of its workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
+    with make_cluster() as cluster, cluster.get_client() as client:
+        # Unlike scale, adapt submits a new job where the time of one is up.
+        cluster.adapt(minimum_jobs=options.jobs, maximum_jobs=options.jobs)
+        client.wait_for_workers(1)
+        summary = run_job(options.shards, options.out, client=client, reader=reader, progress=True)
+    print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Real servers on the loopback interface for tests: files over HTTP, objects over S3, and faults.
+
+Each is a context manager: it listens on a free port for as long as its block runs, for clients in
+any process, and leaves neither a thread nor a socket behind.
+"""
+
+import base64
+import html
+import io
+import logging
+import mimetypes
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+from collections import Counter
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+KEY, SECRET = "AKIATESTKEY0000000", "test-secret-4f1c9a"  # easy to find where they must not be
+BLOCK = 1 << 16
+
+S3_ERRORS = {
+    403: ("AccessDenied", "Access Denied"),
+    404: ("NoSuchKey", "The specified key does not exist."),
+    500: ("InternalError", "We encountered an internal error. Please try again."),
+    503: ("SlowDown", "Please reduce your request rate."),
+}
+
+
+class Request(NamedTuple):
+    """What a client asked for, and the status it got: None for a connection that was reset."""
+
+    method: str
+    path: str
+    range: str | None
+    status: int | None
+
+
+@dataclass
+class Faults:
+    """Which requests fail, and how: by their number, never by chance.
+
+    Every `every`-th request fails; with `first`, the first so many do and no later one. The kinds
+    take turns:
+
+    - "403", "404", "500", "503" and so on: this status
+    - "cut": the whole Content-Length and half of the body; where there is no body, "reset" once
+      the request has been carried out
+    - "reset": the connection is reset without an answer
+    - "slow": the answer comes after `delay` seconds
+
+    `match` limits them to requests whose "METHOD /path?query" contains it, the only ones counted;
+    `per_path` counts each path by itself.
+    """
+
+    every: int = 20
+    kinds: tuple[str, ...] = ("503", "cut", "slow", "reset", "500")
+    delay: float = 1.0
+    first: int | None = None
+    per_path: bool = False
+    match: str = ""
+    injected: Counter[str] = field(default_factory=Counter, init=False)
+    seen: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self):
+        for kind in self.kinds:
+            if not re.fullmatch(r"[45]\d\d|cut|reset|slow", kind):
+                raise ValueError(f"{kind!r} is no kind of fault")
+
+    def draw(self, method, path):
+        """Count a request; return the kind of fault it gets, or None."""
+        if self.match not in f"{method} {path}":
+            return None
+        with self.lock:
+            key = path if self.per_path else ""
+            self.seen[key] += 1
+            number = self.seen[key]
+            if number % self.every if self.first is None else number > self.first:
+                return None
+            kind = self.kinds[self.injected.total() % len(self.kinds)]
+            self.injected[kind] += 1
+            return kind
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP/1.1 server that injects faults, remembers requests and ends all it started."""
+
+    daemon_threads = False  # so that server_close() waits for them
+    request_queue_size = 128  # the workers of a cluster all connect at once
+
+    def __init__(self, handler, faults):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.faults = faults
+        self.requests = []
+        self.connections = set()
+        self.stopping = threading.Event()
+
+    @contextmanager
+    def running(self):
+        thread = threading.Thread(target=self.serve_forever, args=(0.02,), name=self.url)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            thread.join()
+            self.stopping.set()
+            for connection in list(self.connections):  # clients keep them open
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self.server_close()
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def close_request(self, request):
+        self.connections.discard(request)
+        super().close_request(request)
+
+    def handle_error(self, request, client_address):
+        """Leave clients that hang up unmentioned."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Draws the fault of each request; `respond` of the subclasses answers the others."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    cut = False
+
+    def do_GET(self):
+        faults = self.server.faults
+        kind = faults and faults.draw(self.command, self.path)
+        self.cut = kind == "cut"
+        if kind == "reset":
+            self.reset()
+        elif kind and kind.isdigit():
+            for _ in self.body():
+                pass
+            self.fail(int(kind))
+        else:
+            if kind == "slow":
+                self.server.stopping.wait(faults.delay)
+            self.respond()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def body(self):
+        """Yield what the client sends, in pieces."""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            while self.rfile.readline().strip():
+                pass
+        left = int(self.headers.get("Content-Length", 0))
+        while left and (piece := self.rfile.read(min(left, BLOCK))):
+            yield piece
+            left -= len(piece)
+
+    def send(self, status, headers, file, length):
+        """Answer with `length` bytes of `file`, or half of them."""
+        body = length if self.command != "HEAD" else 0
+        if self.cut:
+            if not body:
+                self.reset()
+                return
+            self.close_connection = True
+            body //= 2
+        self.log_request(status)
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        while body and (piece := file.read(min(body, BLOCK))):
+            self.wfile.write(piece)
+            body -= len(piece)
+
+    def send_bytes(self, status, content_type, content, *headers):
+        headers = ("Content-Type", content_type), ("Content-Length", str(len(content))), *headers
+        self.send(status, headers, io.BytesIO(content), len(content))
+
+    def fail(self, status, *headers):
+        self.send_bytes(status, "text/plain", b"%d\n" % status, *headers)
+
+    def reset(self):
+        """Close at once: the server's own way of closing says goodbye first."""
+        self.log_request(None)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
+        self.close_connection = True
+
+    def log_request(self, code="-", size="-"):
+        self.server.requests.append(
+            Request(self.command, self.path, self.headers.get("Range"), code and int(code))
+        )
+
+    def log_message(self, format, *args):
+        """Keep the tests' output short."""
+
+
+class FileHandler(Handler):
+    """Answers with the files of the server's folder."""
+
+    def respond(self):
+        path = unquote(urlsplit(self.path).path)
+        target = self.server.folder / os.path.normpath(path).lstrip("/")
+        expected = self.server.authorization
+        if expected and self.headers.get("Authorization") != expected:
+            self.fail(401, ("WWW-Authenticate", 'Basic realm="test"'))
+        elif path.startswith("/secret/"):
+            self.fail(403)
+        elif target.is_dir():
+            self.send_listing(target)
+        elif target.is_file():
+            with target.open("rb") as file:
+                self.send_file(file)
+        else:
+            self.fail(404)
+
+    def send_listing(self, folder):
+        names = sorted(child.name + "/" * child.is_dir() for child in folder.iterdir())
+        links = (f'<a href="{quote(name)}">{html.escape(name)}</a><br>\n' for name in names)
+        self.send_bytes(200, "text/html; charset=utf-8", "".join(links).encode())
+
+    def send_file(self, file):
+        stat = os.fstat(file.fileno())
+        size = stat.st_size
+        headers = [
+            ("Content-Type", mimetypes.guess_type(file.name)[0] or "application/octet-stream"),
+            ("ETag", f'"{stat.st_mtime_ns:x}-{size:x}"'),
+            ("Last-Modified", formatdate(stat.st_mtime, usegmt=True)),
+        ]
+        status, start, end = 200, 0, size
+        if self.server.ranges is True:
+            headers.append(("Accept-Ranges", "bytes"))
+            status, start, end = self.asked_range(size)
+        elif self.server.ranges == "none":
+            headers.append(("Accept-Ranges", "none"))
+        if status == 416:
+            self.fail(416, ("Content-Range", f"bytes */{size}"))
+            return
+        if status == 206:
+            headers.append(("Content-Range", f"bytes {start}-{end - 1}/{size}"))
+        headers.append(("Content-Length", str(end - start)))
+        file.seek(start)
+        self.send(status, headers, file, end - start)
+
+    def asked_range(self, size):
+        """Return the status, start and end of what the Range header asks of a file of `size`."""
+        match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not match or match[0] == "bytes=-" or self.command == "HEAD":
+            return 200, 0, size
+        if match[1]:
+            start, end = int(match[1]), min(int(match[2] or size) + 1, size)
+        else:
+            start, end = max(size - int(match[2]), 0), size
+        return (206, start, end) if start < end else (416, 0, 0)
+
+
+class ProxyHandler(Handler):
+    """Hands requests on to moto, and its answers back."""
+
+    do_PUT = do_POST = do_DELETE = Handler.do_GET  # noqa: N815
+
+    # Of one connection, not of the message: http.client and this class write their own.
+    hop_by_hop = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
+
+    def respond(self):
+        sends = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        with closing(HTTPConnection(*self.server.moto, timeout=60)) as moto:
+            headers = self.end_to_end(self.headers)
+            moto.request(self.command, self.path, self.body() if sends else None, headers)
+            answer = moto.getresponse()
+            headers = self.end_to_end(answer.headers)
+            self.send(answer.status, headers.items(), answer, answer.length)
+
+    def end_to_end(self, headers):
+        """Return what to pass on, each name once: moto repeats Server, which aiohttp may mind."""
+        names = (name for name in headers if name.lower() not in self.hop_by_hop)
+        return {name.lower(): headers[name] for name in names}
+
+    def fail(self, status, *headers):
+        code, message = S3_ERRORS.get(status, (str(status), "A fault."))
+        error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        self.send_bytes(status, "application/xml", error.encode(), *headers)
+
+
+class HttpServer(Server):
+    """A server of a folder's files; see `serve_http`."""
+
+    def __init__(self, folder, ranges, faults, password):
+        super().__init__(FileHandler, faults)
+        self.folder = Path(folder)
+        self.ranges = ranges
+        self.authorization = password and f"Basic {base64.b64encode(password.encode()).decode()}"
+
+
+class S3Server(Server):
+    """A server of S3 buckets; see `serve_s3`."""
+
+    def __init__(self, moto, faults):
+        super().__init__(ProxyHandler, faults)
+        self.moto = moto
+        self.endpoint = self.url
+        self.storage_options = {
+            "key": KEY,
+            "secret": SECRET,
+            "endpoint_url": self.endpoint,
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
+
+    def make_bucket(self, name):
+        self.ask_moto("PUT", f"/{name}")
+
+    def put(self, bucket, key, content):
+        self.ask_moto("PUT", f"/{bucket}/{quote(key)}", content)
+
+    def ask_moto(self, method, path, content=b""):
+        """Ask without faults, as the same user: moto reads the name of a signature's key."""
+        credential = f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"
+        with closing(HTTPConnection(*self.moto, timeout=60)) as moto:
+            moto.request(method, path, content, {"Authorization": credential})
+            answer = moto.getresponse()
+            if answer.status >= 400:
+                raise RuntimeError(f"{method} {path}: {answer.status} {answer.read()!r}")
+
+
+@contextmanager
+def serve_http(folder, *, ranges=True, faults=None, password=None):
+    """Serve `folder` at `.url`; yield the server.
+
+    It honours the Range header; with ``ranges=False`` it sends whole files all the same, and with
+    ``ranges="none"`` says so too. Whatever lies below ``/secret/`` is forbidden, and with a
+    `password`, "user:password", everything is to those who don't know it. `.requests` lists the
+    requests in order, and `.faults` may be replaced at any time.
+    """
+    with HttpServer(folder, ranges, faults, password).running() as server:
+        yield server
+
+
+@contextmanager
+def serve_s3(*, faults=None):
+    """Serve an empty S3 at `.endpoint`, to s3fs with `.storage_options`; yield the server.
+
+    moto's server does the work, behind a proxy that injects the faults and has `.requests` and
+    `.faults` as `serve_http` does. `.make_bucket` and `.put` reach moto past the proxy.
+    """
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # or it prints each request
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    moto._server.daemon_threads = False  # so that stop() waits for them
+    try:
+        with S3Server(moto.get_host_and_port(), faults).running() as server:
+            server.ask_moto("POST", "/moto-api/reset")  # its state is the process's
+            yield server
+    finally:
+        moto.stop()
