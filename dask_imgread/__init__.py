@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from dask_imgread.bag import read_bag
     from dask_imgread.batches import ReadError
     from dask_imgread.cluster import start_cluster
+    from dask_imgread.folder import OtherJobError
     from dask_imgread.frame import map_images, read_metadata
     from dask_imgread.jobs import JobError, Summary, run_job
     from dask_imgread.partition import partition_shards
-    from dask_imgread.plan import OtherJobError
     from dask_imgread.reader import ImageReaderStage
     from dask_imgread.stage import ProcessingStage, Resources
     from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
@@ -46,10 +46,10 @@ __all__ = [
 _HOMES = {
     "bag": ["read_bag"],
     "cluster": ["start_cluster"],
+    "folder": ["OtherJobError"],
     "frame": ["map_images", "read_metadata"],
     "jobs": ["JobError", "Summary", "run_job"],
     "partition": ["partition_shards"],
-    "plan": ["OtherJobError"],
     "batches": ["ReadError"],
     "reader": ["ImageReaderStage"],
     "stage": ["ProcessingStage", "Resources"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals():
             options = parse_arguments(parser, arguments)
-            secrets |= merge_pairs(getattr(options, "storage_option", None) or [])
+            for name in ("storage_option", "out_option"):
+                secrets |= merge_pairs(getattr(options, name, None) or [])
             return int(options.run(options))
     except Stopped as stopped:
         say_error(f"stopped by {stopped.signal.name}; what is done is kept")
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong = isinstance(error, UsageError | FileNotFoundError | PermissionError | ValueError)
         wrong = wrong or isinstance(error, ImportError | FileExistsError | NotADirectoryError)
         status = UNFINISHED if isinstance(error, StorageError) or not wrong else WRONG_USAGE
+        logger.debug("%s", type(error).__name__, exc_info=error)
         say_error(hide_secrets(str(error) or repr(error), secrets))
         return status
 
@@ -91,10 +94,12 @@ def say_error(text: str) -> None:
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """Raise Stopped at SIGTERM and SIGINT, so that clusters are closed; the second one kills."""
+    from dask_imgread.storage import GIVEN_UP
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         for each in earlier:
             signal.signal(each, signal.SIG_DFL)
+        GIVEN_UP.set()  # else threads that wait to ask again would keep the process
         raise Stopped(number)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -102,6 +107,7 @@ def stop_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        GIVEN_UP.clear()
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
@@ -191,27 +197,48 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_metadata(options: argparse.Namespace) -> int:
     """Write shards' metadata."""
     require(options, "shards", "out")
-    return do_job(options, None, make_reader(options, sidecars=False))
+    with keep_stdout(options):
+        summary = do_job(options, None, make_reader(options, sidecars=False))
+    return tell_summary(options, summary)
 
 
 def run_apply(options: argparse.Namespace) -> int:
     """Write what a function makes of shards' images."""
     require(options, "function", "shards", "out")
-    return do_job(options, load_function(options.function), make_reader(options))
+    with keep_stdout(options):
+        summary = do_job(options, load_function(options.function), make_reader(options))
+    return tell_summary(options, summary)
 
 
-def do_job(options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage) -> int:
-    """Run a job as the options say, and print what it came to."""
-    from dask_imgread.jobs import run_job
+@contextmanager
+def keep_stdout(options: argparse.Namespace) -> Iterator[None]:
+    """Begin the log, and send to stderr what functions and workers print meanwhile."""
     from dask_imgread.progress import start_logging
-    from dask_imgread.shards import find_shards
 
     start_logging(options.log_format)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def do_job(
+    options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
+) -> Summary:
+    """Run a job as the options say."""
+    from dask_imgread.jobs import run_job
+    from dask_imgread.shards import find_shards
+
     storage_options = merge_pairs(options.storage_option)
     out_options = merge_pairs(options.out_option) if options.out_option else None
     shards = find_shards(options.shards, storage_options)
     check_readable(shards, storage_options)
-    summary = run_job(
+    return run_job(
         shards,
         options.out,
         fn,
@@ -229,10 +256,18 @@ def do_job(options: argparse.Namespace, fn: BatchFunction | None, reader: ImageR
         overwrite=options.overwrite,
         progress=True,
     )
+
+
+def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
+    """Print what a job came to; return the exit status."""
+    from dask_imgread.storage import name_url
+
     if options.log_format == "json":
-        print(json.dumps(asdict(summary) | {"out": options.out}))
+        print(json.dumps(asdict(summary) | {"out": name_url(options.out)}))
     else:
-        print_summary(summary, options.out, out_options or storage_options)
+        print_summary(
+            summary, options.out, merge_pairs(options.out_option or options.storage_option)
+        )
     return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
 
 
@@ -269,14 +304,14 @@ def run_verify(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     """Write the page of a job's output."""
     from dask_imgread.report import write_report
+    from dask_imgread.storage import name_url
 
     out_options = merge_pairs(options.out_option) if options.out_option else None
     storage_options = merge_pairs(options.storage_option or [])
-    print(
-        write_report(
-            options.folder, options.out, storage_options=storage_options, out_options=out_options
-        )
+    page = write_report(
+        options.folder, options.out, storage_options=storage_options, out_options=out_options
     )
+    print(name_url(page))
     return SUCCESS
 
 

@@ -112,10 +112,13 @@ def connect_client(
     """
     from distributed import Client
 
+    if n_workers is not None and n_workers < 1:
+        raise ValueError(f"n_workers must be at least 1, not {n_workers}")
     if scheduler is None and scheduler_file is None:
         with start_cluster(n_workers=n_workers, **options) as cluster, Client(cluster) as client:
             yield client
         return
+    logger.info("looking for the scheduler %s", scheduler or scheduler_file)
     if scheduler_file is not None:
         _wait_for_file(scheduler_file)
     with _reach(partial(Client, scheduler, scheduler_file=scheduler_file)) as client:

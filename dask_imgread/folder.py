@@ -4,24 +4,28 @@
 ``part-0000000.parquet``  the rows of one partition, written once, whole or not at all
 ``_images/``              where a function made the rows: the records of the images, in parts too
 ``_job.json``             what is read with which options; written last, when the plan is whole
-``_plan.parquet``         one row for each partition: which part of which shards
-``_shards.parquet``       one row for each shard
-``_schema.parquet``       no rows: the columns and types that all parts have
+``_plan.arrow``           one row for each partition: which part of which shards
+``_shards.arrow``         one row for each shard
+``_schema.arrow``         no rows: the columns and types that all parts have
 ========================  =====================================================================
 
-Readers of Parquet datasets pass over names that begin with an underscore.
+Readers of Parquet datasets pass over names that begin with an underscore (PyArrow), or do not
+end in ``.parquet`` (Dask): so nothing but the parts does both.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import fsspec
@@ -34,17 +38,19 @@ from fsspec.implementations.local import LocalFileSystem
 from dask_imgread.shards import connect
 from dask_imgread.storage import name_url, with_retries
 
-JOB, PLAN, SHARDS, SCHEMA = "_job.json", "_plan.parquet", "_shards.parquet", "_schema.parquet"
+JOB, PLAN, SHARDS, SCHEMA = "_job.json", "_plan.arrow", "_shards.arrow", "_schema.arrow"
 IMAGES = "_images"
+CLEARED = 0  # the format of a folder that is being cleared
 FOOTER = b"dask_imgread"
-_PART = re.compile(r"part-\d+\.parquet")
-_OURS = re.compile(
-    r"part-\d+\.parquet|_(job\.json|(plan|shards|schema)\.parquet|report\.html|tmp-.*)"
-)
+_PART = re.compile(r"part-\d{7,}\.parquet")
+_OURS = re.compile(r"_(job\.json|(plan|shards|schema)\.arrow|report\.html|tmp-.*)")
 # In these stores a file is there when all of it is; elsewhere it is renamed when it is whole.
 _WHOLE_ON_PUT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"}
 _READERS = 16  # footers read at the same time
+_FOOTERS = 1000  # asked for in advance
 _SAMPLED = 100  # parts looked at for samples
+
+logger = logging.getLogger("dask_imgread")
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,16 @@ class Count:
 class Footer:
     """What a part tells of how it came about; stands in its Parquet schema's metadata."""
 
+    job: str  # the `id` in its folder's `_job.json`
     images: int
     failed: int
     began: float  # seconds since 1970
     ended: float
     worker: str
+
+
+class OtherJobError(ValueError):
+    """The output folder holds another job's output; the message names the difference."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +100,13 @@ class JobFolder:
         """Return what the job is, None if the folder holds none."""
         fs, root = self.connect()
         try:
-            job: dict[str, Any] = json.loads(with_retries(fs.cat_file, self.url, f"{root}/{JOB}"))
+            job = json.loads(with_retries(fs.cat_file, self.url, f"{root}/{JOB}"))
         except FileNotFoundError:
             return None
+        except ValueError:
+            job = None
+        if not isinstance(job, dict) or "format" not in job:
+            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's")
         return job
 
     def write_job(self, job: dict[str, Any]) -> None:
@@ -100,45 +115,71 @@ class JobFolder:
 
     def read_table(self, name: str) -> pa.Table:
         """Return one of the job's own tables."""
-        fs, root = self.connect()
-        return pq.read_table(io.BytesIO(with_retries(fs.cat_file, self.url, f"{root}/{name}")))
+        return pa.ipc.open_file(self._read(name)).read_all()
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write one of the job's own tables."""
-        self._write(name, _to_bytes(table))
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, table.schema) as writer:
+            writer.write_table(table)
+        self._write(name, buffer.getvalue())
 
     def write_part(
         self, number: int, rows: pa.Table, records: pa.Table | None, footer: Footer
     ) -> None:
-        """Write one partition, whole or not at all: it is done when ``part-`` is there."""
+        """Write one partition, whole or not at all: it is done when ``part-`` is there.
+
+        Raises
+        ------
+        OtherJobError
+            If the folder was given to another job since; a cluster may still run the tasks
+            of a client that is gone.
+        """
+        job = self.read_job()
+        if job is None:
+            raise FileNotFoundError(
+                f"{name_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
+            )
+        if job["id"] != footer.job:
+            raise OtherJobError(f"{name_url(self.url)} has become another job's")
         marks = {FOOTER: json.dumps(asdict(footer)).encode()}
         name = f"part-{number:07d}.parquet"
-        if records is not None:  # first: what is done must have its records
-            self._write(f"{IMAGES}/{name}", _to_bytes(records, marks))
+        if records is not None:
+            # Never a part beside the records of another attempt: rather it is not done.
+            fs, root = self.connect()
+            with suppress(FileNotFoundError):
+                with_retries(fs.rm_file, self.url, f"{root}/{name}")
+            self._write(name_records(name), _to_bytes(records, marks))
         self._write(name, _to_bytes(rows, marks))
 
     def mark_done(self, partitions: int) -> bytearray:
         """Return 1 for each partition that is done."""
         done = bytearray(partitions)
         for name in self.list_parts():
-            done[int(name.removeprefix("part-").removesuffix(".parquet"))] = 1
+            number = int(name.removeprefix("part-").removesuffix(".parquet"))
+            if number < partitions:
+                done[number] = 1
         return done
 
     def list_parts(self) -> list[str]:
         """Return the names of the parts that are done, in order."""
         return sorted(filter(_PART.fullmatch, self._list()))
 
-    def read_counts(self, numbers: Iterable[int]) -> Iterator[tuple[int, Count]]:
-        """Yield the count of each of some parts, from their footers."""
-        fs, root = self.connect()
-
-        def read(number: int) -> tuple[int, Count]:
-            path = f"{root}/part-{number:07d}.parquet"
-            footer = with_retries(_read_footer, self.url, fs, path)
-            return number, Count(footer.images, footer.failed)
-
+    def read_footers(self, numbers: Iterable[int]) -> Iterator[tuple[int, Footer | None]]:
+        """Yield the footer of each of some parts, None for one that is damaged."""
+        waiting = iter(numbers)
         with ThreadPoolExecutor(_READERS) as pool:
-            yield from pool.map(read, numbers)
+            while some := list(islice(waiting, _FOOTERS)):
+                yield from zip(some, pool.map(self.read_footer, some), strict=True)
+
+    def read_footer(self, number: int) -> Footer | None:
+        """Return the footer of a part, None if it is damaged or not there."""
+        fs, root = self.connect()
+        path = f"{root}/part-{number:07d}.parquet"
+        try:
+            return with_retries(_read_footer, self.url, fs, path)
+        except FileNotFoundError:
+            return None
 
     def read_samples(self, count: int = 5) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
         """Return a few rows, and the id and error of a few failures, of the first parts."""
@@ -146,10 +187,10 @@ class JobFolder:
         rows: list[pd.DataFrame] = []
         failures: list[tuple[str, str]] = []
         for name in self.list_parts()[:_SAMPLED]:
-            table = self.read_table(name)
+            table = pq.read_table(self._read(name))
             rows.append(table.slice(0, count).to_pandas().reset_index())
             if job.get("command") == "apply":
-                table = self.read_table(f"{IMAGES}/{name}")
+                table = pq.read_table(self._read(name_records(name)))
             failed = table.filter(pc.is_valid(table["error"])).slice(0, count).to_pylist()
             failures += [(row["image_id"], row["error"]) for row in failed]
             if sum(map(len, rows)) >= count and len(failures) >= count:
@@ -166,13 +207,20 @@ class JobFolder:
         """
         fs, root = self.connect()
         names = self._list()
-        foreign = sorted(name for name in names if not _OURS.fullmatch(name) and name != IMAGES)
+        has_job = JOB in names  # without it, parts are someone else's
+        foreign = sorted(
+            name
+            for name in names
+            if not _OURS.fullmatch(name)
+            and not (has_job and (_PART.fullmatch(name) or name == IMAGES))
+        )
         if foreign:
             raise FileExistsError(
                 f"{name_url(self.url)} holds what no job has written, such as {foreign[0]}"
             )
-        # The job first: without it what is left is no job's.
-        for name in sorted(names, key=lambda name: name != JOB):
+        if has_job:  # until the last part is gone; then it is the last to go
+            self.write_job({"format": CLEARED, "id": ""})
+        for name in sorted(names, key=lambda name: name == JOB):
             with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name == IMAGES)
 
     def tidy(self) -> None:
@@ -181,7 +229,8 @@ class JobFolder:
         for folder in (root, f"{root}/{IMAGES}"):
             for name in self._list(folder):
                 if name.startswith("_tmp-"):
-                    fs.rm_file(f"{folder}/{name}")
+                    with suppress(FileNotFoundError):
+                        fs.rm_file(f"{folder}/{name}")
 
     def connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the folder's file system, and its path in it."""
@@ -196,16 +245,31 @@ class JobFolder:
             paths = with_retries(fs.ls, self.url, folder, detail=False)
         except FileNotFoundError:
             return []
-        return [path.rstrip("/").rpartition("/")[2] for path in paths]
+        # A store may list the folder itself.
+        inside = [path.rstrip("/") for path in paths if path.rstrip("/") != folder]
+        return [path.rpartition("/")[2] for path in inside]
+
+    def _read(self, name: str) -> io.BytesIO:
+        fs, root = self.connect()
+        return io.BytesIO(with_retries(fs.cat_file, self.url, f"{root}/{name}"))
 
     def _write(self, name: str, content: bytes) -> None:
         fs, root = self.connect()
         with_retries(write_whole, f"{self.url}/{name}", fs, f"{root}/{name}", content)
 
 
-def _read_footer(fs: fsspec.AbstractFileSystem, path: str) -> Footer:
+def name_records(part: str) -> str:
+    """Return the file of a part's records: not ``.parquet``, which some readers go by alone."""
+    return f"{IMAGES}/{part.removesuffix('.parquet')}.records"
+
+
+def _read_footer(fs: fsspec.AbstractFileSystem, path: str) -> Footer | None:
     with fs.open(path, "rb") as file:
-        return Footer(**json.loads(pq.read_schema(file).metadata[FOOTER]))
+        try:
+            return Footer(**json.loads(pq.read_schema(file).metadata[FOOTER]))
+        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+            logger.warning("%s is damaged, and is made again: %s", name_url(path), error)
+            return None
 
 
 def _to_bytes(table: pa.Table, marks: dict[bytes, bytes] | None = None) -> bytes:
@@ -224,12 +288,17 @@ def write_whole(fs: fsspec.AbstractFileSystem, path: str, content: bytes) -> Non
     folder, _, name = path.rpartition("/")
     fs.makedirs(folder, exist_ok=True)
     draft = f"{folder}/_tmp-{name}-{uuid.uuid4().hex}"
-    if isinstance(fs, LocalFileSystem):
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not be on the disk before the bytes
-        os.replace(draft, path)
-    else:
-        fs.pipe_file(draft, content)
-        fs.mv(draft, path)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not be on the disk before the bytes
+            os.replace(draft, path)
+        else:
+            fs.pipe_file(draft, content)
+            fs.mv(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            fs.rm_file(draft)
+        raise

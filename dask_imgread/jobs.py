@@ -18,15 +18,21 @@ from distributed.scheduler import KilledWorker
 
 from dask_imgread.batches import ReadError
 from dask_imgread.cluster import connect_client
-from dask_imgread.folder import SCHEMA, Count, JobFolder
+from dask_imgread.folder import SCHEMA, Count, JobFolder, OtherJobError
 from dask_imgread.frame import BatchFunction
 from dask_imgread.partition import Division
-from dask_imgread.parts import PartWriter, describe_batch, name_function, to_table
+from dask_imgread.parts import (
+    PartWriter,
+    SchemaError,
+    describe_batch,
+    name_function,
+    to_table,
+)
 from dask_imgread.plan import iterate_tasks, prepare_plan
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reader import ImageReaderStage
 from dask_imgread.shards import Paths, Shard, find_shards, is_local, resolve_path
-from dask_imgread.storage import hide_secrets
+from dask_imgread.storage import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch
 from dask_imgread.window import run_tasks
 
@@ -173,11 +179,14 @@ def run_job(
     job = _make_job(fn, reader, _open_folder(str(out), options, out_options))
     division = Division(files_per_partition, images_per_partition, blocksize)
     shards = find_shards(paths, options)
-    partitions = prepare_plan(job.folder, shards, job.describe(), division, options, overwrite)
-    done, before = _find_done(job.folder, partitions, retry_failed)
+    job_id, partitions = prepare_plan(
+        job.folder, shards, job.describe(), division, options, overwrite
+    )
+    job = replace(job, job_id=job_id, retrying=retry_failed)
+    done, before = _find_done(job, partitions)
     count = Count()
     if sum(done) < partitions:
-        tasks = _Tasks(job.folder, shards, options, bytearray(not mark for mark in done))
+        tasks = _Tasks(job.folder, job_id, shards, options, bytearray(not mark for mark in done))
         with (
             nullcontext(client)
             if client is not None
@@ -186,6 +195,8 @@ def run_job(
         ):
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
             count = _run(used, job, tasks, retries, shown)
+    if not all(job.folder.mark_done(partitions)):
+        raise JobError(f"what workers wrote is not in {name_url(job.folder.url)}: is it shared?")
     job.folder.tidy()
     return Summary(
         images=before.images + count.images,
@@ -214,18 +225,20 @@ def _open_folder(
 ) -> JobFolder:
     if out_options is None:
         out_options = {} if is_local(out) else options
-    return JobFolder(resolve_path(out), out_options)
+    return JobFolder(resolve_path(os.path.expanduser(out)), out_options)
 
 
-def _find_done(folder: JobFolder, partitions: int, retry_failed: bool) -> tuple[bytearray, Count]:
+def _find_done(job: PartWriter, partitions: int) -> tuple[bytearray, Count]:
     """Return 1 for each partition that needs no more work, and what they came to."""
-    done = folder.mark_done(partitions)
+    done = job.folder.mark_done(partitions)
     total = Count()
-    for number, count in folder.read_counts(n for n, mark in enumerate(bytes(done)) if mark):
-        if retry_failed and count.failed:
+    numbers = (number for number, mark in enumerate(bytes(done)) if mark)
+    for number, footer in job.folder.read_footers(numbers):
+        again = footer is None or footer.job != job.job_id or (job.retrying and footer.failed)
+        if footer is None or again:
             done[number] = 0
         else:
-            total += count
+            total += Count(footer.images, footer.failed)
     return done, total
 
 
@@ -248,12 +261,13 @@ class _Tasks:
     """The partitions that are to be done, made when they are taken, as often as is asked."""
 
     folder: JobFolder
+    job_id: str
     shards: list[Shard]
     options: dict[str, Any]
     wanted: bytearray
 
     def __iter__(self) -> Iterator[tuple[int, FileGroupTask]]:
-        return iterate_tasks(self.folder, self.shards, self.options, self.wanted)
+        return iterate_tasks(self.folder, self.job_id, self.shards, self.options, self.wanted)
 
 
 def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress: Progress) -> Count:
@@ -273,8 +287,10 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
         ):
             if isinstance(result, KilledWorker):
                 result = job.write_lost(number, task, result)
-            if isinstance(result, ReadError):
+            if isinstance(result, ReadError | OtherJobError):
                 raise result
+            if isinstance(result, SchemaError):
+                raise JobError(f"{result}. Give all columns and types with meta") from None
             if isinstance(result, Exception):
                 reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
                 errors.append(f"partition {number}, {task!r}: {reason}")
@@ -302,26 +318,61 @@ def _find_schema(
     except FileNotFoundError:
         pass
     meta = getattr(job.fn, "meta", None) if meta is None else meta
-    schema = to_table(meta).schema if meta is not None else _infer_schema(client, job, tasks)
+    schema = None if meta is None else _read_meta(meta)
+    if schema is None or any(pa.types.is_null(field.type) for field in schema):
+        schema = _infer_schema(client, job, tasks, schema)
     job.folder.write_table(SCHEMA, schema.empty_table())
     return schema
 
 
-def _infer_schema(client: Client, job: PartWriter, tasks: _Tasks) -> pa.Schema:
-    """Run the function on a few images, on a worker."""
+def _read_meta(meta: pd.DataFrame) -> pa.Schema:
+    """Return the types of an empty frame; null where it tells none, as an empty Index does."""
+    schema = to_table(meta).schema
+    if isinstance(meta.index, pd.RangeIndex) and meta.index.name is not None:
+        place = schema.get_field_index(meta.index.name)
+        schema = schema.set(place, pa.field(meta.index.name, pa.null()))
+    return schema
+
+
+def _infer_schema(
+    client: Client, job: PartWriter, tasks: _Tasks, known: pa.Schema | None
+) -> pa.Schema:
+    """Run the function on a few images, on a worker; keep the types that are known."""
     assert job.fn is not None
+    name = name_function(job.fn)
     small = replace(job, reader=replace(job.reader, dali_batch_size=_INFERRED_BATCH))
     options = job.reader.annotations(client)
     for _, task in islice(tasks, _INFERRED_TASKS):
         try:
             schemas = client.submit(small.infer_schemas, task, pure=False, **options).result()
         except Exception as error:
-            name, reason = name_function(job.fn), f"{type(error).__name__}: {error}"
+            reason = hide_secrets(f"{type(error).__name__}: {error}", task.storage_options)
             raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
         if schemas:
-            # A column that is empty in one batch gets its type from another.
-            return pa.unify_schemas(schemas, promote_options="default")
+            return _unify(schemas, known, name)
     raise JobError(
         f"no image of the first {_INFERRED_TASKS} partitions could be read, to tell the columns "
-        f"of {name_function(job.fn)} by: give them with meta"
+        f"of {name} by: give them with meta"
     )
+
+
+def _unify(schemas: list[pa.Schema], known: pa.Schema | None, name: str) -> pa.Schema:
+    try:
+        found = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise JobError(f"{name} gives rows of several types: {error}") from None
+    if known is not None:
+        if set(known.names) != set(found.names):
+            raise JobError(f"{name} gives the columns {found.names}, meta has {known.names}")
+        for field in known:
+            if pa.types.is_null(field.type):
+                place = known.get_field_index(field.name)
+                known = known.set(place, found.field(field.name))
+        found = known
+    empty = [field.name for field in found if pa.types.is_null(field.type)]
+    if empty:
+        raise JobError(
+            f"{name}: the first images do not tell the type of {', '.join(empty)}: give it with "
+            f"meta, an empty DataFrame, such as {name}.meta"
+        )
+    return found

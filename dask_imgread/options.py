@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -44,6 +45,10 @@ def parse_arguments(
     # As arguments, before those given, so that what is checked there is checked here.
     at = given.index(options.command) + 1
     options = parser.parse_args([*given[:at], *named, *given[at:]])
+    function = getattr(options, "function", None)
+    if function and ":" not in function and "function" in positional:
+        options.shards.insert(0, function)  # the file gives the function: this is no other
+        options.function = None
     for name, value in positional.items():
         if not getattr(options, name):
             setattr(options, name, value)
@@ -62,19 +67,35 @@ def _read_config(path: str, known: dict[str, Any]) -> tuple[dict[str, Any], list
         name = key.replace("-", "_")
         if name not in known or name in ("run", "command", "config"):
             raise UsageError(f"{path}: no such option: {key}")
-        if name in ("shards", "function"):
-            positional[name] = [value] if name == "shards" and isinstance(value, str) else value
-        else:
-            named += _to_arguments(f"--{name.replace('_', '-')}", value)
+        try:
+            if name == "shards":
+                positional[name] = _check([value] if isinstance(value, str) else value, list)
+                _check("".join(value), str)
+            elif name == "function":
+                positional[name] = _check(value, str)
+            else:
+                named += _to_arguments(name, value, known[name])
+        except TypeError as error:
+            raise UsageError(f"{path}: {key}: {error}") from None
     return positional, named
 
 
-def _to_arguments(flag: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [flag] if value else [flag.replace("--", "--no-", 1)]
-    if isinstance(value, dict):
-        return [f"{flag}={name}={json.dumps(item)}" for name, item in value.items()]
+def _to_arguments(name: str, value: Any, default: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if name in ("storage_option", "out_option"):
+        pairs = _check(value, dict).items()
+        return [f"{flag}={key}={json.dumps(item)}" for key, item in pairs]
+    if isinstance(default, bool) or name == "sidecars":
+        return [flag if _check(value, bool) else flag.replace("--", "--no-", 1)]
+    if isinstance(value, bool | list | dict):
+        raise TypeError(f"a string or a number is expected, not {value!r}")
     return [f"{flag}={value}"]
+
+
+def _check(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"a {kind.__name__} is expected, not {value!r}")
+    return value
 
 
 def add_shards(command: argparse.ArgumentParser) -> None:
@@ -190,16 +211,18 @@ def load_function(name: str) -> BatchFunction:
         raise UsageError(f"{name}: MODULE:FUNCTION is expected")
     sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-        found: Any = module
+        found: Any = importlib.import_module(module_name)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{name}: {error}") from error
+    except Exception as error:  # the module may raise anything
+        raise UsageError(f"{name}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UsageError(f"{name} can't be called")
-    if Path(module.__file__ or "").parent == Path.cwd():
-        cloudpickle.register_pickle_by_value(module)  # workers elsewhere can't import it
+    here = Path.cwd()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent == here and module.__name__ != "__main__":
+            cloudpickle.register_pickle_by_value(module)  # workers elsewhere can't import it
     function: Callable[..., Any] = found
     return function
 
@@ -216,6 +239,8 @@ def merge_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         inner = merged
         for parent in parents:
             inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"storage option {parent} has a value, and {name} another")
         inner[last] = value
     return merged
 
@@ -232,9 +257,8 @@ def parse_pair(text: str) -> tuple[str, Any]:
 
 
 def _parse_size(text: str) -> int | tuple[int, int]:
-    sides = tuple(int(side) for side in text.split("x"))
-    if len(sides) == 1:
-        return sides[0]
-    if len(sides) == 2:
-        return sides[0], sides[1]
-    raise ValueError(text)
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"SIDE or HEIGHTxWIDTH is expected, not {text!r}")
+    first, second = match.groups()
+    return int(first) if second is None else (int(first), int(second))

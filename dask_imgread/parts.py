@@ -14,16 +14,22 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+from dask.base import tokenize
 
 from dask_imgread.folder import Count, Footer, JobFolder
 from dask_imgread.frame import BatchFunction
 from dask_imgread.reader import ImageReaderStage
-from dask_imgread.records import describe_lost_shards
-from dask_imgread.storage import hide_secrets
+from dask_imgread.records import UNREACHABLE, describe_lost_shards
+from dask_imgread.storage import StorageError, hide_secrets
 from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame
 from dask_imgread.worker import find_worker
 
 logger = logging.getLogger("dask_imgread")
+
+
+class SchemaError(ValueError):
+    """A function's rows have other columns or types than those of the other parts."""
+
 
 # What of a reader decides on the rows. The rest is how fast they come.
 _DECISIVE = ("decode", "sidecars", "on_error", "max_pixels", "resize", "output")
@@ -42,14 +48,20 @@ class PartWriter:
         What makes the rows of a batch; None for the images' metadata.
     folder
         Where they are written.
+    job_id
+        Which job the parts belong to.
     schema
         The columns and types that all parts have; None until they are known.
+    retrying
+        Whether a part that is there may be replaced, if no image is lost by it.
     """
 
     reader: ImageReaderStage
     fn: BatchFunction | None
     folder: JobFolder
+    job_id: str = ""
     schema: pa.Schema | None = None
+    retrying: bool = False
 
     __name__ = "write_part"  # Dask names tasks by it
 
@@ -71,11 +83,11 @@ class PartWriter:
         rows, records = [self._no_rows()], [_no_records()]
         count = Count()
         for batch in self.reader.read(task):
+            _check_reached(batch)
             rows.append(self._make_rows(batch))
             records.append(to_table(batch.to_frame()))
             count += Count(batch.num_items, len(batch.failed) + batch.skipped)
-        self._write(number, pa.concat_tables(rows), pa.concat_tables(records), count, began)
-        return count
+        return self._write(number, pa.concat_tables(rows), pa.concat_tables(records), count, began)
 
     def infer_schemas(self, task: FileGroupTask) -> list[pa.Schema]:
         """Return the columns that the function gives for the first images of a partition."""
@@ -88,8 +100,7 @@ class PartWriter:
         batch = ImageBatch(failed=describe_lost_shards(task, error))
         rows = self._no_rows() if self.fn is not None else self._make_rows(batch)
         count = Count(0, len(batch.failed))
-        self._write(number, rows, to_table(batch.to_frame()), count, time.time())
-        return count
+        return self._write(number, rows, to_table(batch.to_frame()), count, time.time())
 
     def _no_rows(self) -> pa.Table:
         assert self.schema is not None
@@ -98,29 +109,41 @@ class PartWriter:
     def _make_rows(self, batch: ImageBatch) -> pa.Table:
         if self.fn is None:
             return to_table(describe_batch(batch, self.reader.sidecars))
+        assert self.schema is not None
         try:
-            assert self.schema is not None
-            return _conform(to_table(self.fn(batch)), self.schema)
+            rows = to_table(self.fn(batch))
         except Exception as error:
             if self.reader.on_error == "raise":
                 raise
             logger.exception("%s failed", name_function(self.fn))
             _fail_batch(batch, error, self.reader.on_error == "skip")
             return self._no_rows()
+        try:
+            return _conform(rows, self.schema)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise SchemaError(f"rows of {name_function(self.fn)}: {error}") from None
 
     def _write(
         self, number: int, rows: pa.Table, records: pa.Table, count: Count, began: float
-    ) -> None:
+    ) -> Count:
+        earlier = self.folder.read_footer(number) if self.retrying else None
+        if earlier is not None and earlier.images > count.images:
+            logger.warning(
+                "partition %d: %d images could be read before, and %d now: its rows stay",
+                *(number, earlier.images, count.images),
+            )
+            return Count(earlier.images, earlier.failed)
         worker = find_worker()
         name = worker.address if worker is not None else "client"
-        footer = Footer(count.images, count.failed, began, time.time(), name)
+        footer = Footer(self.job_id, count.images, count.failed, began, time.time(), name)
         self.folder.write_part(number, rows, records if self.fn is not None else None, footer)
+        return count
 
 
 def name_function(fn: BatchFunction) -> str:
     """Return ``module:function``."""
-    if isinstance(fn, partial):
-        return f"{name_function(fn.func)} with {fn.args} {fn.keywords}"
+    if isinstance(fn, partial):  # its arguments may be secret
+        return f"{name_function(fn.func)} with {tokenize(fn.args, fn.keywords)[:8]}"
     name = getattr(fn, "__qualname__", type(fn).__qualname__)
     return f"{fn.__module__}:{name}"
 
@@ -135,9 +158,29 @@ def to_table(rows: pd.DataFrame) -> pa.Table:
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Give a table the schema of all parts."""
+    if not len(table):
+        return schema.empty_table()
     if set(table.column_names) != set(schema.names):
         raise ValueError(f"columns {table.column_names} came where {schema.names} are expected")
-    return table.select(schema.names).cast(schema)
+    columns = []
+    for field in schema:
+        column = table[field.name]
+        if pa.types.is_struct(field.type) and not pa.types.is_null(column.type):
+            lost = {f.name for f in column.type} - {f.name for f in field.type}
+            if lost:  # a cast would drop them in silence
+                raise ValueError(f"column {field.name!r}: no place for {sorted(lost)}")
+        try:
+            columns.append(column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"column {field.name!r} ({field.type}): {error}") from None
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _check_reached(batch: ImageBatch) -> None:
+    """Raise what a store has answered: the images are there, and are to be read another time."""
+    for image in batch.failed:
+        if image.cause == UNREACHABLE:
+            raise StorageError(image.error)
 
 
 def describe_batch(batch: ImageBatch, sidecars: bool) -> pd.DataFrame:

@@ -6,18 +6,20 @@ import hashlib
 import json
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from dask_imgread.folder import PLAN, SHARDS, JobFolder
+from dask_imgread.folder import CLEARED, PLAN, SHARDS, JobFolder, OtherJobError
 from dask_imgread.partition import Division, divide_shards
 from dask_imgread.shards import Shard
 from dask_imgread.storage import drop_signature, name_url
 from dask_imgread.tasks import FileGroupTask
 
+_ID = b"job"
 FORMAT = 1  # of the folder; a folder of another is refused
 _SCHEMA = pa.schema(
     {
@@ -35,10 +37,6 @@ _ROWS = 10_000  # turned into Python objects at a time
 _SHOWN = 3
 
 
-class OtherJobError(ValueError):
-    """The output folder holds another job's output; the message names the difference."""
-
-
 def prepare_plan(
     folder: JobFolder,
     shards: list[Shard],
@@ -46,8 +44,8 @@ def prepare_plan(
     division: Division,
     storage_options: dict[str, Any],
     overwrite: bool,
-) -> int:
-    """Make a job's plan, or find the one that it has; return the number of its partitions.
+) -> tuple[str, int]:
+    """Make a job's plan, or find the one that it has; return its id and number of partitions.
 
     Parameters
     ----------
@@ -79,30 +77,36 @@ def prepare_plan(
         "shards": len(shards),
         "inputs": _digest(shards),
     }
-    earlier = None if overwrite else folder.read_job()
-    if earlier is not None:
+    earlier = folder.read_job()
+    if earlier is not None and not overwrite and earlier["format"] != CLEARED:
         differences = _compare(folder, earlier, job, shards)
         if differences:
             raise OtherJobError(
                 f"{name_url(folder.url)} holds the output of another job: "
                 f"{'; '.join(differences)}. Give another folder, or overwrite it"
             )
-        return int(earlier["partitions"])
-    folder.clear()
+        return str(earlier["id"]), int(earlier["partitions"])
     plan = _make_table(divide_shards(shards, division, storage_options), shards)
+    if folder.read_job() != earlier:  # planning can take long
+        raise OtherJobError(f"{name_url(folder.url)}: another job has begun there meanwhile")
+    folder.clear()
+    job |= {"id": uuid.uuid4().hex, "partitions": plan.num_rows}
     folder.write_table(SHARDS, _list_shards(shards))
-    folder.write_table(PLAN, plan)
-    folder.write_job(job | {"partitions": plan.num_rows})
-    return int(plan.num_rows)
+    folder.write_table(PLAN, plan.replace_schema_metadata({_ID: job["id"]}))
+    folder.write_job(job)
+    return job["id"], plan.num_rows
 
 
 def iterate_tasks(
-    folder: JobFolder, shards: list[Shard], options: dict[str, Any], wanted: bytearray
+    folder: JobFolder, job_id: str, shards: list[Shard], options: dict[str, Any], wanted: bytearray
 ) -> Iterator[tuple[int, FileGroupTask]]:
     """Yield the wanted partitions of a plan, each with its number, made when it is taken."""
     config = {"storage_options": options} if options else {}
     number = 0
-    for batch in folder.read_table(PLAN).to_batches(_ROWS):
+    plan = folder.read_table(PLAN)
+    if plan.schema.metadata[_ID].decode() != job_id:
+        raise OtherJobError(f"{name_url(folder.url)} has become another job's")
+    for batch in plan.to_batches(_ROWS):
         for row in batch.to_pylist():
             if wanted[number]:
                 chosen = shards[row["first"] : row["first"] + row["count"]]
@@ -183,7 +187,7 @@ def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
             more = ", ..." if len(paths) > _SHOWN else ""
             number = "1 shard is" if len(paths) == 1 else f"{len(paths)} shards are"
             differences.append(f"{number} {what}: {', '.join(paths[:_SHOWN])}{more}")
-    return differences or ["the shards are in another order"]
+    return differences or ["the shards are in another order, or their URLs in what is not shown"]
 
 
 def _digest(shards: list[Shard]) -> str:

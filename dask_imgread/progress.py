@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, Self
@@ -84,25 +85,32 @@ class ProgressLog:
 
     def __init__(self, partitions: int, done: int = 0) -> None:
         self._partitions, self._before = partitions, done
-        self._start = self._told = time.monotonic()
+        self._start = time.monotonic()
         self._last = (0, 0, 0)
+        self._ended = threading.Event()
+        # A thread: that nothing comes to an end is to be seen too.
+        self._teller = threading.Thread(target=self._tell_often, daemon=True)
 
     def __enter__(self) -> Self:
+        self._teller.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._teller.join()
         self._tell()
 
     def update(self, done: int, images: int, failed: int) -> None:
         """Show that ``done`` partitions are done, with so many images so far, this run's."""
         self._last = done, images, failed
-        if time.monotonic() - self._told >= _LINE_EVERY:
+
+    def _tell_often(self) -> None:
+        while not self._ended.wait(_LINE_EVERY):
             self._tell()
 
     def _tell(self) -> None:
-        self._told = time.monotonic()
         done, images, failed = self._last
-        seconds = max(self._told - self._start, 1e-9)
+        seconds = max(time.monotonic() - self._start, 1e-9)
         left = self._partitions - self._before - done
         figures = {
             "partitions_done": self._before + done,

@@ -15,16 +15,18 @@ from dask_imgread.cluster import check_resources
 from dask_imgread.decode import DecoderOptions
 from dask_imgread.header import ImageError
 from dask_imgread.records import (
+    UNREACHABLE,
     describe_damage,
     describe_image,
     describe_lost,
+    explain_lost,
     read_encoded,
     read_sidecars,
 )
 from dask_imgread.samples import ImageEntry, ShardIndex, index_members, make_shard_id
 from dask_imgread.shards import open_shard, resolve_path
 from dask_imgread.stage import ProcessingStage, Resources
-from dask_imgread.storage import hide_secrets, name_url
+from dask_imgread.storage import StorageError, hide_secrets, name_url
 from dask_imgread.tar import ByteSource, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 from dask_imgread.worker import count_own_cores
@@ -271,7 +273,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 for member in index.broken:
                     yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
-            reason = hide_secrets(f"unreadable shard: {error}", task.storage_options)
+            reason = hide_secrets(explain_lost(error, path), task.storage_options)
             yield from gathered.add(describe_lost(path, reason), None)
         yield from gathered.empty()
 
@@ -309,6 +311,10 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             image.error = str(error)
             return None
         except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
-            image.error = hide_secrets(f"unreadable: {type(error).__name__}: {error}")
+            image.error = hide_secrets(
+                f"{UNREACHABLE}: {error}"
+                if isinstance(error, StorageError | PermissionError)
+                else f"unreadable: {type(error).__name__}: {error}"
+            )
             return None
         return EncodedImage(image, content, header.backend, 3 * pixels)

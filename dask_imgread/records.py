@@ -6,10 +6,12 @@ import logging
 
 from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
 from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
-from dask_imgread.shards import resolve_path
-from dask_imgread.storage import hide_secrets, name_url
+from dask_imgread.shards import is_local, resolve_path
+from dask_imgread.storage import StorageError, hide_secrets, name_url
 from dask_imgread.tar import ByteSource, Member
 from dask_imgread.tasks import FileGroupTask, ImageObject
+
+UNREACHABLE = "unreachable"  # the cause where a store did not give what it has
 
 logger = logging.getLogger("dask_imgread")
 
@@ -43,6 +45,14 @@ def describe_lost(path: str, reason: str) -> ImageObject:
     """Make the record of a whole shard that can't be read."""
     shown = name_url(path)
     return ImageObject(shown, f"{make_shard_id(path)}/", shard=shown, error=reason)
+
+
+def explain_lost(error: Exception, path: str) -> str:
+    """Return why a shard, or some bytes of it, could not be read."""
+    refused = isinstance(error, PermissionError) and not is_local(path)
+    if refused or isinstance(error, StorageError):
+        return f"{UNREACHABLE}: {error}"
+    return f"unreadable shard: {error}"
 
 
 def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:

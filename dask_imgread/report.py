@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dask_imgread.decode import decode_with_pillow
-from dask_imgread.folder import IMAGES, JOB, JobFolder, write_whole
+from dask_imgread.folder import JOB, JobFolder, name_records, write_whole
 from dask_imgread.header import ImageError, read_header
 from dask_imgread.plots import TOP, embed_plots, say, tell_time
 from dask_imgread.shards import connect, open_shard, resolve_path
@@ -86,7 +86,8 @@ def write_report(
     >>> rows = read_metadata(make_shards("shards")).compute(scheduler="sync")
     >>> Path("out").mkdir()
     >>> rows.to_parquet("out/part-0000000.parquet")
-    >>> JobFolder("out").write_job({"command": "metadata", "partitions": 1, "shards": 2})
+    >>> job = {"format": 1, "command": "metadata", "partitions": 1, "shards": 2}
+    >>> JobFolder("out").write_job(job)
     >>> write_report("out")
     'out/_report.html'
     """
@@ -100,9 +101,10 @@ def write_report(
     if job is None:
         raise FileNotFoundError(f"no batch job in {name_url(out)}: no {JOB} there")
     fs, root = folder.connect()
+    names = folder.list_parts()
     if job["command"] == "apply":
-        root = f"{root}/{IMAGES}"
-    parts = [f"{root}/{name}" for name in folder.list_parts()]
+        names = [name_records(name) for name in names]
+    parts = [f"{root}/{name}" for name in names]
     tally = count_parts(fs, parts, samples)
     inside = [row for row in tally.list_failures() if row.offset > 0]
     neighbours = find_neighbours(fs, parts, inside[:_NEIGHBOURS])

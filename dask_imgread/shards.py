@@ -137,7 +137,8 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
 def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) -> Shard:
     marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
     version = "-".join(str(info[mark]) for mark in ("size", *marks) if info.get(mark) is not None)
-    path = name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
+    # One spelling for one file: what is given in two would be read twice.
+    path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
     return Shard(path, info.get("size"), version)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -16,16 +17,18 @@ logger = logging.getLogger("dask_imgread")
 
 ATTEMPTS = 7  # with the pauses below: half a minute of pauses
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
+GIVEN_UP = threading.Event()  # set when the process is to end: threads try nothing again
 PATIENCE = 60.0  # seconds after which no other attempt is made
 
 _REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY = 408, 425, 429
 _PERMANENT = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
-# What the libraries under fsspec raise when a connection fails is known by where it comes from:
-# which of them are installed depends on the stores that are read.
-_NETWORK_LIBRARIES = {"aiohttp", "botocore", "aiobotocore", "urllib3", "requests", "http"}
+# What aiohttp, botocore and http.client raise when a connection fails, by name: which of them are
+# installed depends on the stores that are read.
+_BROKEN = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteRead"}
+_UNTRUSTED = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
 
 _URL = re.compile(r"[\w+.-]+://[^\s'\"<>]+")
-_USER_INFO = re.compile(r"(?<=://)[^/@?#]*@")
+_USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 _SECRET_NAME = re.compile(r"secret|passw|token|credential|signature|auth|cookie|key|^pass$", re.I)
 # How S3, Google and Azure sign a URL: all of it changes whenever the URL is signed anew.
 _SIGNED_BY = re.compile(
@@ -75,7 +78,8 @@ def with_retries(
             break
         pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.7, 1.3)
         logger.info("%s; trying again in %.1f s", reason, pause)
-        time.sleep(pause)
+        if GIVEN_UP.wait(pause):
+            raise StorageError(f"{reason}; stopped")
     raise StorageError(f"{reason}, and so {attempt} times in {seconds:.0f} s")
 
 
@@ -84,11 +88,10 @@ def is_transient(error: BaseException) -> bool:
     status = _find_status(error)
     if status is not None:
         return status >= 500 or status in (_REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY)
-    return any(
-        isinstance(cause, ConnectionError | TimeoutError | EOFError)
-        or type(cause).__module__.partition(".")[0] in _NETWORK_LIBRARIES
-        for cause in _list_causes(error)
-    )
+    kinds = {kind.__name__ for cause in _list_causes(error) for kind in type(cause).__mro__}
+    if kinds & _UNTRUSTED:
+        return False
+    return bool(kinds & (_BROKEN | {"ConnectionError", "TimeoutError", "EOFError"}))
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -184,5 +187,5 @@ def _list_secrets(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _list_secrets(value)
-        elif isinstance(value, str) and len(value) > 3 and _SECRET_NAME.search(str(name)):
-            yield value
+        elif len(str(value)) > 3 and _SECRET_NAME.search(str(name)):
+            yield str(value)

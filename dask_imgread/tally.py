@@ -214,7 +214,10 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> T
     def read(first: int, tally: Tally) -> Iterator[pa.Table]:
         for number in range(first, len(parts), threads):
             with _open_part(fs, parts[number]) as file:
-                parquet = pq.ParquetFile(file)
+                try:
+                    parquet = pq.ParquetFile(file)
+                except pa.ArrowInvalid as error:
+                    raise ValueError(f"{parts[number]} is damaged: {error}") from error
                 yield from _read_tables(parquet, number)
                 footer = (parquet.metadata.metadata or {}).get(FOOTER)
             if footer:

@@ -18,7 +18,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, run_job
+from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, plan, run_job
+from dask_imgread.cli import main
+from dask_imgread.folder import Footer, JobFolder
 from dask_imgread.testing import make_shards
 
 MODULE = """
@@ -75,8 +77,13 @@ def wait_for_parts(folder, count, process):
 
 
 def read_bytes(folder):
-    """The rows of each part, in the order of the partitions."""
-    return [pq.read_table(path) for path in sorted(Path(folder).glob("part-*.parquet"))]
+    """The rows of each part, in the order of the partitions, without what tells of the run."""
+    tables = [pq.read_table(path) for path in sorted(Path(folder).glob("part-*"))]
+    return [table.replace_schema_metadata() for table in tables]
+
+
+def read_records(out):
+    return pd.read_parquet(sorted((Path(out) / "_images").iterdir()))
 
 
 @pytest.mark.slow
@@ -118,7 +125,7 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(folder, shards):
     assert read_bytes(out) == read_bytes(folder / "undisturbed")
     assert read_bytes(out / "_images") == read_bytes(folder / "undisturbed" / "_images")
     assert len(pd.read_parquet(out)) == 1997
-    records = pd.read_parquet(out / "_images")
+    records = read_records(out)
     assert records.index.is_unique
     assert len(records) == 2000
     assert records["error"].notna().sum() == 3
@@ -237,7 +244,7 @@ def test_only_failures_again(folder, client, shards):
     options = {"client": client, "reader": DECODING, "images_per_partition": 100}
     first = run_job(shards, "out", fail, **options)
     assert (first.images, first.failed) == (1897, 103)
-    records = pd.read_parquet("out/_images")
+    records = read_records("out")
     causes = records["error"].dropna().str.split(":").str[0].value_counts()
     assert causes.to_dict() == {"function failed": 100, "truncated": 3}
     assert "RuntimeError: the store has closed" in records["error"].dropna().iloc[50]
@@ -247,7 +254,7 @@ def test_only_failures_again(folder, client, shards):
     assert (again.images, again.failed) == (1997, 3)
     assert 2 <= again.new_partitions <= 4
     assert len(pd.read_parquet("out")) == 1997
-    assert pd.read_parquet("out/_images")["error"].notna().sum() == 3
+    assert read_records("out")["error"].notna().sum() == 3
 
 
 def test_columns_are_the_same_in_every_part(folder, client, shards):
@@ -260,7 +267,7 @@ def test_columns_are_the_same_in_every_part(folder, client, shards):
     small = replace(DECODING, dali_batch_size=10)
     run_job(shards[:2], "out", describe, client=client, reader=small, images_per_partition=50)
     tables = read_bytes("out")
-    assert len({str(table.schema.remove_metadata()) for table in tables}) == 1
+    assert len({str(table.schema) for table in tables}) == 1
     assert set(tables[0].column_names) == {"image_id", "number", "note"}
     assert len(pd.read_parquet("out")) == 2 * 50 * 3
 
@@ -364,3 +371,194 @@ def test_a_bar_on_a_terminal(folder, shards):
     assert out.startswith("99")
     bars = re.split(r"[\r\n]", shown.decode())
     assert any(re.search(r"50/50 .* 99\d images, \d failed, \d+ images/s", bar) for bar in bars)
+
+
+META = pd.DataFrame({"number": pd.Series(dtype=float)}).rename_axis("image_id")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [META, pd.DataFrame({"number": pd.Series(dtype=float)}, index=pd.Index([], name="image_id"))],
+)
+def test_what_meta_leaves_open_is_seen_in_the_first_rows(folder, client, shards, meta):
+    run_job(shards[:1], "out", count_rows, client=client, reader=DECODING, meta=meta)
+    rows = pd.read_parquet("out")
+    assert (str(rows["number"].dtype), rows.index[0][-11:]) == ("float64", "/000000.jpg")
+
+
+def grow(rows, batch):
+    """Change what comes after the first images."""
+    return batch.data[0].key > "000099" and len(rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows.assign(more=1), "columns .*more.* came where"),
+        (lambda rows: rows.assign(number=rows["number"] + 0.5), r"column 'number' \(int64\)"),
+        (lambda rows: rows.assign(number="x"), r"column 'number' \(int64\)"),
+        (lambda rows: rows.assign(box=[{"a": 1, "b": 2}] * len(rows)), r"no place for \['b'\]"),
+    ],
+)
+def test_rows_that_do_not_fit_are_no_images_failure(folder, client, shards, change, told):
+    def measure(batch):
+        rows = count_rows(batch)
+        if "no place" in told:
+            rows["box"] = [{"a": 1}] * len(rows)
+        return change(rows) if grow(rows, batch) else rows
+
+    options = {"client": client, "reader": DECODING, "images_per_partition": 100}
+    with pytest.raises(JobError, match=told):
+        run_job(shards[:1], "out", measure, **options)
+    assert len(list(Path("out").glob("part-*"))) < 5
+
+
+def test_a_column_without_a_type_is_asked_for(folder, client, shards):
+    def measure(batch):
+        return count_rows(batch).assign(note=None)
+
+    with pytest.raises(JobError, match="do not tell the type of note"):
+        run_job(shards[:1], "out", measure, client=client, reader=DECODING)
+
+
+def test_dask_reads_the_output_as_pandas_does(folder, client, shards):
+    import dask.dataframe as dd
+
+    for out, fn in (("rows", count_rows), ("metadata", None)):
+        run_job(shards[:2], out, fn, client=client, reader=DECODING, images_per_partition=100)
+        by_dask = dd.read_parquet(out).compute(scheduler="sync")
+        pd.testing.assert_frame_equal(
+            by_dask, pd.read_parquet(out), check_dtype=False, check_index_type=False
+        )
+
+
+@pytest.mark.parametrize("name", ["part-0.parquet", "part-0000000.parquet", "_images/photo.jpg"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_nobody_elses_parts_are_removed(folder, client, shards, name, overwrite):
+    path = folder / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("dear")
+    with pytest.raises(FileExistsError, match="no job has written"):
+        run_job(shards[:1], "out", client=client, overwrite=overwrite)
+    assert path.read_text() == "dear"
+
+
+def test_one_shard_in_two_spellings_is_one(folder, client, shards):
+    shard = Path(shards[0])
+    other = f"{shard.parent}/./../{shard.parent.name}/{shard.name}"
+    assert run_job([shards[0], other], "out", client=client).images == 500
+
+
+def test_a_task_of_a_job_that_was_overwritten_writes_nothing(folder, client, shards):
+    """A cluster goes on with tasks of a client that is gone."""
+    run_job(shards, "out", client=client, images_per_partition=100)
+    late = JobFolder(str(folder / "out"))
+    job = late.read_job()
+    run_job(shards[:1], "out", client=client, overwrite=True)
+    table = pq.read_table("out/part-0000000.parquet")
+    footer = Footer(job["id"], 1, 0, 0.0, 0.0, "")
+    with pytest.raises(OtherJobError, match="has become another job's"):
+        late.write_part(7, table, None, footer)
+    assert len(list(Path("out").glob("part-*"))) == 1
+
+
+def test_a_folder_taken_while_another_job_plans(folder, client, shards, monkeypatch):
+    divide = plan.divide_shards
+
+    def divide_slowly(*arguments):
+        monkeypatch.setattr(plan, "divide_shards", divide)
+        run_job(shards[:2], "out", client=client)
+        return divide(*arguments)
+
+    monkeypatch.setattr(plan, "divide_shards", divide_slowly)
+    with pytest.raises(OtherJobError, match="another job has begun there meanwhile"):
+        run_job(shards[2:], "out", client=client)
+    assert len(pd.read_parquet("out")) == 1000
+
+
+def test_killed_while_overwriting_it_is_overwritten(folder, client, shards, monkeypatch):
+    run_job(shards, "out", client=client, images_per_partition=100)
+
+    def die(*arguments):
+        raise SystemExit
+
+    monkeypatch.setattr(JobFolder, "write_table", die)
+    with pytest.raises(SystemExit):
+        run_job(shards[:1], "out", client=client, overwrite=True)
+    monkeypatch.undo()
+    os.chdir(folder)
+    (folder / "out" / "part-0000009.parquet").unlink(missing_ok=True)
+    assert run_job(shards[:1], "out", client=client).images == 500
+    assert len(pd.read_parquet("out")) == 500
+
+
+def test_a_retry_that_reads_less_changes_nothing(folder, client, shards):
+    flag = folder / "break"
+
+    def measure(batch):
+        if flag.exists():
+            raise RuntimeError("worse")
+        return count_rows(batch)
+
+    options = {"client": client, "reader": DECODING, "images_per_partition": 100}
+    first = run_job(shards, "out", measure, **options)
+    before = read_bytes("out")
+    flag.touch()
+    again = run_job(shards, "out", measure, retry_failed=True, **options)
+    assert (again.images, again.failed) == (first.images, first.failed) == (1997, 3)
+    assert read_bytes("out") == before
+
+
+def test_a_damaged_part_is_made_again(folder, client, shards):
+    run_job(shards[:1], "out", client=client, images_per_partition=100)
+    (folder / "out" / "part-0000002.parquet").write_bytes(b"PAR1")
+    assert run_job(shards[:1], "out", client=client, images_per_partition=100).new_partitions == 1
+    assert len(pd.read_parquet("out")) == 500
+
+
+def test_workers_that_write_elsewhere(folder, client, shards):
+    with pytest.raises(JobError, match="does this worker see the same folder"):
+        run_job(shards[:1], "memory://out", client=client)
+
+
+def test_only_the_result_is_on_stdout(folder, shards):
+    noisy = MODULE.replace("    ids =", "    print('chatter')\n    ids =") + "print('import')\n"
+    (folder / "measuring.py").write_text(noisy)
+    job = ["apply", "measuring:measure", shards[0], "--out", "out", "--workers", 1]
+    status, out, err = run(*job, "--log-format", "json", "--device", "cpu")
+    assert status == 0, err
+    assert json.loads(out)["partitions"] == 1
+    assert "chatter" in err
+    assert "import" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('out = ["x"]', "out: a string or a number is expected"),
+        ("shards = 5", "shards: a list is expected"),
+        ("shards = [5]", "shards: "),
+        ('storage-option = ["anon=true"]', "storage-option: a dict is expected"),
+        ("overwrite = 1", "overwrite: a bool is expected"),
+        ("nonsense = 1", "no such option: nonsense"),
+        ("out = ", "Invalid value"),
+    ],
+)
+def test_wrong_configuration_files(folder, capsys, text, told):
+    (folder / "job.toml").write_text(text)
+    assert main(["metadata", "--config", "job.toml"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("dask-imgread: job.toml: ")
+    assert told in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "function", ["measuring", "measuring:nope", "nope:f", "os:sep", "broken:f"]
+)
+def test_functions_that_are_none(folder, function):
+    (folder / "broken.py").write_text("1 +")
+    status, out, err = run("apply", function, "x.tar", "--out", "out")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert function.split(":")[0] in err

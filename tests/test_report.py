@@ -31,18 +31,26 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
     out = Path(folder) / "out"
     records = out / "_images" if command == "apply" else out
     records.mkdir(parents=True)
-    job = {"command": command, "partitions": len(tasks), "shards": len(paths), "version": "9.9"}
+    job = {
+        "format": 1,
+        "command": command,
+        "partitions": len(tasks),
+        "shards": len(paths),
+        "version": "9.9",
+    }
     (out / "_job.json").write_text(json.dumps(job))
     for number, task in enumerate(tasks[: len(tasks) - unfinished]):
         batches = ImageReaderStage(device="cpu").process(task)
         rows = make_frame([image for batch in batches for image in [*batch.data, *batch.failed]])
         failed = int(rows["error"].notna().sum())
         told = {"images": len(rows) - failed, "failed": failed, "worker": f"worker-{number % 2}"}
+        told["job"] = "0"
         told |= {"began": 1.77e9 + number, "ended": 1.77e9 + number + 2}
         table = pa.Table.from_pandas(rows)
         metadata = {**table.schema.metadata, b"dask_imgread": json.dumps(told).encode()}
         name = f"part-{number:07d}.parquet"
-        pq.write_table(table.replace_schema_metadata(metadata), records / name)
+        stem = name.replace(".parquet", ".records") if command == "apply" else name
+        pq.write_table(table.replace_schema_metadata(metadata), records / stem)
         if command == "apply":
             pq.write_table(pa.table({"brightness": [0.5]}), out / name)
     return str(out)

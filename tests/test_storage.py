@@ -13,6 +13,7 @@ import pytest
 from dask_imgread import (
     FileGroupTask,
     ImageReaderStage,
+    JobError,
     partition_shards,
     run_job,
     storage,
@@ -99,13 +100,19 @@ def test_folders_and_globs_of_a_web_server(folder):
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "match"),
+    ("path", "kind", "match", "cause"),
     [
-        ("nope.tar", FileNotFoundError, "no such shard or folder: {url}/nope.tar"),
-        ("secret/a.tar", PermissionError, "{url}/secret/a.tar: HTTP 403: Forbidden"),
+        (
+            *("nope.tar", FileNotFoundError),
+            *("no such shard or folder: {url}/nope.tar", "unreadable shard"),
+        ),
+        (
+            *("secret/a.tar", PermissionError),
+            *("{url}/secret/a.tar: HTTP 403: Forbidden", "unreachable"),
+        ),
     ],
 )
-def test_what_is_final_is_said_at_once(folder, path, kind, match):
+def test_what_is_final_is_said_at_once(folder, path, kind, match, cause):
     with serve_http(folder) as server:
         with pytest.raises(kind) as caught:
             partition_shards(f"{server.url}/{path}")
@@ -113,7 +120,7 @@ def test_what_is_final_is_said_at_once(folder, path, kind, match):
         assert len(server.requests) <= 2  # a HEAD and a GET
         (batch,) = READER.process(FileGroupTask(data=[f"{server.url}/{path}"]))
         assert server.url in batch.failed[0].error
-        assert batch.failed[0].cause == "unreadable shard"
+        assert batch.failed[0].cause == cause
 
 
 def test_a_server_that_stays_broken_is_given_up(folder, monkeypatch):
@@ -137,6 +144,22 @@ def test_blocks_that_can_not_be_had_cost_their_images_alone(folder, monkeypatch)
         server.faults = Faults(every=1, kinds=("500",))
         rest = list(batches)
     assert good + sum(batch.num_items + len(batch.failed) for batch in rest) == 100
+
+
+def test_an_outage_ends_no_job_and_loses_no_row(folder, client, tmp_path):
+    options = {"client": client, "reader": READER, "retries": 0}
+    with serve_http(folder) as server:
+        urls = [f"{server.url}/00000.tar", f"{server.url}/00002.tar"]
+        server.faults = Faults(every=1, kinds=("403",), match="GET")
+        with pytest.raises(JobError, match=r"2 partitions could not be done.*HTTP 403"):
+            run_job(urls, tmp_path / "out", **options)
+        server.faults = None
+        first = run_job(urls, tmp_path / "out", **options)
+        assert (first.images, first.failed, first.new_partitions) == (78, 2, 2)
+        server.faults = Faults(every=1, kinds=("403",), match="GET")
+        with pytest.raises(JobError, match="HTTP 403"):
+            run_job(urls, tmp_path / "out", retry_failed=True, **options)
+    assert len(pd.read_parquet(tmp_path / "out")) == 80
 
 
 def test_objects_of_a_store_are_read_as_files_are(folder, s3):
