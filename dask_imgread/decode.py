@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
 
 
+_SPARE_BYTES, _SPARE_BATCHES = 32 << 20, 4  # free memory that a process may keep
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 
@@ -109,6 +110,28 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_TRIM_THRESHOLD, 128 << 20)
             mallopt(_M_MMAP_THRESHOLD, 4 << 20)  # larger pictures go back at once
+
+
+class _MallocState(ctypes.Structure):
+    """What glibc's mallinfo2(3) returns."""
+
+    # Ten sizes; the ninth is that of all free blocks.
+    _fields_ = tuple((f"size_{n}", ctypes.c_size_t) for n in range(10))
+
+
+def trim_spare_memory(batch_bytes: int) -> None:
+    """Give back to the system what malloc keeps but does not use again.
+
+    Some of the time each freed picture is left as a hole a little too small for the next one
+    (aligned allocations ask for more than they leave, seen in glibc 2.36), and a worker grows
+    by every batch that it decodes. Where all is well a few batches' memory is free at most.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):  # another libc, or one before glibc 2.33
+        return
+    libc.mallinfo2.restype = _MallocState
+    if libc.mallinfo2().size_8 > _SPARE_BYTES + _SPARE_BATCHES * batch_bytes:
+        libc.malloc_trim(0)
 
 
 class DecoderPool:
@@ -241,6 +264,8 @@ def _start_dali(
                 raise
         else:
             DECODERS.give_back(options, decoder)
+            if options.output == "host":
+                trim_spare_memory(sum(getattr(item.pixels, "nbytes", 0) for item in decoded))
             return list(decoded)
         if len(contents) == 1:
             return [None]
