@@ -26,6 +26,7 @@ from dask_imgread.options import (
     merge_pairs,
     parse_arguments,
     parse_pair,
+    read_storage_options,
     require,
 )
 
@@ -234,8 +235,7 @@ def do_job(
     from dask_imgread.jobs import run_job
     from dask_imgread.shards import find_shards
 
-    storage_options = merge_pairs(options.storage_option)
-    out_options = merge_pairs(options.out_option) if options.out_option else None
+    storage_options, out_options = read_storage_options(options)
     shards = find_shards(options.shards, storage_options)
     check_readable(shards, storage_options)
     return run_job(
@@ -265,9 +265,8 @@ def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
     if options.log_format == "json":
         print(json.dumps(asdict(summary) | {"out": name_url(options.out)}))
     else:
-        print_summary(
-            summary, options.out, merge_pairs(options.out_option or options.storage_option)
-        )
+        storage_options, out_options = read_storage_options(options)
+        print_summary(summary, options.out, out_options or storage_options)
     return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
 
 
@@ -306,8 +305,7 @@ def run_report(options: argparse.Namespace) -> int:
     from dask_imgread.report import write_report
     from dask_imgread.storage import name_url
 
-    out_options = merge_pairs(options.out_option) if options.out_option else None
-    storage_options = merge_pairs(options.storage_option or [])
+    storage_options, out_options = read_storage_options(options)
     page = write_report(
         options.folder, options.out, storage_options=storage_options, out_options=out_options
     )

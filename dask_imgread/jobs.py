@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dask_imgread")
 
+_SMALLEST_WINDOW = 16  # counts are all that tasks return
 _MOST_ERRORS = 20  # partitions that could not be done, until a job is given up
 _INFERRED_BATCH, _INFERRED_TASKS = 8, 10  # images, in one of so many partitions
 
@@ -234,8 +235,7 @@ def _find_done(job: PartWriter, partitions: int) -> tuple[bytearray, Count]:
     total = Count()
     numbers = (number for number, mark in enumerate(bytes(done)) if mark)
     for number, footer in job.folder.read_footers(numbers):
-        again = footer is None or footer.job != job.job_id or (job.retrying and footer.failed)
-        if footer is None or again:
+        if footer is None or footer.job != job.job_id or (job.retrying and footer.failed):
             done[number] = 0
         else:
             total += Count(footer.images, footer.failed)
@@ -281,6 +281,7 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
     total = Count()
     errors: list[str] = []
     options = job.reader.annotations(client) | {"pure": False, "retries": retries}
+    options |= {"smallest_window": _SMALLEST_WINDOW}
     try:
         for done, ((number, task), result) in enumerate(
             run_tasks(client, job, tasks, **options), 1

@@ -227,6 +227,14 @@ def load_function(name: str) -> BatchFunction:
     return function
 
 
+def read_storage_options(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the options for the shards' file system, and those for the output's, if given."""
+    out = merge_pairs(options.out_option) if options.out_option else None
+    return merge_pairs(options.storage_option or []), out
+
+
 def merge_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return storage options as a dict; ``a.b`` is the ``b`` of the dict ``a``.
 

@@ -15,7 +15,6 @@ from dask_imgread.cluster import check_resources
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-_SMALLEST_WINDOW = 16
 _LOOKED_EVERY = 5.0  # seconds, at the number of threads
 
 Item = TypeVar("Item")
@@ -28,6 +27,7 @@ def map_windowed(
     items: Iterable[Item],
     *,
     window: int | None = None,
+    smallest_window: int = 2,
     **options: Any,
 ) -> Iterator[tuple[Item, Future]]:
     """Do what ``client.map`` does with a bound on the tasks in flight, and yield them as they end.
@@ -47,7 +47,10 @@ def map_windowed(
         Its arguments, taken as they are needed; may be endless.
     window
         Tasks in flight at most; if not given, twice the threads that the cluster has at
-        the time, and 16 at least, so that an adaptive cluster sees that there is work.
+        the time.
+    smallest_window
+        The least that this comes to; more than 2 where results are small and an adaptive
+        cluster is to see at once how much work there is.
     **options
         Options of ``client.map``, such as ``reader.annotations(client)`` or ``retries``.
 
@@ -81,7 +84,7 @@ def map_windowed(
             running[future] = item
             ended.add(future)
 
-    limit = window or _look_up_window(client)
+    limit = window or _look_up_window(client, smallest_window)
     looked = time.monotonic()
     submit(limit)
     while running:
@@ -90,15 +93,15 @@ def map_windowed(
         yield item, future
         future.release()
         if window is None and time.monotonic() - looked > _LOOKED_EVERY:
-            limit, looked = _look_up_window(client), time.monotonic()
+            limit, looked = _look_up_window(client, smallest_window), time.monotonic()
         # Several at a time: one by one, telling the scheduler costs more than the scheduling.
         if limit - len(running) >= max(1, limit // 4):
             submit(limit - len(running))
 
 
-def _look_up_window(client: Client) -> int:
+def _look_up_window(client: Client, smallest: int) -> int:
     threads: int = sum(client.nthreads().values())
-    return max(_SMALLEST_WINDOW, 2 * threads)
+    return max(smallest, 2 * threads)
 
 
 def run_tasks(
