@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from dask_imgread.decode import Decoded, DecoderOptions, start_decoding
+from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, PendingDecoding
 from dask_imgread.tasks import ImageBatch, ImageObject
 
 logger = logging.getLogger("dask_imgread")
@@ -21,13 +21,7 @@ class ReadError(RuntimeError):
     """An image could not be read, under ``on_error="raise"``. Names shard and member."""
 
 
-class EncodedImage(NamedTuple):
-    """An image that is to be decoded: its bytes, and the record that it will complete."""
-
-    image: ImageObject
-    content: bytes
-    backend: str
-    decoded_bytes: int
+BeginDecoding: TypeAlias = Callable[[Sequence[Encoded], DecoderOptions], PendingDecoding]
 
 
 class BatchRules(NamedTuple):
@@ -35,74 +29,102 @@ class BatchRules(NamedTuple):
 
     batch_size: int
     max_batch_bytes: int
-    decode: bool
     on_error: str
 
 
-class BatchGatherer:
-    """Images on their way to the next batch."""
+class PendingBatch:
+    """A batch whose images are being decoded.
 
-    def __init__(self, rules: BatchRules, options: DecoderOptions) -> None:
-        self._rules, self._options = rules, options
-        self._encoded: list[EncodedImage] = []
+    Parameters
+    ----------
+    images, failed
+        The records of those that are, and of those that could not be read.
+    decoding
+        What decodes them; None if their headers are all that is wanted.
+    on_error
+        What becomes of failures.
+    """
+
+    def __init__(
+        self,
+        images: list[ImageObject],
+        failed: list[ImageObject],
+        decoding: PendingDecoding | None,
+        on_error: str,
+    ) -> None:
+        self._images, self._failed = images, failed
+        self._decoding, self._on_error = decoding, on_error
+
+    def result(self) -> ImageBatch:
+        """Wait for the decoders, and return the batch."""
+        batch = ImageBatch(failed=self._failed)
+        if self._decoding is None:
+            batch.data = self._images
+        else:
+            for image, decoded in zip(self._images, self._decoding.result(), strict=True):
+                place = batch.failed if _complete(image, decoded) else batch.data
+                place.append(image)
+        _treat_failures(batch, self._on_error)
+        return batch
+
+
+class BatchGatherer:
+    """Images on their way to the next batch.
+
+    Parameters
+    ----------
+    rules
+        When a batch is full.
+    options
+        The decoders' options.
+    begin
+        Begins to decode a batch; None if no pixels are wanted.
+    """
+
+    def __init__(
+        self, rules: BatchRules, options: DecoderOptions, begin: BeginDecoding | None
+    ) -> None:
+        self._rules, self._options, self._begin = rules, options, begin
+        self._images: list[ImageObject] = []
+        self._encoded: list[Encoded] = []
         self._failed: list[ImageObject] = []
         self._bytes = 0
-        self._limit = rules.batch_size if rules.decode else _HEADERS_PER_BATCH
-        self._begun: deque[Callable[[], ImageBatch]] = deque()
+        self._limit = rules.batch_size if begin is not None else _HEADERS_PER_BATCH
+        self._pending: deque[PendingBatch] = deque()
         self._ahead = _BATCHES_AHEAD[options.device]
 
-    def add(self, image: ImageObject, encoded: EncodedImage | None) -> Iterator[ImageBatch]:
+    def add(self, image: ImageObject, encoded: Encoded | None) -> Iterator[ImageBatch]:
         """Take one more image, or a failed one; yield the batches that are to be done by now."""
         if encoded is None:
             self._failed.append(image)
         else:
-            self._bytes += encoded.decoded_bytes
-            if self._encoded and self._rules.decode and self._bytes > self._rules.max_batch_bytes:
+            size = encoded.count_bytes(self._options) if self._begin is not None else 0
+            if self._images and self._bytes + size > self._rules.max_batch_bytes:
                 yield from self.empty(self._ahead)
-                self._bytes = encoded.decoded_bytes
+            self._bytes += size
+            self._images.append(image)
             self._encoded.append(encoded)
         # Failures alone fill a batch too: a shard of nothing else must not pile up.
-        if max(len(self._encoded), len(self._failed)) >= self._limit:
+        if max(len(self._images), len(self._failed)) >= self._limit:
             yield from self.empty(self._ahead)
 
     def empty(self, ahead: int = 0) -> Iterator[ImageBatch]:
         """Begin to decode what was gathered; yield all batches but the last ``ahead``."""
-        if self._encoded or self._failed:
-            self._begun.append(self._begin())
-            self._encoded, self._failed, self._bytes = [], [], 0
-        while len(self._begun) > ahead:
-            yield self._begun.popleft()()
-
-    def _begin(self) -> Callable[[], ImageBatch]:
-        encoded, failed, on_error = self._encoded, self._failed, self._rules.on_error
-        finish_decoding = None
-        if self._rules.decode:
-            finish_decoding = start_decoding(
-                [item.content for item in encoded],
-                [item.image.image_path for item in encoded],
-                [item.backend for item in encoded],
-                self._options,
+        if self._images or self._failed:
+            decoding = self._begin(self._encoded, self._options) if self._begin else None
+            self._pending.append(
+                PendingBatch(self._images, self._failed, decoding, self._rules.on_error)
             )
-
-        def finish() -> ImageBatch:
-            batch = ImageBatch(failed=failed)
-            if finish_decoding is None:
-                batch.data = [item.image for item in encoded]
-            else:
-                for item, result in zip(encoded, finish_decoding(), strict=True):
-                    place = batch.failed if _complete(item.image, result) else batch.data
-                    place.append(item.image)
-            _treat_failures(batch, on_error)
-            return batch
-
-        return finish
+            self._images, self._encoded, self._failed, self._bytes = [], [], [], 0
+        while len(self._pending) > ahead:
+            yield self._pending.popleft().result()
 
 
-def _complete(image: ImageObject, result: Decoded) -> bool:
-    image.image_data, image.backend = result.pixels, result.backend
-    image.error = str(result.error) if result.error else None
-    if result.size is not None:  # a PNG's orientation can stand behind its pixels
-        image.width, image.height = result.size
+def _complete(image: ImageObject, decoded: Decoded) -> bool:
+    image.image_data, image.backend = decoded.pixels, decoded.backend
+    image.error = decoded.error
+    if decoded.size is not None:  # a PNG's orientation can stand behind its pixels
+        image.width, image.height = decoded.size
     return image.error is not None
 
 

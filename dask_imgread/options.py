@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 _READER = [
     *("dali_batch_size", "num_threads", "num_gpus_per_worker", "device", "decode", "sidecars"),
-    *("on_error", "max_pixels", "max_batch_bytes", "resize"),
+    *("on_error", "max_pixels", "max_batch_bytes", "resize", "decoder", "scaled_decoding"),
+    "isolate",
 ]
+
+_SWITCHES = ("sidecars", "scaled_decoding", "isolate")  # of the reader, without a default here
 
 
 class UsageError(Exception):
@@ -85,7 +88,7 @@ def _to_arguments(name: str, value: Any, default: Any) -> list[str]:
     if name in ("storage_option", "out_option"):
         pairs = _check(value, dict).items()
         return [f"{flag}={key}={json.dumps(item)}" for key, item in pairs]
-    if isinstance(default, bool) or name == "sidecars":
+    if isinstance(default, bool) or name in _SWITCHES:
         return [flag if _check(value, bool) else flag.replace("--", "--no-", 1)]
     if isinstance(value, bool | list | dict):
         raise TypeError(f"a string or a number is expected, not {value!r}")
@@ -122,12 +125,23 @@ def add_reader(command: argparse.ArgumentParser) -> None:
     reader = command.add_argument_group("reader")
     reader.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
     reader.add_argument("--dali-batch-size", type=int, metavar="N")
-    reader.add_argument("--num-threads", type=int, metavar="N", help="DALI's CPU threads, at most")
+    reader.add_argument("--num-threads", type=int, metavar="N", help="that decode, at most")
     reader.add_argument("--num-gpus-per-worker", type=float, metavar="SHARE")
     reader.add_argument("--on-error", choices=("record", "skip", "raise"))
     reader.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
     reader.add_argument("--max-batch-bytes", type=int, metavar="BYTES")
     reader.add_argument("--resize", type=_parse_size, metavar="SIDE|HEIGHTxWIDTH")
+    reader.add_argument("--decoder", choices=("auto", "dali"), help="dali: on a CPU too")
+    reader.add_argument(
+        "--scaled-decoding",
+        action=argparse.BooleanOptionalAction,
+        help="begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
+    )
+    reader.add_argument(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        help="decode each image in a child process that it may kill",
+    )
     reader.add_argument(
         "--sidecars",
         action=argparse.BooleanOptionalAction,

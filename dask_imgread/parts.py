@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from base64 import b64encode
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -32,7 +32,10 @@ class SchemaError(ValueError):
 
 
 # What of a reader decides on the rows. The rest is how fast they come.
-_DECISIVE = ("decode", "sidecars", "on_error", "max_pixels", "resize", "output")
+_DECISIVE = (
+    *("decode", "sidecars", "on_error", "max_pixels", "resize", "output"),
+    *("decoder", "scaled_decoding"),
+)
 _INFERRED_BATCHES = 4  # whose rows tell the types of a function's columns
 
 
@@ -64,6 +67,10 @@ class PartWriter:
     retrying: bool = False
 
     __name__ = "write_part"  # Dask names tasks by it
+
+    def isolated(self) -> PartWriter:
+        """Return the same writer whose reader decodes each image in a child process."""
+        return replace(self, reader=self.reader.isolated())
 
     def describe(self) -> dict[str, Any]:
         """Return all that decides on what the rows are."""

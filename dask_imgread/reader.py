@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask_imgread import gpu
-from dask_imgread.batches import BatchGatherer, BatchRules, EncodedImage
+from dask_imgread.batches import BatchGatherer, BatchRules, BeginDecoding
 from dask_imgread.cluster import check_resources
-from dask_imgread.decode import DecoderOptions
-from dask_imgread.header import ImageError
+from dask_imgread.decoding.contract import DecoderOptions, Encoded
+from dask_imgread.decoding.decode import Decoding, choose_backend, release
+from dask_imgread.decoding.header import ImageError
+from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.records import (
     UNREACHABLE,
     describe_damage,
@@ -29,7 +31,7 @@ from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage import StorageError, hide_secrets, name_url
 from dask_imgread.tar import ByteSource, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
-from dask_imgread.worker import count_own_cores
+from dask_imgread.worker import count_own_cores, release_with_worker
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -39,7 +41,10 @@ logger = logging.getLogger("dask_imgread")
 
 @dataclass
 class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
-    """Read the images of WebDataset tar shards: NVIDIA DALI decodes, and Pillow what DALI can't.
+    """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
+
+    NVIDIA DALI decodes on GPUs. On a CPU libjpeg-turbo decodes JPEG, and DALI PNG. Pillow decodes
+    everything else, and has the last word on what the others refuse.
 
     A reader is plain values until it runs: it is made on the client, which may have no
     GPU, and decides on the worker what to decode with. One reader may be used by several
@@ -52,7 +57,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     verbose
         Log a line for each task, at level INFO of the logger ``dask_imgread``.
     num_threads
-        DALI's CPU threads, at most. On a Dask worker a reader takes no more than the cores
+        Threads that decode, at most. On a Dask worker a reader takes no more than the cores
         its thread has a right to: on the CPU one, beside a GPU its share of the machine.
     num_gpus_per_worker
         The share of a GPU that a reader holds while it runs; not used on a CPU.
@@ -73,11 +78,25 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     max_batch_bytes
         A batch is cut so that its decoded images take no more bytes, unless one image
         alone does. On a GPU two batches exist at a time: one is decoded while the one
-        before is in use.
+        before is in use. With ``resize`` on a CPU it is what comes out that counts, or the
+        encoded bytes where they are more.
     resize
         Resize each image after decoding, on the same device: an int is the length of the
         shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
         of an ImageObject stay those of the source.
+    decoder
+        ``"auto"`` takes on a CPU what is fastest there. ``"dali"`` insists on DALI's pipeline,
+        as on a GPU, for all that it decodes.
+    scaled_decoding
+        On a CPU, whether ``resize`` may begin with a JPEG decoded at 1/2, 1/4 or 1/8 of its
+        size, the smallest that is at least as large as what is wanted. Three to four times as
+        fast for a picture of 12 megapixels; the pixels differ a little from those resized from
+        full size (docs/decoding.md says by how much). False decodes at full size.
+    isolate
+        Decode each image by itself in a child process, so that one that kills its decoder
+        costs only itself, and is recorded as ``kills its decoder``. Slower, and for shards
+        that have killed workers; jobs, ``verify_shards`` and ``map_windowed`` do so by
+        themselves. Arrays are then the host's, whatever ``output`` says.
     output
         ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
         objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
@@ -107,6 +126,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     max_batch_bytes: int = 256 << 20
     resize: int | tuple[int, int] | None = None
     output: Literal["host", "device"] = "host"
+    decoder: Literal["auto", "dali"] = "auto"
+    scaled_decoding: bool = True
+    isolate: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -132,6 +154,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             ("device", ("auto", "gpu", "cpu")),
             ("on_error", ("record", "skip", "raise")),
             ("output", ("host", "device")),
+            ("decoder", ("auto", "dali")),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
@@ -215,6 +238,10 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         with self._hold_share():
             yield from self._stream(task)
 
+    def isolated(self) -> ImageReaderStage:
+        """Return the same reader with ``isolate``: for a task whose worker died."""
+        return replace(self, isolate=True)
+
     def _hold_share(self) -> AbstractContextManager[None]:
         return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()
 
@@ -225,19 +252,32 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         options = self._choose_decoder()
         batches = 0
         images = failures = 0
-        for path in task.data:
-            for batch in self._read_shard(resolve_path(path), task, options):
-                batch.dataset_name = task.dataset_name
-                batch.task_id = f"{task.task_id}_{batches}"
-                batches += 1
-                images += batch.num_items
-                failures += len(batch.failed) + batch.skipped
-                yield batch
-                del batch  # not to be held while the next one is decoded
+        with self._open_decoder() as begin:
+            for path in task.data:
+                for batch in self._read_shard(resolve_path(path), task, options, begin):
+                    batch.dataset_name = task.dataset_name
+                    batch.task_id = f"{task.task_id}_{batches}"
+                    batches += 1
+                    images += batch.num_items
+                    failures += len(batch.failed) + batch.skipped
+                    yield batch
+                    del batch  # not to be held while the next one is decoded
         if self.verbose:
             logger.info(
                 "%s: task %s: %d images, %d failed", self.name, task.task_id, images, failures
             )
+
+    @contextmanager
+    def _open_decoder(self) -> Iterator[BeginDecoding | None]:
+        """Give what begins to decode a batch; None if no pixels are wanted."""
+        if not self.decode:
+            yield None
+        elif self.isolate:
+            with DecoderProcess() as process:
+                yield process.begin
+        else:
+            release_with_worker("dask-imgread-decoders", release)
+            yield Decoding
 
     def _choose_decoder(self) -> DecoderOptions:
         """Look at where this runs: which device there is, and how many cores are ours."""
@@ -249,14 +289,26 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             )
         device = "gpu" if available else "cpu"
         threads = min(self.num_threads, count_own_cores(available, self.num_gpus_per_worker))
-        return DecoderOptions(device, threads, self.dali_batch_size, self.resize, self.output)
+        return DecoderOptions(
+            device,
+            threads,
+            self.dali_batch_size,
+            self.resize,
+            self.output,
+            self.decoder,
+            self.scaled_decoding,
+        )
 
     def _read_shard(
-        self, path: str, task: FileGroupTask, options: DecoderOptions
+        self,
+        path: str,
+        task: FileGroupTask,
+        options: DecoderOptions,
+        begin: BeginDecoding | None,
     ) -> Iterator[ImageBatch]:
         """Yield one shard's batches; what is broken in it ends in them too."""
-        rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.decode, self.on_error)
-        gathered = BatchGatherer(rules, options)
+        rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
+        gathered = BatchGatherer(rules, options, begin)
         shown = name_url(path)
         try:
             with open_shard(path, task.storage_options) as source:
@@ -269,7 +321,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 shard_id = make_shard_id(path)
                 for entry in index.images:
                     image = describe_image(entry, shown, shard_id)
-                    yield from gathered.add(image, self._load(source, entry, image))
+                    yield from gathered.add(image, self._load(source, entry, image, options))
                 for member in index.broken:
                     yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
@@ -289,8 +341,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         return index
 
     def _load(
-        self, source: ByteSource, entry: ImageEntry, image: ImageObject
-    ) -> EncodedImage | None:
+        self, source: ByteSource, entry: ImageEntry, image: ImageObject, options: DecoderOptions
+    ) -> Encoded | None:
         """Read an image's bytes, header and sidecars; None, and ``image.error``, if it can't be."""
         member = entry.member
         if self.sidecars:
@@ -317,4 +369,5 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 else f"unreadable: {type(error).__name__}: {error}"
             )
             return None
-        return EncodedImage(image, content, header.backend, 3 * pixels)
+        backend = choose_backend(content, header, options) if self.decode else ""
+        return Encoded(image.image_path, content, header, backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dask_imgread.header import HEAD_BYTES, Header, ImageError, read_header
+from dask_imgread.decoding.header import HEAD_BYTES, Header, ImageError, read_header
 from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
 from dask_imgread.shards import is_local, resolve_path
 from dask_imgread.storage import StorageError, hide_secrets, name_url

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dask_imgread.decode import decode_with_pillow
+from dask_imgread.decoding.geometry import resize
+from dask_imgread.decoding.header import ImageError, read_header
+from dask_imgread.decoding.pillow import decode_with_pillow
 from dask_imgread.folder import JOB, JobFolder, name_records, write_whole
-from dask_imgread.header import ImageError, read_header
 from dask_imgread.plots import TOP, embed_plots, say, tell_time
 from dask_imgread.shards import connect, open_shard, resolve_path
 from dask_imgread.storage import hide_secrets, name_url, with_retries
@@ -164,11 +165,9 @@ def _shrink(source: ByteSource, row: Row) -> bytes:
         raise ImageError(f"too large: {width} x {height} pixels")
     scale = min(1, _THUMBNAIL / max(width, height))
     sides = max(1, round(height * scale)), max(1, round(width * scale))
-    decoded = decode_with_pillow(content, row.image_id, sides)
-    if decoded.pixels is None:
-        raise decoded.error or ImageError("no pixels")
+    pixels = resize(decode_with_pillow(content), sides)
     buffer = io.BytesIO()
-    Image.fromarray(decoded.pixels).save(buffer, "JPEG", quality=82)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from dask.base import tokenize
 from dask.sizeof import sizeof
-from numpy.typing import NDArray
 
+from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards import resolve_path, stat_shard
 from dask_imgread.storage import name_url
-
-Pixels: TypeAlias = NDArray[np.uint8]
 
 COLUMNS = {
     "image_path": "string[pyarrow]",
@@ -143,7 +140,8 @@ class ImageObject:
     width, height, channels
         Upright size in pixels as the file's header says, and the channels stored in it.
     backend
-        What decoded it: ``"dali-gpu"``, ``"dali-cpu"`` or ``"pillow"``; None if not decoded.
+        What decoded it: ``"libjpeg-turbo"``, ``"dali-gpu"``, ``"dali-cpu"`` or ``"pillow"``;
+        None if not decoded.
     error
         ``"<cause>: <detail>"`` if the image could not be read, else None.
     warning

@@ -72,6 +72,9 @@ class _Verify:
 
     reader: ImageReaderStage
 
+    def isolated(self) -> _Verify:
+        return _Verify(self.reader.isolated())
+
     def __call__(self, task: FileGroupTask) -> _Tally:
         good = Counter({name_url(resolve_path(path)): 0 for path in task.data})
         bad: list[ImageObject] = []

@@ -37,6 +37,11 @@ def map_windowed(
     cluster's memory; here at most ``window`` results exist at any time: a future is
     released when the next one is taken, and no sooner is another task submitted.
 
+    When a worker dies again and again, Dask blames whatever it had been given. What was blamed
+    is run once more at the end, one item at a time, with ``fn.isolated()`` where ``fn`` has that,
+    as an ``ImageReaderStage`` has: so of a task that holds a picture which kills its decoder,
+    that picture alone is lost.
+
     Parameters
     ----------
     client
@@ -57,7 +62,8 @@ def map_windowed(
     Yields
     ------
     item, future
-        In the order in which they end. A future may hold an error.
+        In the order in which they end. A future may hold an error; a ``KilledWorker`` if the
+        item killed its workers when it was run alone, too.
 
     Raises
     ------
@@ -71,9 +77,28 @@ def map_windowed(
     ...     sorted(future.result() for _, future in map_windowed(client, abs, [-3, -1, 2]))
     [1, 2, 3]
     """
+    check_resources(client, options.get("resources") or {})
+    blamed: list[Item] = []
+    for item, future in _map(client, fn, items, window, smallest_window, options):
+        if _is_blamed(future):
+            blamed.append(item)
+        else:
+            yield item, future
+    alone = fn.isolated() if hasattr(fn, "isolated") else fn
+    # Not pure: the key of the error is not to be asked for again.
+    yield from _map(client, alone, blamed, 1, 1, options | {"pure": False})
+
+
+def _map(
+    client: Client,
+    fn: Callable[[Item], Any],
+    items: Iterable[Item],
+    window: int | None,
+    smallest_window: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[Item, Future]]:
     from distributed import as_completed
 
-    check_resources(client, options.get("resources") or {})
     waiting = iter(items)
     ended = as_completed()
     running: dict[Future, Item] = {}
@@ -104,35 +129,25 @@ def _look_up_window(client: Client, smallest: int) -> int:
     return max(smallest, 2 * threads)
 
 
+def _is_blamed(future: Future) -> bool:
+    return future.status == "error" and isinstance(future.exception(), KilledWorker)
+
+
 def run_tasks(
     client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **options: Any
 ) -> Iterator[tuple[Item, Result | Exception]]:
-    """Yield what ``map_windowed`` does as results or errors, and find what kills its workers.
-
-    When a worker dies again and again, Dask blames whatever it had been given. Here the
-    blamed items are tried once more at the end, one at a time: only what kills its workers
-    then too is yielded with the ``KilledWorker``.
+    """Yield what ``map_windowed`` does, as results or errors.
 
     Raises
     ------
     CancelledError
         If the scheduler is lost.
     """
-    blamed: list[Item] = []
     for item, future in map_windowed(client, fn, items, **options):
-        result = _take_result(future)
-        if isinstance(result, KilledWorker):
-            blamed.append(item)
-        else:
-            yield item, result
-    for item, future in map_windowed(client, fn, blamed, **(options | {"window": 1})):
-        yield item, _take_result(future)
-
-
-def _take_result(future: Future) -> Any:
-    try:
-        return future.result()
-    except CancelledError:
-        raise
-    except Exception as error:
-        return error
+        try:
+            result = future.result()
+        except CancelledError:
+            raise
+        except Exception as error:
+            result = error
+        yield item, result

@@ -11,6 +11,8 @@ from dask_imgread.testing import write_shard
 
 pytest_plugins = ["pytester"]
 
+both_decoders = pytest.mark.parametrize("decoder", ["auto", "dali"])
+
 
 @pytest.fixture(scope="session")
 def photographs():

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage, ReadError, partition_shards
-from dask_imgread.header import read_header
+from dask_imgread.decoding.contract import DecoderOptions
+from dask_imgread.decoding.decode import choose_backend
+from dask_imgread.decoding.header import read_header
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import encode, members_of, read_with_pillow
+from tests.conftest import both_decoders, encode, members_of, read_with_pillow
 
 PICTURE = draw_picture(3, (64, 48))
 JPEG = encode_picture(PICTURE)
@@ -55,10 +57,12 @@ BAD = {
 # One bad image costs one image
 
 
+@both_decoders
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_recorded_with_its_cause(tmp_path, name):
+def test_a_bad_image_is_recorded_with_its_cause(tmp_path, name, decoder):
     content, cause = BAD[name]
-    good, failed = read_members(tmp_path, ("a.jpg", JPEG), (name, content), ("z.png", PNG))
+    members = ("a.jpg", JPEG), (name, content), ("z.png", PNG)
+    good, failed = read_members(tmp_path, *members, decoder=decoder)
     assert [i.image_path.rpartition("/")[2] for i in good] == ["a.jpg", "z.png"]
     (bad,) = failed
     assert bad.image_path == str(tmp_path / "s.tar" / name)
@@ -69,26 +73,31 @@ def test_a_bad_image_is_recorded_with_its_cause(tmp_path, name):
     assert bad.size == len(content)
 
 
-def test_one_image_that_fails_its_batch_costs_no_other(tmp_path, photo_shards):
+@both_decoders
+def test_one_image_that_fails_its_batch_costs_no_other(tmp_path, photo_shards, decoder):
     """An error that only decoding finds: the header and the end mark are whole."""
     members = list(members_of(photo_shards[0]).items())
-    clean = read(photo_shards[0])[0]
-    assert read_header(BROKEN).backend == "dali"
-    good, failed = read_members(tmp_path, *members[:9], ("bad.jpg", BROKEN), *members[9:])
+    clean = read(photo_shards[0], decoder=decoder)[0]
+    backend = {"auto": "libjpeg-turbo", "dali": "dali"}[decoder]
+    options = DecoderOptions("cpu", 1, 9, decoder=decoder)
+    assert choose_backend(BROKEN, read_header(BROKEN), options) == backend
+    members = *members[:9], ("bad.jpg", BROKEN), *members[9:]
+    good, failed = read_members(tmp_path, *members, decoder=decoder)
     assert [i.image_path.rpartition("/")[2] for i in failed] == ["bad.jpg"]
     assert len(good) == len(clean) == 25
     for image, expected in zip(good, clean, strict=True):
         np.testing.assert_array_equal(image.image_data, expected.image_data)
-        assert image.backend == expected.backend == "dali-cpu"
+        assert image.backend == expected.backend
+        assert image.backend.startswith(backend)
 
 
 def test_a_failed_decoder_is_not_used_again(tmp_path):
-    from dask_imgread.decode import DECODERS
+    from dask_imgread.decoding.dali import DECODERS
 
     DECODERS.clear()
-    read_members(tmp_path, ("a.jpg", BROKEN))
+    read_members(tmp_path, ("a.jpg", BROKEN), decoder="dali")
     assert not any(DECODERS._idle.values())
-    read_members(tmp_path, ("a.jpg", JPEG))
+    read_members(tmp_path, ("a.jpg", JPEG), decoder="dali")
     assert sum(map(len, DECODERS._idle.values())) == 1
 
 
@@ -148,10 +157,11 @@ def variants():
                 yield f"{mode}-{number}.{extension}", content
 
 
-def test_every_variant_has_pillows_pixels(tmp_path):
+@both_decoders
+def test_every_variant_has_pillows_pixels(tmp_path, decoder):
     members = dict(variants())
     assert len(members) > 80
-    good, failed = read_members(tmp_path, *members.items())
+    good, failed = read_members(tmp_path, *members.items(), decoder=decoder)
     assert failed == []
     for image in good:
         name = image.image_path.rpartition("/")[2]
@@ -162,16 +172,21 @@ def test_every_variant_has_pillows_pixels(tmp_path):
     for image in good:
         backends[image.format].add(image.backend)
     assert backends["gif"] == backends["avif"] == {"pillow"}
-    assert all("dali-cpu" in backends[f] for f in ("jpeg", "png", "webp"))
+    if decoder == "dali":
+        assert all("dali-cpu" in backends[f] for f in ("jpeg", "png", "webp"))
+    else:
+        assert backends["jpeg"] == {"libjpeg-turbo", "pillow"}
+        assert "dali-cpu" in backends["png"]
 
 
+@both_decoders
 @pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(tmp_path, codec, orientation):
+def test_orientation(tmp_path, codec, orientation, decoder):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(PICTURE, codec, exif=exif)
-    (image,), failed = read_members(tmp_path, ("a.jpg", content))
+    (image,), failed = read_members(tmp_path, ("a.jpg", content), decoder=decoder)
     assert not failed
     np.testing.assert_array_equal(image.image_data, read_with_pillow(content))
     assert (image.height, image.width) == image.image_data.shape[:2]
@@ -179,10 +194,11 @@ def test_orientation(tmp_path, codec, orientation):
     assert (header.height, header.width) == (image.height, image.width)
 
 
-def test_orientation_from_xmp(tmp_path):
+@both_decoders
+def test_orientation_from_xmp(tmp_path, decoder):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
     content = encode(PICTURE, "JPEG", xmp=xmp)
-    (image,), _ = read_members(tmp_path, ("a.jpg", content))
+    (image,), _ = read_members(tmp_path, ("a.jpg", content), decoder=decoder)
     np.testing.assert_array_equal(image.image_data, read_with_pillow(content))
     assert (image.height, image.width) == (64, 48)
 
@@ -487,9 +503,9 @@ def test_the_decoders_chatter_becomes_log_records(tmp_path, capfd, caplog):
 
 
 def test_what_others_print_meanwhile_reaches_stderr(capfd):
-    from dask_imgread import chatter
+    from dask_imgread.decoding import stderr
 
-    with chatter.catch(["a.jpg"]):
+    with stderr.catch(["a.jpg"]):
         os.write(2, b"a line of somebody else\n[ERROR] [x_decoder] broken\n")
     assert capfd.readouterr().err == "a line of somebody else\n"
 

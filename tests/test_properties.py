@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dask_imgread import ImageReaderStage, partition_shards
-from dask_imgread.decode import DecoderOptions, start_decoding
-from dask_imgread.header import ImageError, read_header
+from dask_imgread.decoding.contract import DecoderOptions, Encoded
+from dask_imgread.decoding.decode import Decoding, choose_backend
+from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.samples import index_members
 from dask_imgread.tar import NotTarError, walk_members
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import count_fuzz_inputs, encode, read_with_pillow
+from tests.conftest import both_decoders, count_fuzz_inputs, encode, read_with_pillow
 
 PICTURES = [draw_picture(n, size) for n, size in enumerate([(40, 30), (31, 47), (1, 1), (64, 9)])]
 EXTENSIONS = ["jpg", "png", "webp", "gif", "tif", "bmp", "jp2", "avif", "pgm"]
@@ -37,11 +38,14 @@ SIDECARS = [("txt", b"words"), ("json", b"{"), ("cls", b"x"), ("npy", b"\0")]
     ),
     batch_size=st.integers(1, 12),
     images_per_partition=st.none() | st.integers(1, 9),
+    decoder=st.sampled_from(["auto", "dali"]),
 )
-def test_every_image_is_decoded_or_recorded(tmp_path, members, batch_size, images_per_partition):
+def test_every_image_is_decoded_or_recorded(
+    tmp_path, members, batch_size, images_per_partition, decoder
+):
     named = [(f"{key}.{extension}", content) for key, (extension, content) in members]
     shard = write_shard(tmp_path / "s.tar", named)
-    reader = ImageReaderStage(device="cpu", dali_batch_size=batch_size)
+    reader = ImageReaderStage(device="cpu", dali_batch_size=batch_size, decoder=decoder)
     tasks = partition_shards(shard, images_per_partition=images_per_partition)
     batches = [batch for task in tasks for batch in reader.process(task)]
     good = [image for batch in batches for image in batch.data]
@@ -125,7 +129,8 @@ def test_fuzz_the_tar_walker(tmp_path, record_property):
 
 
 @pytest.mark.slow
-def test_fuzz_the_decoders():
+@both_decoders
+def test_fuzz_the_decoders(decoder):
     rng = random.Random(21)
     seeds = [content for _, content in GOOD] + [
         encode(PICTURES[0], "JPEG", progressive=True),
@@ -133,9 +138,9 @@ def test_fuzz_the_decoders():
         encode(PICTURES[0].convert("P"), "PNG"),
         encode(PICTURES[0], "TIFF", compression="tiff_lzw"),
     ]
-    options = DecoderOptions("cpu", 1, 8)
+    options = DecoderOptions("cpu", 1, 8, decoder=decoder)
     tried = read = 0
-    ends = time.monotonic() + 15
+    ends = time.monotonic() + 8
     while time.monotonic() < ends:
         batch = []
         for _ in range(8):
@@ -146,13 +151,9 @@ def test_fuzz_the_decoders():
             except ImageError:
                 continue
             if header.width * header.height <= 1 << 22:
-                batch.append((content, header))
-        decoded = start_decoding(
-            [c for c, _ in batch],
-            [str(n) for n in range(len(batch))],
-            [h.backend for _, h in batch],
-            options,
-        )()
+                backend = choose_backend(content, header, options)
+                batch.append(Encoded(str(len(batch)), content, header, backend))
+        decoded = Decoding(batch, options).result()
         assert len(decoded) == len(batch)
         for result in decoded:
             assert (result.pixels is None) == (result.error is not None)
@@ -161,6 +162,6 @@ def test_fuzz_the_decoders():
                 assert result.pixels.ndim == 3
                 assert result.pixels.shape[2] == 3
                 assert result.pixels.dtype == np.uint8
-    count_fuzz_inputs("decoders", tried)
+    count_fuzz_inputs(f"decoders ({decoder})", tried)
     assert tried > 200
     assert read > 0

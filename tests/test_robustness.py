@@ -28,7 +28,7 @@ from dask_imgread import (
     run_job,
     verify_shards,
 )
-from dask_imgread.decode import DECODERS
+from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 
 META = pd.DataFrame({"total": pd.Series(dtype="int64")}).rename_axis("image_id")
@@ -277,7 +277,7 @@ def test_credentials_stay_out_of_keys(make_shards):
 
 def test_threads_of_one_process_and_the_release_of_decoders(photo_shards):
     DECODERS.clear()
-    readers = [ImageReaderStage(dali_batch_size=n) for n in (3, 7)]
+    readers = [ImageReaderStage(dali_batch_size=n, decoder="dali") for n in (3, 7)]
     expected = sorted(
         i.image_id for b in readers[0](FileGroupTask(data=photo_shards)) for i in b.data
     )
@@ -301,7 +301,8 @@ def test_threads_of_one_process_and_the_release_of_decoders(photo_shards):
 
 
 def test_idle_decoders_are_bounded():
-    from dask_imgread.decode import DecoderOptions, DecoderPool
+    from dask_imgread.decoding.contract import DecoderOptions
+    from dask_imgread.decoding.dali import DecoderPool
 
     pool = DecoderPool(limit=3)
     for size in range(1, 8):

@@ -12,15 +12,10 @@ from typing import NamedTuple
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
-HEAD_BYTES = 4096 - 512  # with its tar header, one page
 _ORIENTATION = 0x0112
 _METADATA_BYTES = 1 << 17  # a JPEG's EXIF fills 64 KiB at most, and comes first
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
-# DALI gets JPEG, PNG and WebP to decode: where it reads them, its pixels are Pillow's, and what
-# is cut short or broken it refuses. Not so the others that it knows (DALI 2.4.0 with nvImageCodec
-# 0.9.0): a truncated BMP, PNM or TIFF comes out half black without an error, some TIFFs with wrong
-# colours, and a JPEG 2000 with tiles of no size ends the process.
 _IMAGE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
@@ -37,15 +32,23 @@ class Header(NamedTuple):
 
     ``width`` and ``height`` are in pixels and upright: the EXIF orientation is applied.
     ``channels`` is the number stored in the file; a palette counts as the colours in it.
-    ``backend`` names what decodes this variant of the format: ``"dali"`` where DALI
-    gives Pillow's pixels, else ``"pillow"``.
+    ``plain`` says that this is a JPEG, PNG or WebP of a variant of which every decoder gives
+    the same pixels, but for the orientation. ``orientation`` is EXIF's, from 1 to 8, where the
+    stored pixels are to be turned by it.
     """
 
     format: str
     width: int
     height: int
     channels: int
-    backend: str
+    plain: bool
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width before the orientation is applied."""
+        size = self.height, self.width
+        return size if self.orientation < 5 else size[::-1]
 
 
 class ImageError(ValueError):
@@ -69,13 +72,14 @@ def read_header(content: bytes) -> Header:
                 header, metadata = parse(content)
             except (IndexError, ValueError, struct.error):
                 break  # cut short or odd: Pillow has the last word
-            return _turn(content, header) if metadata else header
+            return _apply_orientation(content, header) if metadata else header
     with open_with_pillow(content) as image:
         name = (image.format or "unknown").lower()
-        width, height = image.size[::-1] if _read_orientation(image) >= 5 else image.size
+        orientation = _read_orientation(image)
+        width, height = image.size[::-1] if orientation >= 5 else image.size
         palette = image.palette.mode if image.mode == "P" and image.palette else None
         channels = len(palette or image.getbands())
-        return Header(_FORMATS.get(name, name), width, height, channels, "pillow")
+        return Header(_FORMATS.get(name, name), width, height, channels, False, orientation)
 
 
 def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
@@ -89,9 +93,9 @@ def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
             width, height = wide << 8 | narrow, high << 8 | low
             if not width or not height:
                 raise ValueError("size in another segment")
-            # Huffman-coded baseline or progressive, 8 bits; of CMYK DALI rounds otherwise.
+            # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
             plain = marker <= 0xC2 and bits == 8 and channels in (1, 3)
-            return Header("jpeg", width, height, channels, _name_backend(plain)), metadata
+            return Header("jpeg", width, height, channels, plain), metadata
         if marker == 0xDA:
             break
         metadata |= marker == 0xE1
@@ -105,10 +109,10 @@ def _parse_png(content: bytes) -> tuple[Header, bool]:
     channels = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(colour)
     if not width or not height or channels is None or content[12:16] != b"IHDR":
         raise ValueError("no IHDR")
-    # Of an animation DALI shows another frame, and 16 bits it rounds.
+    # Of an animation DALI (2.4.0) shows another frame, and 16 bits it rounds.
     plain = bits <= 8 and b"acTL" not in content[:_METADATA_BYTES]
     metadata = any(word in content for word in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile"))
-    return Header("png", width, height, channels, _name_backend(plain)), metadata
+    return Header("png", width, height, channels, plain), metadata
 
 
 def _parse_webp(content: bytes) -> tuple[Header, bool]:
@@ -116,40 +120,35 @@ def _parse_webp(content: bytes) -> tuple[Header, bool]:
     chunk, flags = content[12:16], content[20]
     if content[8:16] == b"WEBPVP8 " and content[23:26] == b"\x9d\x01\x2a":
         width, height = (side & 0x3FFF for side in struct.unpack("<HH", content[26:30]))
-        return Header("webp", width, height, 3, "dali"), False
+        return Header("webp", width, height, 3, True), False
     if content[8:16] == b"WEBPVP8L" and flags == 0x2F:
         packed = int.from_bytes(content[21:25], "little")
         width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-        return Header("webp", width, height, 3 + (packed >> 28 & 1), "dali"), False
+        return Header("webp", width, height, 3 + (packed >> 28 & 1), True), False
     if content[8:16] == b"WEBPVP8X":
         width = int.from_bytes(content[24:27], "little") + 1
         height = int.from_bytes(content[27:30], "little") + 1
-        backend = _name_backend(not flags & 0b10)  # not an animation
-        return Header("webp", width, height, 3 + (flags >> 4 & 1), backend), bool(flags & 0b1100)
+        still = not flags & 0b10
+        return Header("webp", width, height, 3 + (flags >> 4 & 1), still), bool(flags & 0b1100)
     raise ValueError(f"no picture in chunk {chunk!r}")
 
 
 _PARSERS = {b"\xff\xd8\xff": _parse_jpeg, b"\x89PNG\r\n\x1a\n": _parse_png, b"RIFF": _parse_webp}
 
 
-def _name_backend(plain: bool) -> str:
-    return "dali" if plain else "pillow"
-
-
-def _turn(content: bytes, header: Header) -> Header:
-    """Apply the orientation to the size: DALI turns a JPEG as its EXIF says, Pillow all else."""
+def _apply_orientation(content: bytes, header: Header) -> Header:
+    """Note the orientation, and apply it to the size."""
     try:
         with open_with_pillow(content) as image:
             orientation = _read_orientation(image)
     except ImageError:
         orientation = 1
-    if header.format == "jpeg":
-        plain = b"tiff:Orientation" not in content[:_METADATA_BYTES]
-    else:  # a PNG's may come after its pixels, and is found only when they are decoded
-        plain = orientation == 1 and header.format != "png"
+    width, height = header.width, header.height
     if orientation >= 5:
-        header = header._replace(width=header.height, height=header.width)
-    return header if plain else header._replace(backend="pillow")
+        width, height = height, width
+    # Of a PNG it may stand behind the pixels, and is found only when they are decoded.
+    plain = header.plain and header.format != "png"
+    return header._replace(width=width, height=height, plain=plain, orientation=orientation)
 
 
 def _read_orientation(image: Image.Image) -> int:

@@ -1,0 +1,1 @@
+"""Encoded bytes in, RGB pixels out: headers, decoders, and the memory that pixels lie in."""

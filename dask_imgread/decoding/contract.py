@@ -1,0 +1,74 @@
+"""What decoders are told, what they are given, and what they give back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dask_imgread.decoding.header import Header
+
+Pixels: TypeAlias = NDArray[np.uint8]
+
+
+class DecoderOptions(NamedTuple):
+    """What a decoder is made for: decoders with equal options can stand in for each other."""
+
+    device: str  # "cpu" or "gpu"
+    num_threads: int
+    batch_size: int
+    resize: int | tuple[int, int] | None = None  # shorter side, or (height, width)
+    output: str = "host"  # or "device": the arrays stay where they were decoded
+    decoder: str = "auto"  # or "dali": on a CPU too
+    scaled_decoding: bool = True
+
+    def choose_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that an upright image of this size comes out with."""
+        if self.resize is None:
+            return height, width
+        if isinstance(self.resize, tuple):
+            return self.resize
+        scale = self.resize / min(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class Encoded(NamedTuple):
+    """An image that is to be decoded."""
+
+    name: str  # for log records
+    content: bytes
+    header: Header
+    backend: str  # what is to decode it: "libjpeg-turbo", "dali" or "pillow"
+
+    def count_bytes(self, options: DecoderOptions) -> int:
+        """Return how many bytes this takes while its batch is in memory.
+
+        DALI resizes a batch once all of it is decoded, the others each picture by itself.
+        """
+        height, width = self.header.height, self.header.width
+        if options.resize is None:
+            return 3 * height * width
+        rows, columns = options.choose_size(height, width)
+        before = 3 * height * width if self.backend == "dali" else len(self.content)
+        return max(3 * rows * columns, before)
+
+
+class PendingDecoding(Protocol):
+    """A batch on its way through the decoders."""
+
+    def result(self) -> list[Decoded]:
+        """Return what became of each image, in order."""
+
+
+class Decoded(NamedTuple):
+    """The pixels of one image and what decoded it, or the error.
+
+    Of an error its text: an exception's traceback would hold on to the batch's memory.
+    """
+
+    pixels: Pixels | None
+    backend: str | None = None
+    error: str | None = None
+    size: tuple[int, int] | None = None  # upright width and height, where Pillow found them

@@ -1,0 +1,135 @@
+"""Decode batches of encoded images: which decoder gets each, and who has the last word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+import numpy as np
+
+from dask_imgread.decoding.buffers import BUFFERS
+from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, Pixels
+from dask_imgread.decoding.dali import DECODERS, DaliDecoding, is_accepted, is_whole
+from dask_imgread.decoding.geometry import resize
+from dask_imgread.decoding.header import Header, ImageError
+from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
+from dask_imgread.decoding.pillow import decode_with_pillow
+
+_ALIGNMENT = 64  # bytes, a cache line
+
+
+class Decoding:
+    """A batch on its way through the decoders, begun when it is made.
+
+    On a GPU DALI decodes; on a CPU libjpeg-turbo decodes JPEG, and DALI PNG. What they don't
+    know, refuse or warn of is Pillow's to decide.
+
+    Parameters
+    ----------
+    images
+        What to decode; not more than the options' batch size.
+    options
+        What to decode it with.
+    """
+
+    def __init__(self, images: Sequence[Encoded], options: DecoderOptions) -> None:
+        self._images, self._options = images, options
+        self._for_dali = [n for n, image in enumerate(images) if image.backend == "dali"]
+        self._dali = DaliDecoding([images[n] for n in self._for_dali], options)
+
+    def result(self) -> list[Decoded]:
+        """Return what became of each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
+
+        All that a CPU has decoded lies side by side in one buffer.
+        """
+        options = self._options
+        by_dali = dict(zip(self._for_dali, self._dali.result(), strict=True))
+        done: dict[int, Decoded] = {}
+        if options.device == "gpu":
+            done = {n: Decoded(p, "dali-gpu") for n, p in by_dali.items() if p is not None}
+        left = [n for n in range(len(self._images)) if n not in done]
+        places = dict(zip(left, _allocate([self._images[n] for n in left], options), strict=True))
+
+        def decode(n: int) -> None:
+            pixels = by_dali.get(n)
+            if pixels is not None:
+                done[n] = Decoded(_keep(pixels, places[n]), "dali-cpu")
+            else:
+                done[n] = _decode(self._images[n], options, places[n])
+
+        _run_in_threads(decode, left, options.num_threads)
+        return [done[n] for n in range(len(self._images))]
+
+
+def release() -> None:
+    """Give back the decoders and the memory that wait to be used again."""
+    DECODERS.clear()
+    BUFFERS.clear()
+
+
+def choose_backend(content: bytes, header: Header, options: DecoderOptions) -> str:
+    """Return what is to decode an image: ``"libjpeg-turbo"``, ``"dali"`` or ``"pillow"``."""
+    if not header.plain:
+        return "pillow"
+    if options.device == "cpu" and options.decoder == "auto":
+        if header.format == "jpeg":
+            # Of one that is cut short Pillow says so, and need not decode it a second time.
+            return "libjpeg-turbo" if is_whole(content) else "pillow"
+        if header.format == "webp":  # libwebp decodes it for both
+            return "pillow"
+    return "dali" if is_accepted(content, header) else "pillow"
+
+
+def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
+    """Decode one image on the CPU, into ``out`` if its header has told its size."""
+    if image.backend == "libjpeg-turbo":
+        try:
+            decode_jpeg(image.content, image.header, options, out)
+        except ValueError:
+            pass
+        else:
+            return Decoded(out, image.backend)
+    try:
+        pixels = decode_with_pillow(image.content)
+    except ImageError as error:
+        return Decoded(None, error=str(error))
+    height, width, _ = pixels.shape
+    if options.resize is not None:
+        pixels = resize(pixels, options.choose_size(height, width))
+    return Decoded(_keep(pixels, out), "pillow", size=(width, height))
+
+
+def _keep(pixels: Pixels, out: Pixels) -> Pixels:
+    """Return a copy of pixels: ``out``, if they fit."""
+    if pixels.shape != out.shape:
+        return pixels.copy()
+    np.copyto(out, pixels)
+    return out
+
+
+def _allocate(images: Sequence[Encoded], options: DecoderOptions) -> list[Pixels]:
+    """Return an array for each image, all of them in one piece of memory."""
+    shapes = [(*options.choose_size(i.header.height, i.header.width), 3) for i in images]
+    sizes = [height * width * 3 for height, width, _ in shapes]
+    starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    memory = BUFFERS.take(starts[-1])
+    return [
+        memory[start : start + size].reshape(shape)
+        for start, size, shape in zip(starts, sizes, shapes, strict=False)
+    ]
+
+
+def _run_in_threads(work: Callable[[int], None], numbers: Sequence[int], threads: int) -> None:
+    """Call ``work`` with each number, in so many threads."""
+    waiting = iter(numbers)
+
+    def run(_: int = 0) -> None:
+        for number in waiting:  # shared: each thread takes the next one
+            work(number)
+
+    if threads == 1 or len(numbers) < 2:
+        run()
+        return
+    with ThreadPoolExecutor(min(threads, len(numbers))) as pool:
+        list(pool.map(run, range(threads)))
