@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from dask.base import tokenize
 from dask.sizeof import sizeof
 
+from dask_imgread.decoding.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards import resolve_path, stat_shard
 from dask_imgread.storage import name_url
@@ -221,15 +224,21 @@ def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=index)
 
 
-def _sizeof_image(image: ImageObject) -> int:
-    # Dask's own guess for a dataclass does not see the pixels.
-    pixels = getattr(image.image_data, "nbytes", 0)  # what lies on a GPU is not the host's
+def _sizeof_record(image: ImageObject) -> int:
     metadata: int = sizeof(image.metadata) if image.metadata else 0
-    return 600 + len(image.image_path) + pixels + metadata
+    return 600 + len(image.image_path) + metadata
+
+
+def _sizeof_image(image: ImageObject) -> int:
+    # Dask's own guess for a dataclass sees no pixels. Those on a GPU are not the host's memory.
+    return _sizeof_record(image) + getattr(image.image_data, "nbytes", 0)
 
 
 def _sizeof_batch(batch: ImageBatch) -> int:
-    return 200 + sum(map(_sizeof_image, batch.data)) + sum(map(_sizeof_image, batch.failed))
+    records = sum(map(_sizeof_record, chain(batch.data, batch.failed)))
+    pixels = (image.image_data for image in batch.data)
+    # The images of a batch share their memory: any of them keeps all of it.
+    return 200 + records + count_bytes_held(p for p in pixels if isinstance(p, np.ndarray))
 
 
 sizeof.register(ImageObject, _sizeof_image)

@@ -10,6 +10,7 @@ import mmap
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -31,8 +32,8 @@ class _Lease:
 
     __slots__ = ("__array_interface__", "_memory", "_pool")
 
-    def __init__(self, memory: NDArray[np.uint8], pool: BufferPool) -> None:
-        self.__array_interface__: dict[str, Any] = memory.__array_interface__
+    def __init__(self, memory: NDArray[np.uint8], size: int, pool: BufferPool) -> None:
+        self.__array_interface__: dict[str, Any] = memory[:size].__array_interface__
         self._memory, self._pool = memory, pool
 
     def __del__(self) -> None:
@@ -74,7 +75,7 @@ class BufferPool:
         if memory is None:
             # An eighth more, so that the next batch, a little larger, fits too.
             memory = _allocate(size + size // 8)
-        return np.asarray(_Lease(memory, self))[:size]
+        return np.asarray(_Lease(memory, size, self))
 
     def clear(self) -> None:
         """Give all unused memory back to the system."""
@@ -128,6 +129,16 @@ def _allocate(size: int) -> NDArray[np.uint8]:
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
+
+
+def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
+    """Return how much memory stays in use because of some arrays, whatever they are views of."""
+    owners = {}
+    for array in arrays:
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        owners[id(array)] = array.nbytes
+    return sum(owners.values())
 
 
 BUFFERS = BufferPool()
