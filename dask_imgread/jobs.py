@@ -345,7 +345,7 @@ def _infer_schema(
     options = job.reader.annotations(client)
     for _, task in islice(tasks, _INFERRED_TASKS):
         try:
-            schemas = client.submit(small.infer_schemas, task, pure=False, **options).result()
+            schemas = _infer_schemas(client, small, task, options)
         except Exception as error:
             reason = hide_secrets(f"{type(error).__name__}: {error}", task.storage_options)
             raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
@@ -355,6 +355,18 @@ def _infer_schema(
         f"no image of the first {_INFERRED_TASKS} partitions could be read, to tell the columns "
         f"of {name} by: give them with meta"
     )
+
+
+def _infer_schemas(
+    client: Client, job: PartWriter, task: FileGroupTask, options: dict[str, Any]
+) -> list[pa.Schema]:
+    """Do so on a worker; if it dies, once more with a picture's death costing only itself."""
+    options = options | {"pure": False}
+    try:
+        schemas: list[pa.Schema] = client.submit(job.infer_schemas, task, **options).result()
+    except KilledWorker:
+        schemas = client.submit(job.isolated().infer_schemas, task, **options).result()
+    return schemas
 
 
 def _unify(schemas: list[pa.Schema], known: pa.Schema | None, name: str) -> pa.Schema:
