@@ -31,7 +31,8 @@ class DecoderOptions(NamedTuple):
         if isinstance(self.resize, tuple):
             return self.resize
         scale = self.resize / min(height, width)
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        # A half is rounded up, as DALI does it.
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class Encoded(NamedTuple):

@@ -21,8 +21,6 @@ from dask_imgread.decoding.header import Header
 # Only errors: the level below prints a warning for a picture that decodes well.
 os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
 
-_METADATA_BYTES = 1 << 17  # a JPEG's EXIF fills 64 KiB at most, and comes first
-
 
 class Decoder:
     """One DALI pipeline: a batch of encoded images in, a batch of RGB arrays out."""
@@ -45,6 +43,8 @@ class Decoder:
                 device="mixed" if gpu else "cpu",
                 output_type=types.RGB,
                 jpeg_fancy_upsampling=True,  # as libjpeg, and so Pillow, does
+                # Two readers of EXIF in it take one picture for two sizes, and write past its end.
+                adjust_orientation=False,
             )
             if isinstance(options.resize, int):
                 images = fn.resize(images, resize_shorter=float(options.resize))
@@ -116,7 +116,7 @@ class DaliDecoding:
     Parameters
     ----------
     images
-        What to decode, each of which `is_accepted`; not more than the options' batch size.
+        What to decode, with sound headers; not more than the options' batch size.
     options
         The decoder to use.
     """
@@ -154,32 +154,11 @@ class DaliDecoding:
         return list(chain.from_iterable(alone))
 
 
-def is_accepted(content: bytes, header: Header) -> bool:
-    """Whether DALI decodes an image of a plain variant, and turns it as its metadata say."""
-    if header.format == "jpeg" and b"tiff:Orientation" in content[:_METADATA_BYTES]:
-        return False  # DALI looks into EXIF alone
-    if header.format != "jpeg" and header.orientation != 1:
-        return False  # DALI turns JPEG only
-    return is_whole(content)
-
-
-def is_whole(content: bytes) -> bool:
-    """Whether a JPEG has its end mark, a PNG whole chunks up to its own, a WebP its length.
-
-    One without makes its whole batch fail; and of a chunk that is longer than the file
-    OpenCV, which decodes PNG in DALI, allocates and clears the length stated, up to 4 GiB.
-    """
-    if content[:2] == b"\xff\xd8":
-        return content.endswith(b"\xff\xd9") or content.rfind(b"\xff\xd9", -4096) > 0
-    if content[:4] == b"\x89PNG":
-        chunk = 8
-        while (end := chunk + 12 + int.from_bytes(content[chunk : chunk + 4], "big")) <= len(
-            content
-        ):
-            if content[chunk + 4 : chunk + 8] == b"IEND":
-                return True
-            chunk = end
-        return False
-    if content[:4] == b"RIFF":
-        return int.from_bytes(content[4:8], "little") + 8 <= len(content)
-    return True
+def can_be_turned(header: Header, options: DecoderOptions) -> bool:
+    """Say whether what DALI gives can be turned upright, which is done on the host."""
+    if header.orientation == 1:
+        return True
+    on_device = options.device == "gpu" and options.output == "device"
+    # The sides of a resized picture would have to change places.
+    sideways = header.orientation >= 5 and isinstance(options.resize, tuple)
+    return not on_device and not sideways

@@ -10,11 +10,12 @@ import numpy as np
 
 from dask_imgread.decoding.buffers import BUFFERS
 from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, Pixels
-from dask_imgread.decoding.dali import DECODERS, DaliDecoding, is_accepted, is_whole
-from dask_imgread.decoding.geometry import resize
+from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_be_turned
+from dask_imgread.decoding.geometry import resize, turn
 from dask_imgread.decoding.header import Header, ImageError
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
+from dask_imgread.decoding.soundness import has_sound_header
 
 _ALIGNMENT = 64  # bytes, a cache line
 
@@ -43,23 +44,29 @@ class Decoding:
 
         All that a CPU has decoded lies side by side in one buffer.
         """
-        options = self._options
+        images, options = self._images, self._options
         by_dali = dict(zip(self._for_dali, self._dali.result(), strict=True))
         done: dict[int, Decoded] = {}
         if options.device == "gpu":
-            done = {n: Decoded(p, "dali-gpu") for n, p in by_dali.items() if p is not None}
-        left = [n for n in range(len(self._images)) if n not in done]
-        places = dict(zip(left, _allocate([self._images[n] for n in left], options), strict=True))
+            upright = {n for n in by_dali if images[n].header.orientation == 1}
+            done = {
+                n: Decoded(pixels, "dali-gpu")
+                for n, pixels in by_dali.items()
+                if pixels is not None and n in upright
+            }
+        left = [n for n in range(len(images)) if n not in done]
+        places = dict(zip(left, _allocate([images[n] for n in left], options), strict=True))
 
         def decode(n: int) -> None:
             pixels = by_dali.get(n)
-            if pixels is not None:
-                done[n] = Decoded(_keep(pixels, places[n]), "dali-cpu")
+            if pixels is None:
+                done[n] = _decode(images[n], options, places[n])
             else:
-                done[n] = _decode(self._images[n], options, places[n])
+                kept = _keep(pixels, places[n], images[n].header.orientation)
+                done[n] = Decoded(kept, f"dali-{options.device}")
 
         _run_in_threads(decode, left, options.num_threads)
-        return [done[n] for n in range(len(self._images))]
+        return [done[n] for n in range(len(images))]
 
 
 def release() -> None:
@@ -70,15 +77,12 @@ def release() -> None:
 
 def choose_backend(content: bytes, header: Header, options: DecoderOptions) -> str:
     """Return what is to decode an image: ``"libjpeg-turbo"``, ``"dali"`` or ``"pillow"``."""
-    if not header.plain:
+    if not header.plain or not has_sound_header(content, header):
         return "pillow"
     if options.device == "cpu" and options.decoder == "auto":
-        if header.format == "jpeg":
-            # Of one that is cut short Pillow says so, and need not decode it a second time.
-            return "libjpeg-turbo" if is_whole(content) else "pillow"
-        if header.format == "webp":  # libwebp decodes it for both
-            return "pillow"
-    return "dali" if is_accepted(content, header) else "pillow"
+        # A WebP is libwebp's to decode, whoever is asked.
+        return {"jpeg": "libjpeg-turbo", "png": "dali", "webp": "pillow"}[header.format]
+    return "dali" if can_be_turned(header, options) else "pillow"
 
 
 def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
@@ -100,11 +104,13 @@ def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
     return Decoded(_keep(pixels, out), "pillow", size=(width, height))
 
 
-def _keep(pixels: Pixels, out: Pixels) -> Pixels:
-    """Return a copy of pixels: ``out``, if they fit."""
-    if pixels.shape != out.shape:
-        return pixels.copy()
-    np.copyto(out, pixels)
+def _keep(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
+    """Return a copy of pixels, turned upright: ``out``, if they fit."""
+    height, width, _ = pixels.shape
+    shape = (height, width, 3) if orientation < 5 else (width, height, 3)
+    if out.shape != shape:
+        out = np.empty(shape, np.uint8)
+    turn(pixels, orientation, out)
     return out
 
 

@@ -96,8 +96,8 @@ def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
             # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
             plain = marker <= 0xC2 and bits == 8 and channels in (1, 3)
             return Header("jpeg", width, height, channels, plain), metadata
-        if marker == 0xDA:
-            break
+        if marker == 0xDA or marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            break  # the scan, or a marker that has no length
         metadata |= marker == 0xE1
         position += 2 + (content[position + 2] << 8) + content[position + 3]
     raise ValueError("no frame header")
@@ -109,8 +109,9 @@ def _parse_png(content: bytes) -> tuple[Header, bool]:
     channels = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(colour)
     if not width or not height or channels is None or content[12:16] != b"IHDR":
         raise ValueError("no IHDR")
-    # Of an animation DALI (2.4.0) shows another frame, and 16 bits it rounds.
-    plain = bits <= 8 and b"acTL" not in content[:_METADATA_BYTES]
+    # Of an animation DALI (2.4.0) shows another frame, and 16 bits it rounds; of 2 and 4 bits it
+    # takes memory where it can't say that there is none.
+    plain = bits == 8 and b"acTL" not in content[:_METADATA_BYTES]
     metadata = any(word in content for word in (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile"))
     return Header("png", width, height, channels, plain), metadata
 

@@ -1,0 +1,232 @@
+"""Nothing that DALI's header parsers refuse, or misread, reaches a batch of DALI's."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.decoding.contract import DecoderOptions, Encoded
+from dask_imgread.decoding.decode import Decoding, choose_backend
+from dask_imgread.decoding.header import ImageError, read_header
+from dask_imgread.testing import write_shard
+from tests import odd_headers
+from tests.conftest import count_fuzz_inputs, read_with_pillow
+
+CPU = DecoderOptions("cpu", 1, 100, decoder="dali")
+GPU = DecoderOptions("gpu", 1, 100)
+ODD = odd_headers.REFUSED | odd_headers.KILLERS
+GOOD = odd_headers.JPEG
+
+
+def choose(content, options):
+    try:
+        return choose_backend(content, read_header(content), options)
+    except ImageError:
+        return None
+
+
+@pytest.mark.parametrize("name", odd_headers.REFUSED)
+def test_what_the_parsers_refuse_is_kept_from_them(name):
+    assert choose(ODD[name], CPU) in (None, "pillow")
+    assert choose(ODD[name], GPU) in (None, "pillow")
+
+
+@pytest.mark.parametrize("name", odd_headers.SOUND)
+def test_what_they_accept_is_given_to_them(name):
+    content = odd_headers.SOUND[name]
+    assert choose(content, CPU) == choose(content, GPU) == "dali"
+    (decoded,) = Decoding([Encoded(name, content, read_header(content), "dali")], CPU).result()
+    assert decoded.backend == "dali-cpu"
+    np.testing.assert_array_equal(decoded.pixels, read_with_pillow(content))
+
+
+def run_child(*arguments, timeout=100):
+    command = [sys.executable, "-m", "tests.test_soundness", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="latin-1", timeout=timeout)
+
+
+def test_dali_does_refuse_them():
+    """The list is true to the DALI that is installed: each is refused, alone in its batch."""
+    done = run_child("refuse")
+    assert done.returncode == 0, done.stderr
+    accepted = [name for name, refused in json.loads(done.stdout).items() if not refused]
+    assert accepted == []
+
+
+@pytest.mark.parametrize("decoder", ["dali", "auto"])
+def test_one_odd_picture_costs_one_picture(tmp_path, decoder):
+    """Each among 99 sound ones, batch after batch, in a process that ends well."""
+    done = run_child("batches", decoder, tmp_path, 5)
+    assert done.returncode == 0, (done.stdout[-300:], done.stderr[-3000:])
+    assert len(done.stdout.splitlines()) == len(ODD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["dali", "auto"])
+def test_fuzz_headers(decoder):
+    """More by hand: ``python -m tests.test_soundness fuzz dali SEED SECONDS BATCHES``."""
+    done = run_child("fuzz", decoder, random.randrange(1 << 30), 8, 100_000)
+    assert done.returncode == 0, (done.stdout[-300:], done.stderr[-3000:])
+    batches, pictures = map(int, done.stdout.split()[-2:])
+    count_fuzz_inputs(f"headers of batches ({decoder})", pictures)
+    assert batches > 20
+
+
+# In child processes
+
+
+def ask_dali(contents):
+    """Say whether DALI refuses each picture, in a batch of its own."""
+    from nvidia.dali import Pipeline, fn, types
+
+    refused = {}
+    for name, content in contents.items():
+        pipeline = Pipeline(1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded", no_copy=True)
+            pipeline.set_outputs(
+                fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+            )
+        pipeline.build()
+        pipeline.feed_input("encoded", [np.frombuffer(content, np.uint8)])
+        try:
+            pipeline.run()
+            refused[name] = False
+        except RuntimeError:
+            refused[name] = True
+    return refused
+
+
+def try_pillow(content):
+    try:
+        return read_with_pillow(content)
+    except Exception:  # whatever Pillow runs into
+        return None
+
+
+def read_batches(decoder, folder, repeats):
+    reader = ImageReaderStage(device="cpu", verbose=False, decoder=decoder, num_threads=2)
+    good = read_with_pillow(GOOD)
+    for name, content in ODD.items():
+        print(name, flush=True)
+        members = [(f"{n:03d}.jpg", GOOD) for n in range(100)]
+        members[random.randrange(100)] = ("odd.jpg", content)
+        shard = write_shard(f"{folder}/s.tar", members)
+        expected = try_pillow(content)
+        for _ in range(repeats):
+            (batch,) = reader.process(FileGroupTask(data=[shard]))
+            assert batch.num_items + len(batch.failed) == 100
+            for image in batch.data:
+                right = expected if image.key == "odd" else good
+                np.testing.assert_array_equal(image.image_data, right)
+            assert [image.key for image in batch.failed] == ["odd"] * (expected is None)
+
+
+def cut_into_pieces(content):
+    """Cut a file where its segments or chunks begin."""
+    if content[:4] == b"\x89PNG":
+        cuts, place = [8], 8
+        while place < len(content):
+            place += 12 + int.from_bytes(content[place : place + 4], "big")
+            cuts.append(place)
+    elif content[:4] == b"RIFF":
+        cuts, place = [12], 12
+        while place < len(content):
+            place += 8 + -(-int.from_bytes(content[place + 4 : place + 8], "little") // 2) * 2
+            cuts.append(place)
+    else:
+        cuts, place = [2], 2
+        while content[place + 1] != 0xDA:
+            while content[place + 1] == 0xFF:
+                place += 1
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+            cuts.append(place)
+    cuts = [0, *cuts, len(content)]
+    return [content[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+_STRAY = [b"\0", b"\xff", b"\xff\0", b"\xff\x01", b"\xff\xd0", b"\xff\xd8", b"A"]
+
+
+def mutate(rng, seeds):
+    """Insert, delete, repeat, swap or take over pieces of a header; change bytes in it."""
+    pieces = cut_into_pieces(rng.choice(seeds))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        at, other = rng.randrange(len(pieces)), rng.randrange(len(pieces))
+        kind = rng.randrange(7)
+        if kind == 0 and len(pieces) > 2:
+            del pieces[at]
+        elif kind == 1:
+            pieces[at], pieces[other] = pieces[other], pieces[at]
+        elif kind == 2:
+            pieces.insert(at, pieces[other])
+        elif kind == 3:
+            pieces.insert(at, rng.choice(cut_into_pieces(rng.choice(seeds))))
+        elif kind == 4:
+            pieces.insert(
+                at, rng.choice([b"\0", b"\xff", b"\xff\0", b"\xff\x01", b"\xff\xd0", b"A"])
+            )
+        elif pieces[at]:
+            piece = bytearray(pieces[at])
+            place = rng.randrange(min(40, len(piece)))
+            if kind == 5:
+                piece[place] = rng.choice([0, 1, 2, 255, rng.randrange(256), piece[place] ^ 1])
+            else:
+                del piece[place : place + rng.choice([1, 2, 4])]
+            pieces[at] = bytes(piece)
+    return b"".join(pieces)
+
+
+def fuzz(decoder, seed, seconds, batches):
+    """Decode batches of mixed sound and odd pictures; print how many."""
+    rng = random.Random(seed)
+    seeds = [*odd_headers.SOUND.values(), odd_headers.TALL, odd_headers.WIDE]
+    options = DecoderOptions("cpu", 2, 40, decoder=decoder)
+    header = read_header(GOOD)
+    sound = [Encoded("good", GOOD, header, choose_backend(GOOD, header, options))] * 40
+    ends = time.monotonic() + seconds
+    tried = done = 0
+    good = read_with_pillow(GOOD)
+    while done < batches and time.monotonic() < ends:
+        batch = list(sound)
+        for _ in range(rng.choice([1, 2, 4])):
+            content = mutate(rng, seeds)
+            tried += 1
+            try:
+                header = read_header(content)
+            except ImageError:
+                continue
+            if header.width * header.height <= 1 << 20:
+                backend = choose_backend(content, header, options)
+                batch[rng.randrange(40)] = Encoded("odd", content, header, backend)
+        decoded = Decoding(batch, options).result()
+        done += 1
+        for image, result in zip(batch, decoded, strict=True):
+            assert (result.pixels is None) == (result.error is not None)
+            if image.name == "good":
+                assert np.array_equal(result.pixels, good)
+            elif result.pixels is not None and result.size is None:
+                height, width = result.pixels.shape[:2]
+                assert (height, width) == (image.header.height, image.header.width)
+    print(done, tried)
+
+
+if __name__ == "__main__":
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    Image.MAX_IMAGE_PIXELS = None
+    command, *arguments = sys.argv[1:]
+    if command == "refuse":
+        print(json.dumps(ask_dali(odd_headers.REFUSED)))
+    elif command == "batches":
+        read_batches(arguments[0], arguments[1], int(arguments[2]))
+    else:
+        fuzz(arguments[0], *map(int, arguments[1:]))
