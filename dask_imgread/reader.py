@@ -14,7 +14,7 @@ from dask_imgread.batches import BatchGatherer, BatchRules, BeginDecoding
 from dask_imgread.cluster import check_resources
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend, release
-from dask_imgread.decoding.header import ImageError
+from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.records import (
     UNREACHABLE,
@@ -353,12 +353,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             header, content = read_encoded(source, member, self.decode)
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels
-            pixels = header.width * header.height
-            if self.max_pixels is not None and pixels > self.max_pixels:
-                raise ImageError(
-                    f"too large: {header.width} x {header.height} pixels, "
-                    f"max_pixels is {self.max_pixels}"
-                )
+            check_size(content, header, self.max_pixels)
         except ImageError as error:
             image.error = str(error)
             return None

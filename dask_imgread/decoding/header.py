@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
 _ORIENTATION = 0x0112
+_MOST_SCANNED = 1 << 33  # pixels, in all scans: some five seconds; ten scans are usual
 _METADATA_BYTES = 1 << 17  # a JPEG's EXIF fills 64 KiB at most, and comes first
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
@@ -34,7 +35,8 @@ class Header(NamedTuple):
     ``channels`` is the number stored in the file; a palette counts as the colours in it.
     ``plain`` says that this is a JPEG, PNG or WebP of a variant of which every decoder gives
     the same pixels, but for the orientation. ``orientation`` is EXIF's, from 1 to 8, where the
-    stored pixels are to be turned by it.
+    stored pixels are to be turned by it. ``progressive`` says that a JPEG's pixels come in any
+    number of scans.
     """
 
     format: str
@@ -43,6 +45,7 @@ class Header(NamedTuple):
     channels: int
     plain: bool
     orientation: int = 1
+    progressive: bool = False
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -79,7 +82,24 @@ def read_header(content: bytes) -> Header:
         width, height = image.size[::-1] if orientation >= 5 else image.size
         palette = image.palette.mode if image.mode == "P" and image.palette else None
         channels = len(palette or image.getbands())
-        return Header(_FORMATS.get(name, name), width, height, channels, False, orientation)
+        progressive = bool(image.info.get("progressive"))
+        return Header(
+            _FORMATS.get(name, name), width, height, channels, False, orientation, progressive
+        )
+
+
+def check_size(content: bytes, header: Header, max_pixels: int | None) -> None:
+    """Raise ImageError if an image has more than ``max_pixels``, or goes over them too often.
+
+    Every scan of a progressive JPEG goes over all pixels, and takes a few bytes of the file: a
+    hundred thousand of them would take minutes.
+    """
+    pixels = header.width * header.height
+    size = f"{header.width} x {header.height} pixels"
+    if max_pixels is not None and pixels > max_pixels:
+        raise ImageError(f"too large: {size}, max_pixels is {max_pixels}")
+    if header.progressive and pixels * (scans := content.count(b"\xff\xda")) > _MOST_SCANNED:
+        raise ImageError(f"too large: {scans} scans of {size}")
 
 
 def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
@@ -95,7 +115,8 @@ def _parse_jpeg(content: bytes) -> tuple[Header, bool]:
                 raise ValueError("size in another segment")
             # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
             plain = marker <= 0xC2 and bits == 8 and channels in (1, 3)
-            return Header("jpeg", width, height, channels, plain), metadata
+            header = Header("jpeg", width, height, channels, plain, progressive=marker == 0xC2)
+            return header, metadata
         if marker == 0xDA or marker == 0x01 or 0xD0 <= marker <= 0xD7:
             break  # the scan, or a marker that has no length
         metadata |= marker == 0xE1

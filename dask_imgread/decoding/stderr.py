@@ -90,12 +90,14 @@ def catch(names: Sequence[str]) -> Iterator[None]:
         failed = False
     finally:
         printed = _tap.close()
-    if printed and not (failed and len(names) > 1):
-        where = (
-            names[0]
-            if len(names) == 1
-            else f"one of {len(names)} images, {names[0]} to {names[-1]}"
-        )
-        for line in _COLOUR.sub(b"", printed).decode("utf-8", "replace").splitlines():
-            if line.strip():
-                logger.warning("%s: %s", where, line.strip())
+        if not failed or len(names) == 1:
+            _log(printed, names)
+
+
+def _log(printed: bytes, names: Sequence[str]) -> None:
+    where = names[0]
+    if len(names) > 1:
+        where = f"one of {len(names)} images, {names[0]} to {names[-1]}"
+    for line in _COLOUR.sub(b"", printed).decode("utf-8", "replace").splitlines():
+        if line.strip():
+            logger.warning("%s: %s", where, line.strip())
