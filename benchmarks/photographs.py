@@ -15,6 +15,7 @@ _NAMES = [
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
     "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
 ]  # fmt: skip
+_TILE = 500  # pixels, of the mosaics
 
 
 def load_photographs() -> list[Image.Image]:
@@ -50,6 +51,65 @@ def make_photo_shards(
             members += [(f"{number:07d}.{ending}", b"1234567") for ending in sidecars]
         paths.append(write_shard(folder / f"photos-{shard:03d}.tar", members))
     return paths
+
+
+def make_large_shards(
+    folder: Path, size: tuple[int, int], images: int, shards: int = 1
+) -> list[str]:
+    """Write pictures of ``size`` (width, height), each a mosaic of the photographs as they are."""
+    photographs = load_photographs()
+    rng = np.random.default_rng(0)
+    paths = []
+    for shard in range(shards):
+        members = []
+        for number in range(shard * images // shards, (shard + 1) * images // shards):
+            picture = Image.new("RGB", size)
+            top = 0
+            while top < size[1]:
+                left = 0
+                while left < size[0]:
+                    photo = photographs[int(rng.integers(len(photographs)))]
+                    picture.paste(photo.crop((0, 0, _TILE, _TILE)), (left, top))
+                    left += _TILE
+                top += _TILE
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=90)
+            members.append((f"{number:07d}.jpg", buffer.getvalue()))
+        paths.append(write_shard(folder / f"large-{shard:03d}.tar", members))
+    return paths
+
+
+def repeat_shards(folder: Path, shards: list[str], times: int) -> list[str]:
+    """Write the images of some shards again and again, under other names."""
+    contents = read_all(shards)
+    return [
+        write_shard(
+            folder / f"repeated-{number:03d}.tar",
+            [(f"{number:03d}-{n:07d}.jpg", content) for n, content in enumerate(contents)],
+        )
+        for number in range(times)
+    ]
+
+
+def break_shards(folder: Path, shards: list[str], share: float) -> list[str]:
+    """Write the images of some shards again, a share of them cut in half or with bytes changed."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, shard in enumerate(shards):
+        members = []
+        for n, content in enumerate(read_all([shard])):
+            if rng.random() < share:
+                content = _break(content, n)
+            members.append((f"{n:07d}.jpg", content))
+        paths.append(write_shard(folder / f"broken-{number:03d}.tar", members))
+    return paths
+
+
+def _break(content: bytes, number: int) -> bytes:
+    half = len(content) // 2
+    if number % 2:
+        return content[:half]
+    return content[:half] + bytes(20) + content[half + 20 :]
 
 
 def read_all(shards: list[str]) -> list[bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import dask
 import dask.dataframe as dd
 import pandas as pd
 
@@ -108,16 +109,19 @@ def map_images(
     tasks = list_tasks(paths_or_tasks, **partitioning)
     if not tasks:
         return dd.from_pandas(meta, npartitions=1)
-    return dd.from_map(
-        read_partition,
-        tasks,
-        reader=reader or ImageReaderStage(),
-        fn=fn,
-        empty=meta,
-        meta=meta,
-        enforce_metadata=False,
-        label="map-images",
-    )
+    # The rows have the types of `meta` already: Dask would add a second task to each partition,
+    # to turn objects into strings.
+    with dask.config.set({"dataframe.convert-string": False}):
+        return dd.from_map(
+            read_partition,
+            tasks,
+            reader=reader or ImageReaderStage(),
+            fn=fn,
+            empty=meta,
+            meta=meta,
+            enforce_metadata=False,
+            label="map-images",
+        )
 
 
 def to_rows(batch: ImageBatch) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from dask_imgread.decoding.contract import Content
 from dask_imgread.decoding.header import HEAD_BYTES, Header, ImageError, read_header
 from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
 from dask_imgread.shards import is_local, resolve_path
@@ -62,7 +63,7 @@ def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[Imag
     return [describe_lost(path, reason) for path in paths]
 
 
-def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, bytes]:
+def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
     """Read an image's header, and all its bytes if ``whole``."""
     if not whole:
         head = source.read_at(member.offset, min(member.size, HEAD_BYTES))
@@ -70,7 +71,7 @@ def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Heade
             return read_header(head), b""
         except ImageError:
             pass  # the header may lie further on
-    content = source.read_at(member.offset, member.size)
+    content = source.view_at(member.offset, member.size)
     if len(content) < member.size:
         raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")
     return read_header(content), content

@@ -16,12 +16,15 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_imgread.decoding.buffers import BUFFERS
 from dask_imgread.storage import StorageError, hide_secrets, name_url, with_retries
 from dask_imgread.tar import ByteSource
 
 COMPRESSIONS = {".tar": None, ".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd"}
 _BLOCK_BYTES = 4 << 20
 _CACHE_BYTES = 256 << 20  # a reader of a remote or compressed shard keeps this much of it
+_AHEAD_BYTES = 4 << 20  # of a local shard, read at once
+_AHEAD_GAP = 64 << 10  # between two members that are read one after the other
 _PIECE_BYTES = 16 << 10  # what is lost at most where a compressed stream breaks off
 
 
@@ -225,6 +228,8 @@ class LocalSource:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._end = os.fstat(self._descriptor).st_size
+        self._ahead = 0, memoryview(b"")  # what was read last, and from where
+        self._next = -1  # where the last view ended
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return the bytes from ``offset``, fewer where the file ends."""
@@ -238,6 +243,24 @@ class LocalSource:
                 break
             content += more
         return content
+
+    def view_at(self, offset: int, size: int) -> memoryview:
+        """Return the same in memory that may be shared with what was read along with it.
+
+        Where one read follows the other, some megabytes are read at once: a system call for
+        each small picture takes longer than the copy.
+        """
+        start, ahead = self._ahead
+        if not start <= offset <= start + len(ahead) - size:
+            follows = 0 <= offset - self._next <= _AHEAD_GAP
+            self._next = offset + size
+            if not follows or size > _AHEAD_BYTES // 8 or offset + size > self._end:
+                return memoryview(self.read_at(offset, size))
+            memory = BUFFERS.take(min(_AHEAD_BYTES, self._end - offset)).data
+            start, ahead = offset, memory[: os.preadv(self._descriptor, [memory], offset)]
+            self._ahead = start, ahead
+        self._next = offset + size
+        return ahead[offset - start :][:size]
 
     def end(self) -> int:
         """Return the file's size."""
@@ -439,6 +462,10 @@ class BlockSource:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(block)
         return self._kept[block]
+
+    def view_at(self, offset: int, size: int) -> memoryview:
+        """Return the same in memory that may be shared."""
+        return memoryview(self.read_at(offset, size))
 
     def end(self) -> int:
         """Return where the source ends; 0 until a read has come upon it."""

@@ -31,6 +31,9 @@ class ByteSource(Protocol):
     def read_at(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset``; fewer where the source ends."""
 
+    def view_at(self, offset: int, size: int) -> memoryview:
+        """Return the same without a copy, where what follows is on its way already."""
+
     def end(self) -> int:
         """Return the offset at which the source ends; known after a short read."""
 

@@ -82,7 +82,7 @@ def test_one_image_that_fails_its_batch_costs_no_other(tmp_path, photo_shards, d
     clean = read(photo_shards[0], decoder=decoder)[0]
     backend = {"auto": "libjpeg-turbo", "dali": "dali"}[decoder]
     options = DecoderOptions("cpu", 1, 9, decoder=decoder)
-    assert choose_backend(BROKEN, read_header(BROKEN), options) == backend
+    assert choose_backend(read_header(BROKEN), options) == backend
     members = *members[:9], ("bad.jpg", BROKEN), *members[9:]
     good, failed = read_members(tmp_path, *members, decoder=decoder)
     assert [i.image_path.rpartition("/")[2] for i in failed] == ["bad.jpg"]

@@ -27,7 +27,7 @@ GOOD = odd_headers.JPEG
 
 def choose(content, options):
     try:
-        return choose_backend(content, read_header(content), options)
+        return choose_backend(read_header(content), options)
     except ImageError:
         return None
 
@@ -190,7 +190,7 @@ def fuzz(decoder, seed, seconds, batches):
     seeds = [*odd_headers.SOUND.values(), odd_headers.TALL, odd_headers.WIDE]
     options = DecoderOptions("cpu", 2, 40, decoder=decoder)
     header = read_header(GOOD)
-    sound = [Encoded("good", GOOD, header, choose_backend(GOOD, header, options))] * 40
+    sound = [Encoded("good", GOOD, header, choose_backend(header, options))] * 40
     ends = time.monotonic() + seconds
     tried = done = 0
     good = read_with_pillow(GOOD)
@@ -204,7 +204,7 @@ def fuzz(decoder, seed, seconds, batches):
             except ImageError:
                 continue
             if header.width * header.height <= 1 << 20:
-                backend = choose_backend(content, header, options)
+                backend = choose_backend(header, options)
                 batch[rng.randrange(40)] = Encoded("odd", content, header, backend)
         decoded = Decoding(batch, options).result()
         done += 1

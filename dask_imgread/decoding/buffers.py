@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_GRAIN = 1 << 21  # bytes: sizes are multiples of a huge page
+_GRAIN = 1 << 16  # bytes, of which sizes are multiples
+_LARGE = 1 << 22  # bytes, from which on huge pages are worth while
 _IDLE_SECONDS = 10.0  # for which unused memory is kept
 _IDLE_BYTES = 512 << 20  # of unused memory that are kept: two batches of the default size
 
@@ -126,8 +127,9 @@ def _allocate(size: int) -> NDArray[np.uint8]:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no {size} bytes for decoded pictures") from error
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if size >= _LARGE:
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 

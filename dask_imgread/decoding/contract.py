@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dask_imgread.decoding.header import Header
 
 Pixels: TypeAlias = NDArray[np.uint8]
+Content: TypeAlias = bytes | memoryview  # of an encoded file
 
 
 class DecoderOptions(NamedTuple):
@@ -39,7 +40,7 @@ class Encoded(NamedTuple):
     """An image that is to be decoded."""
 
     name: str  # for log records
-    content: bytes
+    content: Content
     header: Header
     backend: str  # what is to decode it: "libjpeg-turbo", "dali" or "pillow"
 

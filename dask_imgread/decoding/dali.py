@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 
 from dask_imgread.decoding import stderr
-from dask_imgread.decoding.contract import DecoderOptions, Encoded, Pixels
+from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Pixels
 from dask_imgread.decoding.header import Header
 
 # Only errors: the level below prints a warning for a picture that decodes well.
@@ -54,7 +54,7 @@ class Decoder:
         self._pipeline.build()
         self._buffers: list[np.ndarray] = []
 
-    def start(self, contents: Sequence[bytes]) -> None:
+    def start(self, contents: Sequence[Content]) -> None:
         """Begin to decode a batch."""
         self._buffers = [np.frombuffer(content, np.uint8) for content in contents]
         self._pipeline.feed_input("encoded", self._buffers)

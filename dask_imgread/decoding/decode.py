@@ -15,7 +15,6 @@ from dask_imgread.decoding.geometry import resize, turn
 from dask_imgread.decoding.header import Header, ImageError
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.decoding.soundness import has_sound_header
 
 _ALIGNMENT = 64  # bytes, a cache line
 
@@ -75,9 +74,9 @@ def release() -> None:
     BUFFERS.clear()
 
 
-def choose_backend(content: bytes, header: Header, options: DecoderOptions) -> str:
+def choose_backend(header: Header, options: DecoderOptions) -> str:
     """Return what is to decode an image: ``"libjpeg-turbo"``, ``"dali"`` or ``"pillow"``."""
-    if not header.plain or not has_sound_header(content, header):
+    if not header.plain:
         return "pillow"
     if options.device == "cpu" and options.decoder == "auto":
         # A WebP is libwebp's to decode, whoever is asked.

@@ -44,7 +44,7 @@ class DecoderProcess:
         """
         pipe = self._pipe or self._start()
         try:
-            pipe.send((image, options))
+            pipe.send((image._replace(content=bytes(image.content)), options))
             answer: Decoded | Exception = pipe.recv()
         except (EOFError, OSError):
             reason = f"the process that decoded it ended with {_name_status(self._end())}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import simplejpeg
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import DecoderOptions, Pixels
+from dask_imgread.decoding.contract import Content, DecoderOptions, Pixels
 from dask_imgread.decoding.geometry import resize, turn
 from dask_imgread.decoding.header import Header
 
@@ -17,7 +17,7 @@ from dask_imgread.decoding.header import Header
 _SCALES = (8, 4, 2)
 
 
-def decode_jpeg(content: bytes, header: Header, options: DecoderOptions, out: Pixels) -> None:
+def decode_jpeg(content: Content, header: Header, options: DecoderOptions, out: Pixels) -> None:
     """Decode one JPEG, upright and resized, into ``out``.
 
     Parameters
@@ -61,7 +61,7 @@ def _choose_scale(size: tuple[int, int], wanted: tuple[int, ...]) -> int:
     return 1
 
 
-def _decode(content: bytes, scale: int, out: Pixels) -> None:
+def _decode(content: Content, scale: int, out: Pixels) -> None:
     height, width, _ = out.shape
     options = {} if scale == 1 else {"min_height": height, "min_width": width, "min_factor": scale}
     decoded = simplejpeg.decode_jpeg(content, "RGB", buffer=out, **options)

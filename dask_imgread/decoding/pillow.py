@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ImageOps
 
-from dask_imgread.decoding.contract import Pixels
+from dask_imgread.decoding.contract import Content, Pixels
 from dask_imgread.decoding.header import ImageError, explain_error, open_with_pillow
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
-def decode_with_pillow(content: bytes) -> Pixels:
+def decode_with_pillow(content: Content) -> Pixels:
     """Return an image's pixels, uint8 ``(height, width, 3)``, perhaps read-only.
 
     Raises

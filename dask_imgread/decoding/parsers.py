@@ -1,0 +1,167 @@
+"""Walk the headers of JPEG, PNG and WebP, from the first byte to the pixels.
+
+What is odd is Pillow's to decide, and DALI most of all must be given nothing odd. What its
+parsers refuse they throw, while other threads still parse the rest of the batch, and the process
+ends. What they read otherwise than the decoders behind them is written past the end of its
+memory. So these walks are at least as strict as nvImageCodec's parsers (0.8.0 in source, 0.9.0 in
+DALI 2.4.0).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from dask_imgread.decoding.contract import Content
+
+# ITU T.81, B.1.1.3: tables, comments and application segments. Not among them are markers that
+# have no length (TEM, RST), and frames other than those below.
+_JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
+_LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
+
+
+class ParsedHeader(NamedTuple):
+    """What the bytes before the pixels say, of an image as it is stored."""
+
+    width: int
+    height: int
+    channels: int
+    plain: bool  # every decoder reads it alike, and gives the same pixels
+    metadata: bool  # there is EXIF or XMP, and so perhaps an orientation
+    progressive: bool = False
+
+
+def parse_jpeg(content: Content) -> ParsedHeader:
+    """Walk all segments up to the scan's (ITU T.81, B.2).
+
+    Raises
+    ------
+    ValueError
+        If there is no frame header, or none with a size, before the bytes end or turn odd.
+    """
+    frame: tuple[int, ...] | None = None
+    sound = metadata = False
+    position = 2
+    with suppress(IndexError, struct.error):  # the bytes end
+        while content[position] == 0xFF:
+            position += 1
+            while (marker := content[position]) == 0xFF:  # any number of fill bytes
+                position += 1
+            length = content[position + 1] << 8 | content[position + 2]
+            body = position + 3
+            position += 1 + length
+            if marker in _JPEG_SEGMENTS:
+                metadata |= marker == 0xE1
+                if length < (8 if marker == 0xE1 else 2):  # of APP1 six bytes are looked at
+                    break
+            elif marker in _JPEG_FRAMES and frame is None:
+                frame = marker, length, *struct.unpack_from(">BHHB", content, body)
+            else:
+                sound = marker == 0xDA and length == 6 + 2 * content[body]
+                break
+    if frame is None or not all(frame[3:5]):
+        raise ValueError("no frame header, or its size in another segment")
+    marker, length, bits, height, width, channels = frame
+    sound &= length == 8 + 3 * channels and _has_jpeg_end(content)
+    # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
+    plain = sound and marker <= 0xC2 and bits == 8 and channels in (1, 3)
+    return ParsedHeader(width, height, channels, plain, metadata, marker == 0xC2)
+
+
+def _has_jpeg_end(content: Content) -> bool:
+    """Say whether there is an end mark: what is cut short would be decoded twice, in vain."""
+    return content[-2:] == _JPEG_END or _JPEG_END in bytes(content[-_AFTER_END:])
+
+
+def parse_png(content: Content) -> ParsedHeader:
+    """Read IHDR and walk all chunks up to the last (PNG specification, 5.3 and 11.2.1).
+
+    Of a chunk that is longer than the file, OpenCV, which decodes PNG in DALI, allocates and
+    clears the length stated, up to 4 GiB.
+
+    Raises
+    ------
+    ValueError
+        If it does not begin with IHDR.
+    """
+    length, kind, width, height, bits, colour = struct.unpack_from(">I4sIIBB", content, 8)
+    channels = _PNG_CHANNELS.get(colour)
+    if length != 13 or kind != b"IHDR" or not width or not height or channels is None:
+        raise ValueError("no IHDR")
+    # 16 bits are rounded in several ways; of 2 and 4 DALI takes memory where it can't say that
+    # there is none.
+    plain, metadata = bits == 8, False
+    for kind, start, length in _list_png_chunks(content):
+        # Of an animation DALI shows another frame.
+        plain &= kind != b"acTL" and start + length + 4 <= len(content)
+        metadata |= kind == b"eXIf" or _holds_exif(kind, content[start : start + 17])
+    return ParsedHeader(width, height, channels, plain and kind == b"IEND", metadata)
+
+
+def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
+    """Yield each chunk's type, and its body's offset and length, up to IEND or the bytes' end."""
+    position = 8
+    while position + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        yield kind, position + 8, length
+        if kind == b"IEND":
+            return
+        position += 12 + length
+
+
+def _holds_exif(kind: bytes, keyword: Content) -> bool:
+    """Say whether a text chunk may hold an orientation: in XMP, or in ImageMagick's EXIF."""
+    if kind == b"iTXt":
+        return keyword == b"XML:com.adobe.xmp"
+    return kind in (b"tEXt", b"zTXt") and keyword[:11] == b"Raw profile"
+
+
+def parse_webp(content: Content) -> ParsedHeader:
+    """Read the first chunk, and look for what it promises (RFC 9649, 2.5 to 2.7).
+
+    Raises
+    ------
+    ValueError
+        If the first chunk has no size of a picture.
+    """
+    form, kind, length, flags = struct.unpack_from("<4s4sIB", content, 8)
+    whole = len(content) >= max(_LEAST_WEBP, 8 + int.from_bytes(content[4:8], "little"))
+    if form == b"WEBP" and kind == b"VP8 " and content[23:26] == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
+        return ParsedHeader(width, height, 3, whole, metadata=False)
+    if form == b"WEBP" and kind == b"VP8L" and flags == 0x2F:
+        packed = int.from_bytes(content[21:25], "little")
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+        return ParsedHeader(width, height, 3 + (packed >> 28 & 1), whole, metadata=False)
+    if form == b"WEBP" and kind == b"VP8X" and len(content) >= 30:
+        width = int.from_bytes(content[24:27], "little") + 1
+        height = int.from_bytes(content[27:30], "little") + 1
+        still = not flags & 0b10
+        plain = whole and still and length == 10 and _has_promised_exif(content, flags)
+        return ParsedHeader(width, height, 3 + (flags >> 4 & 1), plain, bool(flags & 0b1100))
+    raise ValueError(f"no picture in chunk {kind!r}")
+
+
+def _has_promised_exif(content: Content, flags: int) -> bool:
+    """Say whether the EXIF that a VP8X chunk promises is found where DALI's parser looks for it.
+
+    It forgets the byte that is added to a chunk of odd length.
+    """
+    position = 30
+    while flags & 0b1000:
+        if position + 8 > len(content):
+            return False
+        kind, length = struct.unpack_from("<4sI", content, position)
+        position += 8 + length
+        if position > len(content):
+            return False
+        if kind == b"EXIF":
+            break
+        if length % 2:
+            return False
+    return True
