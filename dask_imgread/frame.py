@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import dask
 import dask.dataframe as dd
 import pandas as pd
+from dask.base import tokenize
+from distributed.protocol import pickle
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.reader import ImageReaderStage
@@ -112,16 +115,8 @@ def map_images(
     # The rows have the types of `meta` already: Dask would add a second task to each partition,
     # to turn objects into strings.
     with dask.config.set({"dataframe.convert-string": False}):
-        return dd.from_map(
-            read_partition,
-            tasks,
-            reader=reader or ImageReaderStage(),
-            fn=fn,
-            empty=meta,
-            meta=meta,
-            enforce_metadata=False,
-            label="map-images",
-        )
+        read = PartitionReader(reader or ImageReaderStage(), fn, meta)
+        return dd.from_map(read, tasks, meta=meta, enforce_metadata=False, label="map-images")
 
 
 def to_rows(batch: ImageBatch) -> pd.DataFrame:
@@ -129,9 +124,48 @@ def to_rows(batch: ImageBatch) -> pd.DataFrame:
     return batch.to_frame()
 
 
-def read_partition(
-    task: FileGroupTask, *, reader: ImageReaderStage, fn: BatchFunction, empty: pd.DataFrame
-) -> pd.DataFrame:
-    """Read one task and return the rows of all its batches."""
-    rows = [fn(batch) for batch in reader.read(task)]
-    return pd.concat(rows) if rows else empty
+class PartitionReader:
+    """Reads one task, and returns the rows of all its batches.
+
+    Every task of a frame has one. It is pickled once for all of them, and unpickled on workers
+    alone: pickling a function anew for each task takes the scheduler longer than all else.
+
+    Parameters
+    ----------
+    reader
+        The reader.
+    fn
+        What makes the rows of a batch.
+    empty
+        The rows of a task without any batch.
+    """
+
+    def __init__(self, reader: ImageReaderStage, fn: BatchFunction, empty: pd.DataFrame) -> None:
+        self._parts = reader, fn, empty
+
+    def __call__(self, task: FileGroupTask) -> pd.DataFrame:
+        """Read a task."""
+        reader, fn, empty = self._parts
+        rows = [fn(batch) for batch in reader.read(task)]
+        return pd.concat(rows) if rows else empty
+
+    def __dask_tokenize__(self) -> object:
+        """Name what is read, alike in every process."""
+        return type(self).__name__, tokenize(self._parts)
+
+    @functools.cached_property
+    def _pickled(self) -> bytes:
+        pickled: bytes = pickle.dumps(self._parts)
+        return pickled
+
+    def __reduce__(self) -> tuple[type[_PickledReader], tuple[bytes]]:
+        """Pickle as something that stays pickled until it is called."""
+        return _PickledReader, (self._pickled,)
+
+
+class _PickledReader:
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    def __call__(self, task: FileGroupTask) -> pd.DataFrame:
+        return PartitionReader(*pickle.loads(self._pickled))(task)

@@ -17,6 +17,8 @@ from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
 
 _ALIGNMENT = 64  # bytes, a cache line
+# A WebP is libwebp's to decode, whoever is asked.
+_FASTEST_ON_CPU = {"jpeg": "libjpeg-turbo", "png": "dali", "webp": "pillow"}
 
 
 class Decoding:
@@ -79,8 +81,7 @@ def choose_backend(header: Header, options: DecoderOptions) -> str:
     if not header.plain:
         return "pillow"
     if options.device == "cpu" and options.decoder == "auto":
-        # A WebP is libwebp's to decode, whoever is asked.
-        return {"jpeg": "libjpeg-turbo", "png": "dali", "webp": "pillow"}[header.format]
+        return _FASTEST_ON_CPU[header.format]
     return "dali" if can_be_turned(header, options) else "pillow"
 
 

@@ -102,14 +102,13 @@ def check_size(content: Content, header: Header, max_pixels: int | None) -> None
     Every scan of a progressive JPEG goes over all pixels, and takes a few bytes of the file: a
     hundred thousand of them would take minutes.
     """
-    pixels = header.width * header.height
-    size = f"{header.width} x {header.height} pixels"
-    if max_pixels is not None and pixels > max_pixels:
-        raise ImageError(f"too large: {size}, max_pixels is {max_pixels}")
+    width, height = header.width, header.height
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageError(f"too large: {width} x {height} pixels, max_pixels is {max_pixels}")
     if header.progressive:
         scans = bytes(content).count(b"\xff\xda")
-        if pixels * scans > _MOST_SCANNED:
-            raise ImageError(f"too large: {scans} scans of {size}")
+        if width * height * scans > _MOST_SCANNED:
+            raise ImageError(f"too large: {scans} scans of {width} x {height} pixels")
 
 
 _PARSERS = {
