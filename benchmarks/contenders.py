@@ -5,6 +5,7 @@ A round returns the number of images, or of members, that it went through.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,56 +32,126 @@ def run_in_threads(work: Callable[[Any], int], parts: list[Any]) -> int:
     return sum(counts)
 
 
-def prepare_floor(shards: list[str]) -> Round:
-    """libjpeg-turbo on all cores, bytes in memory, results thrown away."""
+def take_cores(count: int) -> list[int]:
+    """Leave this process so many cores, and return their numbers within it."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    return list(range(count))
+
+
+def prepare_floor(shards: list[str], cores: int = CORES, times: int = 1) -> Round:
+    """libjpeg-turbo, bytes in memory, results thrown away."""
     import simplejpeg
 
     contents = read_all(shards)
 
-    def decode(part: list[bytes]) -> int:
+    def decode(number: int) -> int:
+        part = contents[number::cores] * times
         for content in part:
             simplejpeg.decode_jpeg(content, "RGB")
         return len(part)
 
-    return lambda: run_in_threads(decode, [contents[n::CORES] for n in range(CORES)])
+    numbers = take_cores(cores)
+    return lambda: run_in_threads(decode, numbers)
 
 
-def prepare_bare_dali(shards: list[str]) -> Round:
+def prepare_resized_floor(shards: list[str], side: int, scale: int) -> Round:
+    """libjpeg-turbo at 1/``scale`` and Pillow's bilinear, on one core, results thrown away."""
+    import simplejpeg
+    from PIL import Image
+
+    contents = read_all(shards)
+    take_cores(1)
+
+    def run() -> int:
+        for content in contents:
+            height, width, *_ = simplejpeg.decode_jpeg_header(content)
+            pixels = simplejpeg.decode_jpeg(
+                content,
+                "RGB",
+                min_height=-(-height // scale),
+                min_width=-(-width // scale),
+                min_factor=scale,
+            )
+            ratio = side / min(height, width)
+            size = round(width * ratio), round(height * ratio)
+            np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+        return len(contents)
+
+    return run
+
+
+def prepare_pillow(shards: list[str], side: int | None = None) -> Round:
+    """Pillow on one core, with ``draft`` where it resizes, results thrown away."""
+    import io
+
+    from PIL import Image
+
+    contents = read_all(shards)
+    take_cores(1)
+
+    def run() -> int:
+        for content in contents:
+            image = Image.open(io.BytesIO(content))
+            if side is not None:
+                ratio = side / min(image.size)
+                size = round(image.width * ratio), round(image.height * ratio)
+                image.draft("RGB", size)
+                np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+            else:
+                np.asarray(image.convert("RGB"))
+        return len(contents)
+
+    return run
+
+
+def _choose_batch(images: int) -> int:
+    """Return 100, as is usual; less for a few large pictures, of which no more are there."""
+    return max(1, min(100, images // 4))
+
+
+def prepare_bare_dali(shards: list[str], cores: int = CORES, side: int | None = None) -> Round:
     """One DALI pipeline a core, bytes in memory, outputs thrown away."""
     from nvidia.dali import Pipeline, fn, types
 
     contents = [np.frombuffer(content, np.uint8) for content in read_all(shards)]
+    numbers = take_cores(cores)
+    batch = _choose_batch(len(contents))
 
     def make() -> Pipeline:
-        pipeline = Pipeline(100, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        pipeline = Pipeline(batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded", no_copy=True)
-            pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
+            images = fn.decoders.image(encoded, output_type=types.RGB)
+            if side is not None:
+                images = fn.resize(images, resize_shorter=float(side))
+            pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
-    pipelines = [make() for _ in range(CORES)]
+    pipelines = [make() for _ in numbers]
 
     def decode(number: int) -> int:
-        part = contents[number::CORES]
-        for start in range(0, len(part), 100):
-            pipelines[number].feed_input("encoded", part[start : start + 100])
+        part = contents[number::cores]
+        for start in range(0, len(part), batch):
+            pipelines[number].feed_input("encoded", part[start : start + batch])
             pipelines[number].run()
         return len(part)
 
-    return lambda: run_in_threads(decode, list(range(CORES)))
+    return lambda: run_in_threads(decode, numbers)
 
 
-def prepare_stream(shards: list[str]) -> Round:
+def prepare_stream(shards: list[str], cores: int = CORES, side: int | None = None) -> Round:
     """``ImageReaderStage.stream`` in one process, a reader a core."""
     from dask_imgread import FileGroupTask, ImageReaderStage
 
-    reader = ImageReaderStage(verbose=False)
+    reader = ImageReaderStage(device="cpu", verbose=False, resize=side, num_threads=1)
+    numbers = take_cores(cores)
 
-    def read(part: list[str]) -> int:
-        return sum(batch.num_items for batch in reader.stream(FileGroupTask(data=part)))
+    def read(number: int) -> int:
+        batches = reader.stream(FileGroupTask(data=shards[number::cores]))
+        return sum(batch.num_items + len(batch.failed) for batch in batches)
 
-    return lambda: run_in_threads(read, [shards[n::CORES] for n in range(CORES)])
+    return lambda: run_in_threads(read, numbers)
 
 
 def prepare_headers(shards: list[str]) -> Round:
@@ -99,12 +170,15 @@ def prepare_decoded_rows(shards: list[str]) -> Round:
     return lambda: len(frame.compute(scheduler="sync"))
 
 
-def prepare_curator(shards: list[str]) -> Round:
+def prepare_curator(shards: list[str], cores: int = CORES) -> Round:
     """Read as NeMo Curator does on a CPU: with DALI's own tar reader, copying each picture."""
     from nvidia.dali import Pipeline, fn, types
 
+    take_cores(cores)
+    batch = _choose_batch(len(read_all(shards[:1])))
+
     def read_shard(shard: str) -> int:
-        pipeline = Pipeline(100, num_threads=CORES, device_id=None)
+        pipeline = Pipeline(batch, num_threads=cores, device_id=None)
         with pipeline:
             encoded = fn.readers.webdataset(
                 paths=shard, ext=["jpg"], missing_component_behavior="skip", pad_last_batch=False
@@ -135,15 +209,16 @@ def _make_row(batch: Any) -> Any:
     return pd.DataFrame({"width": [image.width for image in batch.data]}, index=ids)
 
 
-def prepare_cluster(shards: list[str]) -> Round:
+def prepare_cluster(shards: list[str], images_per_partition: int) -> Round:
     """``map_images`` through a LocalCluster: shards in, one row for each image out."""
     import pandas as pd
 
     from dask_imgread import ImageReaderStage, map_images, partition_shards
 
     client = _start_cluster()
-    meta = pd.DataFrame({"width": pd.Series(dtype="int64")}).rename_axis("image_id")
-    tasks = partition_shards(shards, images_per_partition=250)
+    ids = pd.Index([], dtype="str", name="image_id")
+    meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, index=ids)
+    tasks = partition_shards(shards, images_per_partition=images_per_partition)
     reader = ImageReaderStage(verbose=False)
     frame = map_images(_make_row, tasks, reader=reader, meta=meta)
     return lambda: len(client.compute(frame).result())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ _NAMES = [
 _TILE = 500  # pixels, of the mosaics
 
 
+@functools.cache
 def load_photographs() -> list[Image.Image]:
     """Return the colour photographs as RGB."""
     import skimage
@@ -53,30 +55,21 @@ def make_photo_shards(
     return paths
 
 
-def make_large_shards(
-    folder: Path, size: tuple[int, int], images: int, shards: int = 1
-) -> list[str]:
+def make_large_shard(folder: Path, size: tuple[int, int], images: int) -> list[str]:
     """Write pictures of ``size`` (width, height), each a mosaic of the photographs as they are."""
     photographs = load_photographs()
     rng = np.random.default_rng(0)
-    paths = []
-    for shard in range(shards):
-        members = []
-        for number in range(shard * images // shards, (shard + 1) * images // shards):
-            picture = Image.new("RGB", size)
-            top = 0
-            while top < size[1]:
-                left = 0
-                while left < size[0]:
-                    photo = photographs[int(rng.integers(len(photographs)))]
-                    picture.paste(photo.crop((0, 0, _TILE, _TILE)), (left, top))
-                    left += _TILE
-                top += _TILE
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=90)
-            members.append((f"{number:07d}.jpg", buffer.getvalue()))
-        paths.append(write_shard(folder / f"large-{shard:03d}.tar", members))
-    return paths
+    members = []
+    for number in range(images):
+        picture = Image.new("RGB", size)
+        for left in range(0, size[0], _TILE):
+            for top in range(0, size[1], _TILE):
+                photo = photographs[int(rng.integers(len(photographs)))]
+                picture.paste(photo.crop((0, 0, _TILE, _TILE)), (left, top))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        members.append((f"{number:07d}.jpg", buffer.getvalue()))
+    return [write_shard(folder / "large.tar", members)]
 
 
 def repeat_shards(folder: Path, shards: list[str], times: int) -> list[str]:

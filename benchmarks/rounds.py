@@ -31,6 +31,9 @@ class Contender:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, module, name, arguments))
         self._process.start()
+
+    def wait(self) -> None:
+        """Wait until it is prepared: several prepare at the same time."""
         self._pipe.recv()
 
     def run(self) -> float:
@@ -47,6 +50,8 @@ class Contender:
 
 def alternate(contenders: Sequence[Contender], rounds: int) -> list[list[float]]:
     """Run all contenders in turn, ``rounds`` times; return the rates of each."""
+    for contender in contenders:
+        contender.wait()
     rates: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
         for contender, measured in zip(contenders, rates, strict=True):
