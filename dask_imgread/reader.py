@@ -89,9 +89,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         as on a GPU, for all that it decodes.
     scaled_decoding
         On a CPU, whether ``resize`` may begin with a JPEG decoded at 1/2, 1/4 or 1/8 of its
-        size, the smallest that is at least as large as what is wanted. Three to four times as
-        fast for a picture of 12 megapixels; the pixels differ a little from those resized from
-        full size (docs/decoding.md says by how much). False decodes at full size.
+        size, the smallest that leaves 5/3 of what is wanted. A picture of 12 megapixels takes a
+        third of the time; its pixels differ a little from those resized from full size
+        (docs/decoding.md says by how much). False decodes at full size.
     isolate
         Decode each image by itself in a child process, so that one that kills its decoder
         costs only itself, and is recorded as ``kills its decoder``. Slower, and for shards

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 _GRAIN = 1 << 16  # bytes, of which sizes are multiples
 _LARGE = 1 << 22  # bytes, from which on huge pages are worth while
-_IDLE_SECONDS = 10.0  # for which unused memory is kept
-_IDLE_BYTES = 512 << 20  # of unused memory that are kept: two batches of the default size
+_IDLE_SECONDS = 30.0  # for which unused memory is kept
+_IDLE_BYTES = 640 << 20  # of unused memory that are kept: two batches of the default size
 
 
 class _Lease:

@@ -15,6 +15,9 @@ from dask_imgread.decoding.header import Header
 
 # libjpeg-turbo has fast code for these; at other eighths it is slower than at full size.
 _SCALES = (8, 4, 2)
+# What it leaves is to be so much larger than what is wanted: of a picture that is hardly larger,
+# too little is left to be smoothed, and the error grows from 46 dB to 35.
+_LEFT = 5 / 3
 
 
 def decode_jpeg(content: Content, header: Header, options: DecoderOptions, out: Pixels) -> None:
@@ -54,11 +57,9 @@ def decode_jpeg(content: Content, header: Header, options: DecoderOptions, out: 
 
 
 def _choose_scale(size: tuple[int, int], wanted: tuple[int, ...]) -> int:
-    """Return by how much to divide a size, so that no side comes out shorter than is wanted."""
-    for scale in _SCALES:
-        if all(-(-side // scale) >= least for side, least in zip(size, wanted, strict=True)):
-            return scale
-    return 1
+    """Return by how much to divide a size, so that enough is left to be resized."""
+    least = min(side / target for side, target in zip(size, wanted, strict=True))
+    return next((scale for scale in _SCALES if least >= scale * _LEFT), 1)
 
 
 def _decode(content: Content, scale: int, out: Pixels) -> None:

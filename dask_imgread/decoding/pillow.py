@@ -37,13 +37,13 @@ def _to_rgb(image: ImageFile) -> Pixels:
     """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
     if image.format == "PPM" and image.tile and image.tile[0][3] == ("RGB", 0xFFFF):
         return _read_wide_ppm(image)
-    upright = ImageOps.exif_transpose(image)
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     if wide:
         bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-        grey = np.asarray(upright) >> (bits - 8)
+        grey = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    rgb: Pixels = np.asarray(upright.convert("RGB"))
+    ImageOps.exif_transpose(image, in_place=True)  # else even what is upright would be copied
+    rgb: Pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb
 
 

@@ -1,0 +1,137 @@
+"""Resized pictures: their sizes, and how near a scaled decoding comes to the exact way."""
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.testing import draw_picture, encode_picture, write_shard
+from tests.conftest import both_decoders, encode, read_with_pillow
+
+
+def read(path, contents, **options):
+    members = [(f"{n:03d}.jpg", content) for n, content in enumerate(contents)]
+    reader = ImageReaderStage(device="cpu", **options)
+    batches = reader.process(FileGroupTask(data=[write_shard(path / "s.tar", members)]))
+    assert not any(batch.failed for batch in batches)
+    return [image for batch in batches for image in batch.data]
+
+
+def resize_exactly(content, size):
+    pixels = Image.fromarray(read_with_pillow(content))
+    return np.asarray(pixels.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def measure_psnr(one, other):
+    error = np.mean((one.astype(float) - other) ** 2)
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+@pytest.fixture(scope="module")
+def large_photographs(photographs):
+    """Photographs as soft as a camera's, at sizes from which 1/2, 1/4 and 1/8 lead to 224."""
+    sizes = [(1024, 768), (1283, 977), (2048, 1536), (3200, 2400)]
+    return [
+        encode(photo.resize(size, Image.Resampling.LANCZOS), "JPEG", quality=90, subsampling=n % 3)
+        for n, (photo, size) in enumerate(zip(photographs, itertools.cycle(sizes), strict=False))
+    ]
+
+
+def measure_scaled_decoding(path, contents, resize):
+    """Return what the error of each picture is, in dB, and how many were decoded at a scale."""
+    images = read(path, contents, resize=resize)
+    psnr = []
+    for image, content in zip(images, contents, strict=True):
+        assert image.backend == "libjpeg-turbo"
+        expected = resize_exactly(content, image.image_data.shape[:2])
+        psnr.append(measure_psnr(image.image_data, expected))
+    overall = -10 * np.log10(np.mean(10 ** (-np.array(psnr) / 10)))
+    print(f"resize={resize}: {overall:.1f} dB over all, {min(psnr):.1f} dB at least")
+    return overall, min(psnr), np.isfinite(psnr).sum()
+
+
+@pytest.mark.parametrize("resize", [224, (224, 224), 96, (160, 300)])
+def test_scaled_decoding_comes_near_the_exact_way(tmp_path, large_photographs, resize):
+    overall, least, scaled = measure_scaled_decoding(tmp_path, large_photographs, resize)
+    assert overall >= 45
+    assert least >= 41
+    assert scaled >= 5
+
+
+@pytest.mark.parametrize("resize", [40, 96, 120, 150])
+def test_scaled_decoding_of_the_sharpest_pictures(tmp_path, photographs, resize):
+    """Pictures that were made smaller before have all the detail that pixels can have."""
+    contents = [encode(photo, "JPEG", quality=90) for photo in photographs]
+    _, least, scaled = measure_scaled_decoding(tmp_path, contents, resize)
+    assert least >= 37
+    assert scaled >= 1
+
+
+def test_without_scaled_decoding_it_is_the_exact_way(tmp_path, large_photographs):
+    contents = large_photographs[:6]
+    images = read(tmp_path, contents, resize=224, scaled_decoding=False)
+    for image, content in zip(images, contents, strict=True):
+        expected = resize_exactly(content, image.image_data.shape[:2])
+        np.testing.assert_array_equal(image.image_data, expected)
+
+
+@pytest.mark.parametrize("resize", [40, (40, 90)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_resized_upright(tmp_path, orientation, resize, photographs):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photographs[1].resize((450, 300)), "JPEG", quality=95, exif=exif)
+    for decoder in ("auto", "dali"):
+        (image,) = read(tmp_path, [content], resize=resize, decoder=decoder)
+        upright = read_with_pillow(content).shape[:2]
+        assert (image.height, image.width) == upright
+        expected = resize_exactly(content, image.image_data.shape[:2])
+        assert measure_psnr(image.image_data, expected) > 38
+        if isinstance(resize, tuple):
+            assert image.image_data.shape[:2] == resize
+        else:
+            assert min(image.image_data.shape[:2]) == resize
+            assert (image.image_data.shape[0] > image.image_data.shape[1]) == (
+                upright[0] > upright[1]
+            )
+
+
+def test_all_decoders_choose_the_same_size(tmp_path):
+    sizes = [(64, 48), (48, 64), (33, 100), (100, 33), (10, 25), (10, 35), (1, 90), (7, 7)]
+    for resize in (5, 16, 33, 200):
+        shapes = []
+        for decoder, extension in itertools.product(("auto", "dali"), ("jpg", "png", "bmp")):
+            contents = [encode_picture(draw_picture(1, size), extension) for size in sizes]
+            images = read(tmp_path, contents, resize=resize, decoder=decoder)
+            shapes.append([image.image_data.shape for image in images])
+            assert [(image.width, image.height) for image in images] == sizes
+        assert all(shape == shapes[0] for shape in shapes), resize
+
+
+@both_decoders
+def test_pictures_of_every_size_are_resized(tmp_path, decoder):
+    """Where rounding up at 1/8 could leave too little, or one side is a few pixels long."""
+    sizes = [(w, h) for w in (1, 2, 7, 8, 9, 15, 63, 65, 129) for h in (1, 3, 8, 17, 64, 127)]
+    contents = [encode_picture(draw_picture(n, size)) for n, size in enumerate(sizes)]
+    for resize in (8, (16, 16), (1, 64)):
+        images = read(tmp_path, contents, resize=resize, decoder=decoder)
+        for image, content in zip(images, contents, strict=True):
+            expected = resize_exactly(content, image.image_data.shape[:2])
+            difference = np.abs(image.image_data.astype(int) - expected)
+            assert difference.mean() < 12, (image.width, image.height, resize)
+
+
+def test_the_memory_of_what_comes_out_cuts_a_batch(tmp_path):
+    """What is decoded on the way is thrown away picture by picture."""
+    content = encode_picture(draw_picture(1, (2000, 1000)))
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", content) for n in range(30)])
+    limit = 30 * max(100 * 200 * 3, len(content))
+    for options, counts in (({}, [30]), ({"decoder": "dali"}, [1] * 30)):
+        reader = ImageReaderStage(device="cpu", resize=100, max_batch_bytes=limit, **options)
+        batches = reader.process(FileGroupTask(data=[shard]))
+        if options:
+            assert len(batches) > 1
+        else:
+            assert [batch.num_items for batch in batches] == counts
