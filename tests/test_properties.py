@@ -140,7 +140,7 @@ def test_fuzz_the_decoders(decoder):
     ]
     options = DecoderOptions("cpu", 1, 8, decoder=decoder)
     tried = read = 0
-    ends = time.monotonic() + 8
+    ends = time.monotonic() + 6
     while time.monotonic() < ends:
         batch = []
         for _ in range(8):
