@@ -88,6 +88,8 @@ def read_header(content: Content) -> Header:
         name = (image.format or "unknown").lower()
         orientation = _read_orientation(image)
         width, height = image.size[::-1] if orientation >= 5 else image.size
+        if not width or not height:
+            raise ImageError(f"corrupt: {width} x {height} pixels")
         palette = image.palette.mode if image.mode == "P" and image.palette else None
         channels = len(palette or image.getbands())
         progressive = bool(image.info.get("progressive"))

@@ -133,6 +133,8 @@ def parse_webp(content: Content) -> ParsedHeader:
     whole = len(content) >= max(_LEAST_WEBP, 8 + int.from_bytes(content[4:8], "little"))
     if form == b"WEBP" and kind == b"VP8 " and content[23:26] == b"\x9d\x01\x2a":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
+        if not width or not height:
+            raise ValueError("no size")
         return ParsedHeader(width, height, 3, whole, metadata=False)
     if form == b"WEBP" and kind == b"VP8L" and flags == 0x2F:
         packed = int.from_bytes(content[21:25], "little")
