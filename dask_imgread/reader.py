@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass, replace
+from copy import copy
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask_imgread import gpu
@@ -240,7 +241,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
 
     def isolated(self) -> ImageReaderStage:
         """Return the same reader with ``isolate``: for a task whose worker died."""
-        return replace(self, isolate=True)
+        reader = copy(self)  # of a subclass, too, whatever it is made with
+        reader.isolate = True
+        return reader
 
     def _hold_share(self) -> AbstractContextManager[None]:
         return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()

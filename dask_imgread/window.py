@@ -84,9 +84,10 @@ def map_windowed(
             blamed.append(item)
         else:
             yield item, future
-    alone = fn.isolated() if hasattr(fn, "isolated") else fn
-    # Not pure: the key of the error is not to be asked for again.
-    yield from _map(client, alone, blamed, 1, 1, options | {"pure": False})
+    if blamed:
+        alone = fn.isolated() if hasattr(fn, "isolated") else fn
+        # Not pure: the key of the error is not to be asked for again.
+        yield from _map(client, alone, blamed, 1, 1, options | {"pure": False})
 
 
 def _map(

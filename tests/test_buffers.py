@@ -290,7 +290,7 @@ def test_bytes_held_are_counted_once():
 def test_memory_goes_when_a_worker_closes(photo_shards):
     BUFFERS.clear()
     with (
-        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         tasks = partition_shards(photo_shards, images_per_partition=5)

@@ -282,7 +282,7 @@ def test_threads_of_one_process_and_the_release_of_decoders(photo_shards):
         i.image_id for b in readers[0](FileGroupTask(data=photo_shards)) for i in b.data
     )
     DECODERS.clear()
-    options = {"processes": False, "dashboard_address": None}
+    options = {"processes": False, "dashboard_address": ":0"}
     with (
         LocalCluster(n_workers=1, threads_per_worker=4, **options) as cluster,
         Client(cluster) as client,
