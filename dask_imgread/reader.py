@@ -79,8 +79,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     max_batch_bytes
         A batch is cut so that its decoded images take no more bytes, unless one image
         alone does. On a GPU two batches exist at a time: one is decoded while the one
-        before is in use. With ``resize`` on a CPU it is what comes out that counts, or the
-        encoded bytes where they are more.
+        before is in use. With ``resize`` it is what comes out that counts where pictures are
+        decoded and resized one by one, as JPEG is on a CPU; or their encoded bytes, if more.
     resize
         Resize each image after decoding, on the same device: an int is the length of the
         shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
@@ -356,7 +356,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
             header, content = read_encoded(source, member, self.decode)
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels
-            check_size(content, header, self.max_pixels)
+            check_size(content, header, self.max_pixels, options if self.decode else None)
         except ImageError as error:
             image.error = str(error)
             return None

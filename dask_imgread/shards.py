@@ -257,8 +257,10 @@ class LocalSource:
             if not follows or size > _AHEAD_BYTES // 8 or offset + size > self._end:
                 return memoryview(self.read_at(offset, size))
             memory = BUFFERS.take(min(_AHEAD_BYTES, self._end - offset)).data
-            start, ahead = offset, memory[: os.preadv(self._descriptor, [memory], offset)]
-            self._ahead = start, ahead
+            count = os.preadv(self._descriptor, [memory], offset)
+            if count < size:  # interrupted, or the file was cut short meanwhile
+                return memoryview(self.read_at(offset, size))
+            start, ahead = self._ahead = offset, memory[:count]
         self._next = offset + size
         return ahead[offset - start :][:size]
 

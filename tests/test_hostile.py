@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -160,3 +161,19 @@ def test_bombs_take_no_memory(tmp_path, decoder):
     counts, peak = done.stdout.splitlines()
     assert counts == "2 ['too large', 'too large']"
     assert int(peak) < 600  # MiB
+
+
+@both_decoders
+def test_what_no_memory_is_large_enough_for_costs_itself(tmp_path, decoder):
+    """Whatever sizes a header states, where ``max_pixels`` does not stop it."""
+    png = encode(PICTURE, "PNG")
+    header = png[12:16] + struct.pack(">II", (1 << 31) - 1, (1 << 31) - 1) + png[24:29]
+    huge = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    members = [("a.jpg", JPEG), ("b.png", huge), ("c.png", png)]
+    shard = write_shard(tmp_path / "s.tar", members)
+    reader = ImageReaderStage(
+        device="cpu", decoder=decoder, max_pixels=None, max_batch_bytes=1 << 60
+    )
+    batches = reader.process(FileGroupTask(data=[shard]))
+    assert sorted(image.key for batch in batches for image in batch.data) == ["a", "c"]
+    assert sorted(image.key for batch in batches for image in batch.failed) == ["b"]

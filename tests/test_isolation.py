@@ -128,10 +128,21 @@ def test_a_stream_that_is_left_early_leaves_no_child(shards, new_children):
     assert not new_children()
 
 
-def test_a_child_that_does_not_start_is_no_fault_of_a_picture(shards, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="child process to decode in ended with status 1"):
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("/bin/false", "to decode in ended with status 1"), ("/bin/nothing", "no child process")],
+)
+def test_a_child_that_does_not_start_is_no_fault_of_a_picture(shards, monkeypatch, program, reason):
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(RuntimeError, match=reason):
         ImageReaderStage(device="cpu", isolate=True)(FileGroupTask(data=shards))
+
+
+def test_a_module_in_the_current_folder_is_not_taken_for_pythons(tmp_path, shards, monkeypatch):
+    (tmp_path / "logging.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    (batch,) = ImageReaderStage(device="cpu", isolate=True)(FileGroupTask(data=shards[:1]))
+    assert batch.num_items == 10
 
 
 # On a cluster whose workers the picture kills

@@ -128,10 +128,17 @@ def test_the_memory_of_what_comes_out_cuts_a_batch(tmp_path):
     content = encode_picture(draw_picture(1, (2000, 1000)))
     shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", content) for n in range(30)])
     limit = 30 * max(100 * 200 * 3, len(content))
-    for options, counts in (({}, [30]), ({"decoder": "dali"}, [1] * 30)):
-        reader = ImageReaderStage(device="cpu", resize=100, max_batch_bytes=limit, **options)
-        batches = reader.process(FileGroupTask(data=[shard]))
-        if options:
-            assert len(batches) > 1
-        else:
-            assert [batch.num_items for batch in batches] == counts
+    reader = ImageReaderStage(device="cpu", resize=100, max_batch_bytes=limit)
+    assert [b.num_items for b in reader.process(FileGroupTask(data=[shard]))] == [30]
+    whole = ImageReaderStage(device="cpu", resize=100, max_batch_bytes=limit, decoder="dali")
+    assert len(whole.process(FileGroupTask(data=[shard]))) > 1
+
+
+@both_decoders
+def test_what_would_come_out_too_large_is_refused(tmp_path, decoder):
+    contents = [encode_picture(draw_picture(1, size)) for size in ((1, 20_000), (60, 40))]
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", c) for n, c in enumerate(contents)])
+    reader = ImageReaderStage(device="cpu", resize=224, decoder=decoder)
+    (batch,) = reader.process(FileGroupTask(data=[shard]))
+    assert batch.num_items == 1
+    assert batch.failed[0].error.startswith("too large: resized to 224 x 4480000 pixels")

@@ -170,9 +170,7 @@ def mutate(rng, seeds):
         elif kind == 3:
             pieces.insert(at, rng.choice(cut_into_pieces(rng.choice(seeds))))
         elif kind == 4:
-            pieces.insert(
-                at, rng.choice([b"\0", b"\xff", b"\xff\0", b"\xff\x01", b"\xff\xd0", b"A"])
-            )
+            pieces.insert(at, rng.choice(_STRAY))
         elif pieces[at]:
             piece = bytearray(pieces[at])
             place = rng.randrange(min(40, len(piece)))

@@ -7,6 +7,7 @@ quarter of the time of decoding a large JPEG.
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import time
 from collections import deque
@@ -69,10 +70,7 @@ class BufferPool:
             memory = self._find(size)
             self._used = time.monotonic()
             if not self._swept:
-                self._swept = True
-                threading.Thread(
-                    target=self._sweep, name="dask-imgread-buffers", daemon=True
-                ).start()
+                self._start_sweeping()
         if memory is None:
             # An eighth more, so that the next batch, a little larger, fits too.
             memory = _allocate(size + size // 8)
@@ -91,9 +89,28 @@ class BufferPool:
             self._collect()
             return sum(memory.nbytes for _, memory in self._idle)
 
+    def _start_sweeping(self) -> None:
+        self._swept = True
+        thread = threading.Thread(target=self._sweep, name="dask-imgread-buffers", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: then nothing is kept
+            self._swept = False
+
+    def _forget_parent(self) -> None:
+        """Begin anew in a forked process, in which no other thread lives."""
+        self._lock, self._swept = threading.Lock(), False
+        self._idle.clear()
+        self._returned.clear()
+
     def _take_back(self, memory: NDArray[np.uint8]) -> None:
         if self._swept:  # else nobody would look after it
             self._returned.append(memory)
+            if self._lock.acquire(blocking=False):  # else who holds it will see to it
+                try:
+                    self._collect()
+                finally:
+                    self._lock.release()
 
     def _find(self, size: int) -> NDArray[np.uint8] | None:
         """Take out the last used memory that fits, without wasting as much again."""
@@ -144,3 +161,4 @@ def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
 
 
 BUFFERS = BufferPool()
+os.register_at_fork(after_in_child=BUFFERS._forget_parent)

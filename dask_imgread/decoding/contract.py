@@ -31,9 +31,12 @@ class DecoderOptions(NamedTuple):
             return height, width
         if isinstance(self.resize, tuple):
             return self.resize
-        scale = self.resize / min(height, width)
+        short = min(height, width)
         # A half is rounded up, as DALI does it.
-        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        rows, columns = (
+            (2 * side * self.resize + short) // (2 * short) for side in (height, width)
+        )
+        return rows, columns
 
 
 class Encoded(NamedTuple):

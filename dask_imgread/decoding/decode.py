@@ -12,7 +12,7 @@ from dask_imgread.decoding.buffers import BUFFERS
 from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, Pixels
 from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_be_turned
 from dask_imgread.decoding.geometry import resize, turn
-from dask_imgread.decoding.header import Header, ImageError
+from dask_imgread.decoding.header import Header, ImageError, explain_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
 
@@ -90,18 +90,20 @@ def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
     if image.backend == "libjpeg-turbo":
         try:
             decode_jpeg(image.content, image.header, options, out)
-        except ValueError:
+        except (ValueError, MemoryError):
             pass
         else:
             return Decoded(out, image.backend)
     try:
         pixels = decode_with_pillow(image.content)
+        height, width, _ = pixels.shape
+        if options.resize is not None:
+            pixels = resize(pixels, options.choose_size(height, width))
+        return Decoded(_keep(pixels, out), "pillow", size=(width, height))
     except ImageError as error:
         return Decoded(None, error=str(error))
-    height, width, _ = pixels.shape
-    if options.resize is not None:
-        pixels = resize(pixels, options.choose_size(height, width))
-    return Decoded(_keep(pixels, out), "pillow", size=(width, height))
+    except MemoryError as error:
+        return Decoded(None, error=str(explain_error(error)))
 
 
 def _keep(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
@@ -115,11 +117,18 @@ def _keep(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
 
 
 def _allocate(images: Sequence[Encoded], options: DecoderOptions) -> list[Pixels]:
-    """Return an array for each image, all of them in one piece of memory."""
+    """Return an array for each image, all of them in one piece of memory.
+
+    Where there is not so much memory they are of no size: then each is decoded into its own, and
+    only those that are too large for that are lost.
+    """
     shapes = [(*options.choose_size(i.header.height, i.header.width), 3) for i in images]
     sizes = [height * width * 3 for height, width, _ in shapes]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
-    memory = BUFFERS.take(starts[-1])
+    try:
+        memory = BUFFERS.take(starts[-1])
+    except (MemoryError, OverflowError):
+        return [np.empty((0, 0, 3), np.uint8) for _ in images]
     return [
         memory[start : start + size].reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from dask_imgread.decoding.contract import Content
+from dask_imgread.decoding.contract import Content, DecoderOptions
 from dask_imgread.decoding.parsers import parse_jpeg, parse_png, parse_webp
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
@@ -84,6 +84,15 @@ def read_header(content: Content) -> Header:
             # A PNG's may stand behind the pixels, and is found only when they are decoded.
             plain &= not (metadata and name == "png")
             return Header(name, width, height, channels, plain, orientation, progressive)
+    try:
+        return _read_with_pillow(content)
+    except ImageError:
+        raise
+    except Exception as error:  # what Pillow finds out only when it is asked
+        raise explain_error(error) from error
+
+
+def _read_with_pillow(content: Content) -> Header:
     with open_with_pillow(content) as image:
         name = (image.format or "unknown").lower()
         orientation = _read_orientation(image)
@@ -98,8 +107,13 @@ def read_header(content: Content) -> Header:
         )
 
 
-def check_size(content: Content, header: Header, max_pixels: int | None) -> None:
+def check_size(
+    content: Content, header: Header, max_pixels: int | None, options: DecoderOptions | None
+) -> None:
     """Raise ImageError if an image has more than ``max_pixels``, or goes over them too often.
+
+    What it comes out with counts too: of a picture one pixel wide ``resize`` makes thousands of
+    times as many.
 
     Every scan of a progressive JPEG goes over all pixels, and takes a few bytes of the file: a
     hundred thousand of them would take minutes.
@@ -107,6 +121,12 @@ def check_size(content: Content, header: Header, max_pixels: int | None) -> None
     width, height = header.width, header.height
     if max_pixels is not None and width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, max_pixels is {max_pixels}")
+    if max_pixels is not None and options is not None and options.resize is not None:
+        rows, columns = options.choose_size(height, width)
+        if rows * columns > max_pixels:
+            raise ImageError(
+                f"too large: resized to {columns} x {rows} pixels, max_pixels is {max_pixels}"
+            )
     if header.progressive:
         scans = bytes(content).count(b"\xff\xda")
         if width * height * scans > _MOST_SCANNED:

@@ -15,6 +15,7 @@ from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding
 
 KILLS_ITS_DECODER = "kills its decoder"
+_PATIENCE = 2.0  # seconds, for a child to end by itself
 
 
 class DecoderProcess:
@@ -57,13 +58,17 @@ class DecoderProcess:
         self._pipe, theirs = Pipe()
         with theirs:
             descriptor = theirs.fileno()
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(descriptor)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[descriptor],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for the parent, with which the child ends
-            )
+            try:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-P", "-m", __name__, str(descriptor)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[descriptor],
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    start_new_session=True,  # Ctrl-C is for the parent, with which the child ends
+                )
+            except OSError as error:
+                self._end()
+                raise RuntimeError(f"no child process to decode in: {error}") from error
         try:
             self._pipe.recv()  # it is ready: a death from now on is the picture's doing
         except (EOFError, OSError):
@@ -73,11 +78,17 @@ class DecoderProcess:
 
     def _end(self) -> int:
         """Let the child go, which ends when its pipe is closed; return its exit status."""
-        if self._pipe is not None:
-            self._pipe.close()
-        status = self._child.wait() if self._child is not None else 0
+        child, pipe = self._child, self._pipe
         self._child = self._pipe = None
-        return status
+        if pipe is not None:
+            pipe.close()
+        if child is None:
+            return 0
+        try:
+            return child.wait(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:  # it decodes, or a fork of ours holds the pipe too
+            child.kill()
+            return child.wait()
 
     def __enter__(self) -> DecoderProcess:
         return self

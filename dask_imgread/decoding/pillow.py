@@ -11,6 +11,7 @@ from dask_imgread.decoding.contract import Content, Pixels
 from dask_imgread.decoding.header import ImageError, explain_error, open_with_pillow
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
 _BITS_PER_SAMPLE = 258  # TIFF's tag
@@ -42,8 +43,12 @@ def _to_rgb(image: ImageFile) -> Pixels:
         bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         grey = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    ImageOps.exif_transpose(image, in_place=True)  # else even what is upright would be copied
-    rgb: Pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    upright: Image = image
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # else even what is upright would be copied
+    except AssertionError:  # in Pillow 13.0.0, of a palette PNG with its chunks out of order
+        upright = ImageOps.exif_transpose(image)
+    rgb: Pixels = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     return rgb
 
 
