@@ -251,9 +251,9 @@ class LocalSource:
         each small picture takes longer than the copy.
         """
         start, ahead = self._ahead
+        follows = 0 <= offset - self._next <= _AHEAD_GAP
+        self._next = offset + size
         if not start <= offset <= start + len(ahead) - size:
-            follows = 0 <= offset - self._next <= _AHEAD_GAP
-            self._next = offset + size
             if not follows or size > _AHEAD_BYTES // 8 or offset + size > self._end:
                 return memoryview(self.read_at(offset, size))
             memory = BUFFERS.take(min(_AHEAD_BYTES, self._end - offset)).data
@@ -261,7 +261,6 @@ class LocalSource:
             if count < size:  # interrupted, or the file was cut short meanwhile
                 return memoryview(self.read_at(offset, size))
             start, ahead = self._ahead = offset, memory[:count]
-        self._next = offset + size
         return ahead[offset - start :][:size]
 
     def end(self) -> int:

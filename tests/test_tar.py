@@ -1,4 +1,5 @@
 import io
+import random
 import tarfile
 
 import pytest
@@ -81,3 +82,17 @@ def test_reads_only_headers(tmp_path):
         members = list(walk_members(source))
     assert len(members) == 200
     assert max(sizes) == 512
+
+
+def test_views_of_a_local_shard_stay_what_they_were(tmp_path):
+    """Read ahead or not, past the end too, while earlier views are held."""
+    content = random.Random(1).randbytes(9 << 20)
+    (tmp_path / "s.tar").write_bytes(content)
+    rng, held, offset = random.Random(2), [], 0
+    with open_shard(str(tmp_path / "s.tar")) as source:
+        for _ in range(600):
+            size = rng.choice([0, 1, 512, 40_000, 40_000, 900_000])
+            held.append((source.view_at(offset, size), content[offset : offset + size]))
+            follows = rng.random() < 0.9 and offset < len(content)
+            offset = offset + size + rng.randrange(600) if follows else rng.randrange(9 << 20)
+    assert all(view == expected for view, expected in held)

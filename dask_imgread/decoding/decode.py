@@ -49,11 +49,10 @@ class Decoding:
         by_dali = dict(zip(self._for_dali, self._dali.result(), strict=True))
         done: dict[int, Decoded] = {}
         if options.device == "gpu":
-            upright = {n for n in by_dali if images[n].header.orientation == 1}
             done = {
                 n: Decoded(pixels, "dali-gpu")
                 for n, pixels in by_dali.items()
-                if pixels is not None and n in upright
+                if pixels is not None and images[n].header.orientation == 1
             }
         left = [n for n in range(len(images)) if n not in done]
         places = dict(zip(left, _allocate([images[n] for n in left], options), strict=True))

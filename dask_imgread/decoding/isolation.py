@@ -14,7 +14,6 @@ from types import TracebackType
 from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding
 
-KILLS_ITS_DECODER = "kills its decoder"
 _PATIENCE = 2.0  # seconds, for a child to end by itself
 
 
@@ -48,8 +47,9 @@ class DecoderProcess:
             pipe.send((image._replace(content=bytes(image.content)), options))
             answer: Decoded | Exception = pipe.recv()
         except (EOFError, OSError):
-            reason = f"the process that decoded it ended with {_name_status(self._end())}"
-            return Decoded(None, error=f"{KILLS_ITS_DECODER}: {reason}")
+            status = _name_status(self._end())
+            reason = f"kills its decoder: the process that decoded it ended with {status}"
+            return Decoded(None, error=reason)
         if isinstance(answer, Exception):
             raise answer
         return answer
