@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import dask
 from dask.system import CPU_COUNT
 
-from dask_imgread.gpu import RESOURCE, count_gpus
+from dask_imgread.gpu import DEVICE_SETTING, RESOURCE, count_gpus, explain_absence
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -72,9 +73,7 @@ def start_cluster(
     """
     gpus = count_gpus() if device != "cpu" else 0
     if device == "gpu" and not gpus:
-        raise RuntimeError(
-            'device="gpu", but NVML, the NVIDIA driver\'s library, finds no GPU here'
-        )
+        raise RuntimeError(f'device="gpu", but no GPU was found: {explain_absence()}')
     options = {"dashboard_address": _choose_dashboard()} | options
     if gpus:
         cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
@@ -163,8 +162,14 @@ def _start_on_cores(n_workers: int | None, options: dict[str, Any]) -> LocalClus
     from distributed import LocalCluster
 
     # Processes of one thread each: the decoders then share no lock and no memory arena.
-    defaults = {"n_workers": n_workers or CPU_COUNT, "threads_per_worker": 1}
-    return LocalCluster(**(defaults | options))
+    defaults: dict[str, Any] = {"n_workers": n_workers or CPU_COUNT, "threads_per_worker": 1}
+    # Dask 2026.8.0 looks at the first GPU that CUDA_VISIBLE_DEVICES names, and does not start if it
+    # is not there.
+    blind = {"distributed.diagnostics.nvml": False} if "CUDA_VISIBLE_DEVICES" in os.environ else {}
+    if options.get("processes", True):
+        defaults["config"] = {DEVICE_SETTING: "cpu"} | blind | options.pop("config", {})
+    with dask.config.set(blind):
+        return LocalCluster(**(defaults | options))
 
 
 def _start_on_gpus(n_workers: int | None, share: float, options: dict[str, Any]) -> LocalCluster:

@@ -6,7 +6,7 @@
     Two CPU workers, each a process of one thread; the cluster lives as long as the session.
 ``imgread_gpu_cluster``, ``imgread_gpu_client``
     Two workers of eight threads, each of which declares ``GPU: 1`` as a Dask-CUDA worker
-    does. They decode on the CPU where there is no GPU, and hold shares all the same.
+    does. They decode on the CPU, and hold shares all the same.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -284,14 +283,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
 
     def _choose_decoder(self) -> DecoderOptions:
         """Look at where this runs: which device there is, and how many cores are ours."""
-        available = gpu.count_gpus() if self.device != "cpu" else 0
-        if self.device == "gpu" and not available and self.decode:
-            raise RuntimeError(
-                'device="gpu", but no GPU was found: NVML (the NVIDIA driver) was asked, and '
-                f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
-            )
-        device = "gpu" if available else "cpu"
-        threads = min(self.num_threads, count_own_cores(available, self.num_gpus_per_worker))
+        device = gpu.choose_device(self.device) if self.decode else "cpu"
+        gpus = gpu.count_gpus() if device == "gpu" else 0
+        threads = min(self.num_threads, count_own_cores(gpus, self.num_gpus_per_worker))
         return DecoderOptions(
             device,
             threads,

@@ -74,7 +74,7 @@ def test_start_cluster_prints_the_dashboard(capsys):
 
 def test_start_cluster_without_the_gpu_asked_for(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(RuntimeError, match="finds no GPU"):
+    with pytest.raises(RuntimeError, match="no GPU was found: NVML"):
         start_cluster(device="gpu")
 
 

@@ -356,6 +356,8 @@ def test_the_image():
     copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ")]
     for path in (path for paths in copied for path in paths):
         assert (EXAMPLES.parent / path).exists(), path
+    (environment,) = (line for line in lines if line.startswith("ENV "))
+    assert environment == "ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from dask_imgread import FileGroupTask, ImageReaderStage, ProcessingStage, Resources
 from dask_imgread.samples import IMAGE_EXTENSIONS
-from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
+from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import members_of, read_with_pillow
 
 
@@ -110,27 +110,6 @@ def test_a_task_checks_its_values():
     with pytest.raises(ValueError, match="exactly one shard"):
         FileGroupTask(data=["a.tar", "b.tar"], byte_range=(0, 5))
     assert "secret" not in repr(FileGroupTask(reader_config={"storage_options": {"key": "secret"}}))
-
-
-def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    task = FileGroupTask(data=make_shards(tmp_path, shards=1))
-    with pytest.raises(RuntimeError, match=r"no GPU was found: NVML.*CUDA_VISIBLE_DEVICES"):
-        ImageReaderStage(device="gpu").process(task)
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"), [(None, 4), ("", 0), ("-1", 0), ("2,3", 2), ("0,9,1", 1), ("GPU-abc", 1)]
-)
-def test_count_gpus(monkeypatch, visible, count):
-    from dask_imgread import gpu
-
-    monkeypatch.setattr(gpu.nvml, "device_get_count", lambda: 4)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu.count_gpus() == count
 
 
 def test_threads_are_capped_to_a_threads_cores(monkeypatch):
