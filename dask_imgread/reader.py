@@ -361,5 +361,5 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 else f"unreadable: {type(error).__name__}: {error}"
             )
             return None
-        backend = choose_backend(header, options) if self.decode else ""
+        backend = choose_backend(content, header, options) if self.decode else ""
         return Encoded(image.image_path, content, header, backend)

@@ -151,7 +151,7 @@ def test_fuzz_the_decoders(decoder):
             except ImageError:
                 continue
             if header.width * header.height <= 1 << 22:
-                backend = choose_backend(header, options)
+                backend = choose_backend(content, header, options)
                 batch.append(Encoded(str(len(batch)), content, header, backend))
         decoded = Decoding(batch, options).result()
         assert len(decoded) == len(batch)

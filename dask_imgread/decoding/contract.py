@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
     name: str  # for log records
     content: Content
     header: Header
-    backend: str  # what is to decode it: "libjpeg-turbo", "dali" or "pillow"
+    backend: str  # what is to decode it: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow"
 
     def count_bytes(self, options: DecoderOptions) -> int:
         """Return how many bytes this takes while its batch is in memory.
@@ -56,7 +56,7 @@ class Encoded(NamedTuple):
         if options.resize is None:
             return 3 * height * width
         rows, columns = options.choose_size(height, width)
-        before = 3 * height * width if self.backend == "dali" else len(self.content)
+        before = 3 * height * width if self.backend.startswith("dali") else len(self.content)
         return max(3 * rows * columns, before)
 
 

@@ -9,23 +9,24 @@ from itertools import accumulate
 import numpy as np
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, Pixels
+from dask_imgread.decoding.contract import Content, Decoded, DecoderOptions, Encoded, Pixels
 from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_be_turned
 from dask_imgread.decoding.geometry import resize, turn
 from dask_imgread.decoding.header import Header, ImageError, explain_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
+from dask_imgread.decoding.parsers import is_whole
 from dask_imgread.decoding.pillow import decode_with_pillow
 
 _ALIGNMENT = 64  # bytes, a cache line
 # A WebP is libwebp's to decode, whoever is asked.
-_FASTEST_ON_CPU = {"jpeg": "libjpeg-turbo", "png": "dali", "webp": "pillow"}
+_FASTEST_ON_CPU = {"jpeg": "libjpeg-turbo", "png": "dali-cpu", "webp": "pillow"}
 
 
 class Decoding:
     """A batch on its way through the decoders, begun when it is made.
 
-    On a GPU DALI decodes; on a CPU libjpeg-turbo decodes JPEG, and DALI PNG. What they don't
-    know, refuse or warn of is Pillow's to decide.
+    On a GPU DALI decodes JPEG. On a CPU libjpeg-turbo does; PNG is decoded by DALI, there too. What
+    they don't know, refuse or warn of is Pillow's to decide.
 
     Parameters
     ----------
@@ -37,23 +38,27 @@ class Decoding:
 
     def __init__(self, images: Sequence[Encoded], options: DecoderOptions) -> None:
         self._images, self._options = images, options
-        self._for_dali = [n for n, image in enumerate(images) if image.backend == "dali"]
-        self._dali = DaliDecoding([images[n] for n in self._for_dali], options)
+        self._by_dali: list[tuple[list[int], DaliDecoding]] = []
+        for device in ("cpu", "gpu"):
+            numbers = [n for n, image in enumerate(images) if image.backend == f"dali-{device}"]
+            dali = DaliDecoding([images[n] for n in numbers], options._replace(device=device))
+            self._by_dali.append((numbers, dali))
 
     def result(self) -> list[Decoded]:
         """Return what became of each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
 
-        All that a CPU has decoded lies side by side in one buffer.
+        All that is in the host's memory lies side by side in one buffer. DALI's own memory is held
+        no longer than it takes to copy: it is never given back to the system.
         """
         images, options = self._images, self._options
-        by_dali = dict(zip(self._for_dali, self._dali.result(), strict=True))
-        done: dict[int, Decoded] = {}
-        if options.device == "gpu":
-            done = {
-                n: Decoded(pixels, "dali-gpu")
-                for n, pixels in by_dali.items()
-                if pixels is not None and images[n].header.orientation == 1
-            }
+        by_dali: dict[int, Pixels | None] = {}
+        for numbers, dali in self._by_dali:
+            by_dali.update(zip(numbers, dali.result(), strict=True))
+        done = {
+            n: Decoded(pixels, images[n].backend)
+            for n, pixels in by_dali.items()
+            if pixels is not None and not isinstance(pixels, np.ndarray)  # it is on the GPU
+        }
         left = [n for n in range(len(images)) if n not in done]
         places = dict(zip(left, _allocate([images[n] for n in left], options), strict=True))
 
@@ -63,7 +68,7 @@ class Decoding:
                 done[n] = _decode(images[n], options, places[n])
             else:
                 kept = _keep(pixels, places[n], images[n].header.orientation)
-                done[n] = Decoded(kept, f"dali-{options.device}")
+                done[n] = Decoded(kept, images[n].backend)
 
         _run_in_threads(decode, left, options.num_threads)
         return [done[n] for n in range(len(images))]
@@ -75,13 +80,24 @@ def release() -> None:
     BUFFERS.clear()
 
 
-def choose_backend(header: Header, options: DecoderOptions) -> str:
-    """Return what is to decode an image: ``"libjpeg-turbo"``, ``"dali"`` or ``"pillow"``."""
+def choose_backend(content: Content, header: Header, options: DecoderOptions) -> str:
+    """Return what is to decode an image: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow".
+
+    Only JPEG is decoded on a GPU: PNG and WebP DALI would decode on the CPU, and copy to the GPU
+    and back.
+    """
     if not header.plain:
         return "pillow"
-    if options.device == "cpu" and options.decoder == "auto":
-        return _FASTEST_ON_CPU[header.format]
-    return "dali" if can_be_turned(header, options) else "pillow"
+    device = "gpu" if options.device == "gpu" and header.format == "jpeg" else "cpu"
+    if device == "cpu" and options.decoder == "auto":
+        backend = _FASTEST_ON_CPU[header.format]
+    else:
+        backend = f"dali-{device}"
+    if backend.startswith("dali") and not (
+        can_be_turned(header, options._replace(device=device)) and is_whole(content, header.format)
+    ):
+        return "pillow"
+    return backend
 
 
 def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:

@@ -9,9 +9,12 @@ DALI 2.4.0).
 
 from __future__ import annotations
 
+import functools
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import mul
 from typing import NamedTuple
 
 from dask_imgread.decoding.contract import Content
@@ -20,6 +23,8 @@ from dask_imgread.decoding.contract import Content
 # have no length (TEM, RST), and frames other than those below.
 _JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_HUFFMAN, _QUANTIZATION, _SCAN = 0xC4, 0xDB, 0xDA
+_CODE_SPACE = tuple(1 << 15 - n for n in range(16))  # what a code of 1 to 16 bits takes of 2**16
 _JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 _LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
@@ -46,15 +51,8 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     """
     frame: tuple[int, ...] | None = None
     sound = metadata = False
-    position = 2
     with suppress(IndexError, struct.error):  # the bytes end
-        while content[position] == 0xFF:
-            position += 1
-            while (marker := content[position]) == 0xFF:  # any number of fill bytes
-                position += 1
-            length = content[position + 1] << 8 | content[position + 2]
-            body = position + 3
-            position += 1 + length
+        for marker, body, length in _walk_jpeg(content):
             if marker in _JPEG_SEGMENTS:
                 metadata |= marker == 0xE1
                 if length < (8 if marker == 0xE1 else 2):  # of APP1 six bytes are looked at
@@ -62,7 +60,7 @@ def parse_jpeg(content: Content) -> ParsedHeader:
             elif marker in _JPEG_FRAMES and frame is None:
                 frame = marker, length, *struct.unpack_from(">BHHB", content, body)
             else:
-                sound = marker == 0xDA and length == 6 + 2 * content[body]
+                sound = marker == _SCAN and length == 6 + 2 * content[body]
                 break
     if frame is None or not all(frame[3:5]):
         raise ValueError("no frame header, or its size in another segment")
@@ -71,6 +69,89 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
     plain = sound and marker <= 0xC2 and bits == 8 and channels in (1, 3)
     return ParsedHeader(width, height, channels, plain, metadata, marker == 0xC2)
+
+
+def _walk_jpeg(content: Content) -> Iterator[tuple[int, int, int]]:
+    """Yield each segment's marker, its body's offset, and its length, which counts itself.
+
+    Raises
+    ------
+    IndexError
+        If the bytes end.
+    """
+    position = 2
+    while content[position] == 0xFF:
+        position += 1
+        while (marker := content[position]) == 0xFF:  # any number of fill bytes
+            position += 1
+        length = content[position + 1] << 8 | content[position + 2]
+        yield marker, position + 3, length
+        position += 1 + length
+
+
+def is_whole(content: Content, format: str) -> bool:
+    """Say whether a file with a sound header is whole, as far as can be seen without decoding it.
+
+    In DALI one picture that fails takes its whole batch with it. Damage in a JPEG's scan does not
+    fail: it is seen in the picture.
+    """
+    if format == "jpeg":
+        return _has_sound_tables(content)
+    return format != "png" or all(
+        zlib.crc32(content[start - 4 : start + length])
+        == int.from_bytes(content[start + length : start + length + 4], "big")
+        for _, start, length in _list_png_chunks(content)
+    )
+
+
+def _has_sound_tables(content: Content) -> bool:
+    """Say whether the first scan of a JPEG finds what it needs.
+
+    That is tables which can be, and which stand before it (ITU T.81, B.2.2 to B.2.4 and C.2).
+    """
+    tables: set[tuple[int, int]] = set()
+    for marker, body, length in _walk_jpeg(content):
+        segment = bytes(content[body : body + length - 2])
+        if marker in (_HUFFMAN, _QUANTIZATION):
+            tables |= _list_tables(marker, segment)
+        elif marker in _JPEG_FRAMES:
+            progressive = marker == 0xC2
+            frame = {segment[n]: segment[n + 1 : n + 3] for n in range(6, len(segment), 3)}
+        elif marker == _SCAN:
+            break
+    for n in range(1, len(segment) - 3, 2):  # what follows the components are three bytes
+        sampling, quantization = frame.get(segment[n], b"\0\0")
+        first, others = divmod(segment[n + 1], 16)
+        needed = {(_QUANTIZATION, quantization), (_HUFFMAN, first)}
+        if not progressive:  # in whose first scan is only each block's first coefficient
+            needed.add((_HUFFMAN, 0x10 | others))
+        if not needed <= tables or not all(1 <= side <= 4 for side in divmod(sampling, 16)):
+            return False
+    return True
+
+
+@functools.lru_cache(4096)  # most encoders write the tables of ITU T.81's annex K
+def _list_tables(marker: int, segment: bytes) -> frozenset[tuple[int, int]]:
+    """Return the tables that a segment defines, as marker and number; none if one can't be."""
+    found, position = set(), 0
+    while position < len(segment):
+        kind, number = divmod(segment[position], 16)
+        position += 1
+        sound = kind < 2 and number < 4
+        if marker == _QUANTIZATION:
+            position += 64 * (kind + 1)  # bytes a coefficient
+        else:
+            number |= kind << 4
+            counts = segment[position : position + 16]
+            values = segment[position + 16 : position + 16 + sum(counts)]
+            position += 16 + sum(counts)
+            # No code may be all ones, and a first coefficient differs by 15 bits at most.
+            sound &= sum(map(mul, counts, _CODE_SPACE)) < 1 << 16
+            sound &= kind == 1 or max(values, default=0) < 16
+        if not sound or position > len(segment):
+            return frozenset()
+        found.add((marker, number))
+    return frozenset(found)
 
 
 def _has_jpeg_end(content: Content) -> bool:
