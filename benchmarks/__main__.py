@@ -7,14 +7,10 @@ the ratios round by round.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +22,10 @@ from benchmarks.photographs import (
     make_photo_shards,
     repeat_shards,
 )
-from benchmarks.rounds import Contender, alternate, compare
+from benchmarks.rounds import Contender, alternate
+from benchmarks.table import Pair, Row, describe_machine, format_table, make_rows, write_json
 
 _REPEATS = 8  # of all images, where a cluster reads them
-PACKAGES = ("dask", "distributed", "nvidia-dali-cuda120", "numpy", "pandas", "pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)
@@ -39,18 +35,6 @@ class Size:
     images: int = 2000
     rounds: int = 5
     long: int = 20_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    what: str
-    ours: float
-    other: float
-    ratio: float
-    target: str
-    met: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,15 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only in name
             for row in measure(Path(folder), size)
         ]
-    about = describe_machine(size)
-    print_table(rows, about)
+    about = describe_machine() | {
+        "size": f"{size.images} images, {size.rounds} alternating rounds",
+    }
+    print(format_table(rows, about))
     if options.json:
-        table = {"about": about, "rows": [asdict(row) for row in rows]}
-        Path(options.json).write_text(json.dumps(table, indent=2) + "\n")
+        write_json(Path(options.json), rows, about)
     return 0
-
-
-Pair = tuple[str, str, str, float]  # what to what, ours, the other, and the ratio wanted
 
 
 def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[Pair]) -> list[Row]:
@@ -87,13 +69,7 @@ def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[P
     rates = dict(zip(contenders, alternate(running, rounds), strict=True))
     for contender in running:
         contender.close()
-    rows = []
-    for what, ours, other, target in pairs:
-        ratio = compare(rates[ours], rates[other])
-        medians = (statistics.median(rates[name]) for name in (ours, other))
-        wanted = f">= {target}" if target else ""
-        rows.append(Row(what, *medians, ratio, wanted, ratio >= target))
-    return rows
+    return make_rows(rates, pairs)
 
 
 def measure_decoding(folder: Path, size: Size) -> list[Row]:
@@ -217,27 +193,6 @@ MEASURES: dict[str, Callable[[Path, Size], list[Row]]] = {
     "length": measure_length,
     "memory": measure_memory,
 }
-
-
-def describe_machine(size: Size) -> dict[str, str]:
-    """Return what the figures depend on."""
-    return {
-        "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
-        "size": f"{size.images} images, {size.rounds} alternating rounds",
-    }
-
-
-def print_table(rows: list[Row], about: dict[str, str]) -> None:
-    """Print the rows as a Markdown table."""
-    for key, text in about.items():
-        print(f"{key}: {text}")
-    print("\n| what : to what | ours | other | ratio | target | met |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
-    for row in rows:
-        met = ("yes" if row.met else "no") if row.target else ""
-        numbers = f"{row.ours:,.0f} | {row.other:,.0f} | {row.ratio:.2f}"
-        print(f"| {row.what} | {numbers} | {row.target} | {met} |")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def prepare_pillow(shards: list[str], side: int | None = None) -> Round:
     return run
 
 
-def _choose_batch(images: int) -> int:
+def choose_batch(images: int) -> int:
     """Return 100, as is usual; less for a few large pictures, of which no more are there."""
     return max(1, min(100, images // 4))
 
@@ -115,7 +115,7 @@ def prepare_bare_dali(shards: list[str], cores: int = CORES, side: int | None = 
 
     contents = [np.frombuffer(content, np.uint8) for content in read_all(shards)]
     numbers = take_cores(cores)
-    batch = _choose_batch(len(contents))
+    batch = choose_batch(len(contents))
 
     def make() -> Pipeline:
         pipeline = Pipeline(batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
@@ -170,25 +170,31 @@ def prepare_decoded_rows(shards: list[str]) -> Round:
     return lambda: len(frame.compute(scheduler="sync"))
 
 
-def prepare_curator(shards: list[str], cores: int = CORES) -> Round:
-    """Read as NeMo Curator does on a CPU: with DALI's own tar reader, copying each picture."""
+def prepare_curator(shards: list[str], cores: int = CORES, device: str = "cpu") -> Round:
+    """Read as NeMo Curator does: with DALI's own tar reader, copying each picture."""
     from nvidia.dali import Pipeline, fn, types
 
-    take_cores(cores)
-    batch = _choose_batch(len(read_all(shards[:1])))
+    from dask_imgread.decoding.dali import PLACES
+
+    if device == "cpu":
+        take_cores(cores)
+    batch = choose_batch(len(read_all(shards[:1])))
 
     def read_shard(shard: str) -> int:
-        pipeline = Pipeline(batch, num_threads=cores, device_id=None)
+        pipeline = Pipeline(batch, num_threads=cores, device_id=PLACES[device].device_id)
         with pipeline:
             encoded = fn.readers.webdataset(
                 paths=shard, ext=["jpg"], missing_component_behavior="skip", pad_last_batch=False
             )
-            pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
+            images = fn.decoders.image(
+                encoded, device=PLACES[device].decoder, output_type=types.RGB
+            )
+            pipeline.set_outputs(images)
         pipeline.build()
         left = size = pipeline.epoch_size()[next(iter(pipeline.epoch_size()))]
         kept = []
         while left > 0:
-            (images,) = pipeline.run()
+            images = pipeline.run()[0].as_cpu()
             kept += [images.at(n) for n in range(min(len(images), left))]
             left -= len(images)
         return int(size)

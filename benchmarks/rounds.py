@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 
-def serve(pipe: Connection, module: str, name: str, arguments: Sequence[Any]) -> None:
+def serve(
+    pipe: Connection, module: str, name: str, arguments: Sequence[Any], options: dict[str, Any]
+) -> None:
     """Prepare a contender in this process; run a round whenever asked."""
     import importlib
 
-    run = getattr(importlib.import_module(module), name)(*arguments)
+    run = getattr(importlib.import_module(module), name)(*arguments, **options)
     run()  # what is loaded and built once is not what is measured
     pipe.send("ready")
-    while pipe.recv() == "go":
-        start = time.perf_counter()
-        count = run()
-        pipe.send(count / (time.perf_counter() - start))
+    with suppress(EOFError):  # who asked is gone
+        while pipe.recv() == "go":
+            start, cpu = time.perf_counter(), time.process_time()
+            count = run()
+            pipe.send((count / (time.perf_counter() - start), (time.process_time() - cpu) / count))
 
 
 class Contender:
     """A process that runs rounds of one contender."""
 
-    def __init__(self, name: str, *arguments: Any, module: str = "benchmarks.contenders") -> None:
+    def __init__(
+        self, name: str, *arguments: Any, module: str = "benchmarks.contenders", **options: Any
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, module, name, arguments))
+        given = theirs, module, name, arguments, options
+        self._process = context.Process(target=serve, args=given)
         self._process.start()
+        self.pid = self._process.pid
+        self.cpu_seconds: list[float] = []  # an image, of all threads, round by round
 
     def wait(self) -> None:
         """Wait until it is prepared: several prepare at the same time."""
@@ -39,8 +49,9 @@ class Contender:
     def run(self) -> float:
         """Return how many a second one round went through."""
         self._pipe.send("go")
-        rate: float = self._pipe.recv()
-        return rate
+        rate, cpu = self._pipe.recv()
+        self.cpu_seconds.append(cpu)
+        return float(rate)
 
     def close(self) -> None:
         """End the process."""
@@ -48,12 +59,20 @@ class Contender:
         self._process.join()
 
 
-def alternate(contenders: Sequence[Contender], rounds: int) -> list[list[float]]:
-    """Run all contenders in turn, ``rounds`` times; return the rates of each."""
+def alternate(
+    contenders: Sequence[Contender], rounds: int, seconds: float = math.inf
+) -> list[list[float]]:
+    """Run all contenders in turn, ``rounds`` times; return the rates of each.
+
+    Two rounds at least; of the others those that begin within so many seconds.
+    """
     for contender in contenders:
         contender.wait()
     rates: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
+    ends = time.monotonic() + seconds
+    for number in range(rounds):
+        if number >= 2 and time.monotonic() > ends:
+            break
         for contender, measured in zip(contenders, rates, strict=True):
             measured.append(contender.run())
     return rates

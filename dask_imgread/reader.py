@@ -43,8 +43,8 @@ logger = logging.getLogger("dask_imgread")
 class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
 
-    NVIDIA DALI decodes on GPUs. On a CPU libjpeg-turbo decodes JPEG, and DALI PNG. Pillow decodes
-    everything else, and has the last word on what the others refuse.
+    On a GPU NVIDIA DALI decodes JPEG; on a CPU libjpeg-turbo does. DALI decodes PNG, on the CPU.
+    Pillow decodes everything else, and has the last word on what the others refuse.
 
     A reader is plain values until it runs: it is made on the client, which may have no
     GPU, and decides on the worker what to decode with. One reader may be used by several
@@ -65,7 +65,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         The stage's name.
     device
         ``"auto"`` decodes on the worker's GPU where there is one and on its CPU cores
-        where there is none; ``"gpu"`` and ``"cpu"`` insist.
+        where there is none; ``"gpu"`` and ``"cpu"`` insist. A worker that declares the
+        resource ``GPU`` but has none raises RuntimeError.
     decode
         If False, only headers are read, and ``image_data`` is None.
     sidecars
@@ -101,7 +102,8 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
         objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
         ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since
-        they can't travel. What Pillow decodes, and everything on a CPU, stays NumPy.
+        they can't travel. Wait for your kernels before you let go of an array: its memory is
+        DALI's again at once. What is not decoded on the GPU stays NumPy.
 
     Examples
     --------

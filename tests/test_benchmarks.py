@@ -1,8 +1,11 @@
 """The benchmarks run; what they measure is no test's business."""
 
 import json
+from types import SimpleNamespace
 
 from benchmarks.__main__ import main
+from benchmarks.gpu import main as measure_gpu
+from benchmarks.gpu import read_gpu
 from benchmarks.scale import main as scale
 
 
@@ -16,6 +19,37 @@ def test_a_tiny_run_of_every_row(tmp_path, capfd):
     printed = capfd.readouterr().out
     assert all(row["what"] in printed for row in table["rows"])
     assert "dask" in table["about"]["versions"]
+
+
+def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd):
+    out = tmp_path / "gpu.json"
+    assert measure_gpu(["--rehearse", "--minutes", "0.1", "--out", str(out)]) == 0
+    table = json.loads(out.read_text())
+    assert len(table["rows"]) == 11
+    assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])
+    assert len(table["uses"]) == 14
+    printed = capfd.readouterr()
+    assert printed.out.strip() == out.with_suffix(".md").read_text().strip()
+    assert "Traceback" not in printed.err
+
+
+def test_what_nvml_does_not_answer_is_left_out(monkeypatch):
+    import pynvml
+
+    def refuse(*arguments):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    process = SimpleNamespace(pid=7, usedGpuMemory=3_000_000)
+    for name, answer in {
+        "nvmlDeviceGetJpgUtilization": lambda gpu: [42, 1000],
+        "nvmlDeviceGetUtilizationRates": refuse,
+        "nvmlDeviceGetPcieThroughput": lambda gpu, counter: 2000 * (1 + counter),
+        "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [process],
+    }.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    link = {"to GPU MB/s": 4, "from GPU MB/s": 2}
+    assert read_gpu("gpu", 7) == {"JPEG engines %": 42, "memory MB": 3} | link
+    assert read_gpu("gpu", 8) == {"JPEG engines %": 42} | link
 
 
 def test_a_tiny_run_at_scale(capfd):

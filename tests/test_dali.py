@@ -217,9 +217,11 @@ def test_damage_that_can_be_seen_costs_no_batch(watch, tmp_path):
     png = encode(PICTURE, "PNG")
     flipped = png[:99] + bytes([png[99] ^ 1]) + png[100:]
     members = [(f"{n}.jpg", JPEG) for n in range(8)]
-    members += [("8.jpg", break_table(JPEG)), ("9.png", flipped)]
-    good, failed = read(write_shard(tmp_path / "s.tar", members))
-    assert (len(good), list_broken(failed)) == (8, [8, 9])
+    scans = encode(PICTURE, "JPEG", progressive=True)
+    later = break_table(scans, scans.index(b"\xff\xda"))
+    members += [("8.jpg", break_table(JPEG)), ("9.png", flipped), ("10.jpg", later)]
+    good, failed = read(write_shard(tmp_path / "s.tar", members), batch_size=11)
+    assert (len(good), list_broken(failed)) == (8, [8, 9, 10])
     assert watch.list_runs() == [("start", 8), ("finish", 8)]
 
 

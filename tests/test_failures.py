@@ -33,9 +33,10 @@ def break_table(jpeg, start=0):
     return jpeg[:table] + b"\xff" * 16 + jpeg[table + 16 :]
 
 
-# The table is one between scans: DALI is given the picture, and only decoding finds out.
+# DALI is given it, and only decoding finds out: a later scan's coefficients can't be.
 _SCANS = encode(PICTURE, "JPEG", progressive=True)
-BROKEN = break_table(_SCANS, _SCANS.index(b"\xff\xda"))
+_LATER = _SCANS.index(b"\xff\xda", _SCANS.index(b"\xff\xda") + 2)
+BROKEN = _SCANS[: _LATER + 7] + b"\x3f\0" + _SCANS[_LATER + 9 :]
 STORED = 512 + -(-len(JPEG) // 512) * 512  # bytes of the JPEG in a tar, its header included
 
 
@@ -58,7 +59,8 @@ BAD = {
     "heic.avif": (b"\0\0\0\x1cftypheic" + bytes(100), "unsupported codec"),
     "arithmetic.jpg": (JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1), "corrupt"),
     "table.jpg": (break_table(JPEG), "corrupt"),
-    "later table.jpg": (BROKEN, "corrupt"),
+    "later table.jpg": (break_table(_SCANS, _LATER), "corrupt"),
+    "later scan.jpg": (BROKEN, "corrupt"),
     "zeros.jpg": (bytes(500), "not an image"),
     "vector.gif": (b"%PDF-1.4 something", "not an image"),
 }

@@ -105,9 +105,9 @@ def is_whole(content: Content, format: str) -> bool:
 
 
 def _has_sound_tables(content: Content) -> bool:
-    """Say whether the first scan of a JPEG finds what it needs.
+    """Say whether the tables of a JPEG can be, and those of its first scan stand before it.
 
-    That is tables which can be, and which stand before it (ITU T.81, B.2.2 to B.2.4 and C.2).
+    After ITU T.81, B.2.2 to B.2.4 and C.2.
     """
     tables: set[tuple[int, int]] = set()
     for marker, body, length in _walk_jpeg(content):
@@ -127,7 +127,17 @@ def _has_sound_tables(content: Content) -> bool:
             needed.add((_HUFFMAN, 0x10 | others))
         if not needed <= tables or not all(1 <= side <= 4 for side in divmod(sampling, 16)):
             return False
-    return True
+    return not progressive or all(
+        _list_tables(_HUFFMAN, table) for table in _list_later_tables(bytes(content), body)
+    )
+
+
+def _list_later_tables(content: bytes, position: int) -> Iterator[bytes]:
+    """Yield the Huffman tables between scans; no scan has these two bytes in a row."""
+    while (position := content.find(b"\xff\xc4", position)) >= 0:
+        length = int.from_bytes(content[position + 2 : position + 4], "big")
+        yield content[position + 4 : position + 2 + length]
+        position += 4
 
 
 @functools.lru_cache(4096)  # most encoders write the tables of ITU T.81's annex K
