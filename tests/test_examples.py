@@ -62,6 +62,7 @@ def environment(tmp_path):
     yield kept | {
         "PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}",
         "MARK": mark,
+        "DASK_IMGREAD__DEVICE": "cpu",  # the workers declare GPUs that may not be there
         "SLURM_JOB_ID": "17",
         "SLURM_CPUS_PER_TASK": "2",
     }
