@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[Pair]) -> list[Row]:
     """Run contenders, each a function of `contenders` and its arguments, and compare pairs."""
     running = [Contender(f"prepare_{name}", *given) for name, *given in contenders.values()]
+    for contender in running:
+        contender.wait()
     rates = dict(zip(contenders, alternate(running, rounds), strict=True))
     for contender in running:
         contender.close()

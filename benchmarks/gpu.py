@@ -8,6 +8,7 @@ Markdown beside it.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.contenders import choose_batch
 from benchmarks.photographs import (
@@ -32,6 +34,7 @@ from benchmarks.rounds import Contender, alternate
 from benchmarks.table import Pair, Row, describe_machine, format_table, make_rows, write_json
 
 _MOST_ROUNDS = 15
+_NEEDED = 4 << 30  # bytes of pictures, and room to spare
 # Of the time that is left after the tests.
 _SHARES = {"40 kB": 0.45, "2 MB": 0.35, "sweep": 0.2}
 _TEST_SHARE = 0.4  # of all of it, at most
@@ -158,10 +161,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     ends = time.monotonic() + 60 * options.minutes
-    tests = "not run" if options.rehearse else run_tests(60 * options.minutes * _TEST_SHARE)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, Meter() as meter:
-        report = measure(Path(folder), meter, ends, rehearse=options.rehearse)
-    write_report(Path(options.out), tests, report)
+    report, out = Report(), Path(options.out)
+    if not options.rehearse:
+        report.tests = run_tests(60 * options.minutes * _TEST_SHARE)
+        write_report(out, report)
+    free = shutil.disk_usage("/dev/shm").free
+    place = "/dev/shm" if free > _NEEDED else None  # containers give it little
+    with tempfile.TemporaryDirectory(dir=place) as folder, Meter() as meter:
+        for step in measure(Path(folder), meter, ends, report, rehearse=options.rehearse):
+            print(f"{step} is done", file=sys.stderr)
+            write_report(out, report)
+    print(out.with_suffix(".md").read_text())
     return 0
 
 
@@ -185,33 +195,41 @@ def run_tests(seconds: float) -> str:
     return done.stdout[-4000:]
 
 
-class Report(NamedTuple):
-    """What was measured."""
+@dataclass
+class Report:
+    """What was measured so far."""
 
-    rows: list[Row]
-    uses: dict[str, dict[str, float]]  # what each contender takes
-    sweep: dict[str, float]  # images a second
+    tests: str = "not run"
+    rows: list[Row] = field(default_factory=list)
+    uses: dict[str, dict[str, float]] = field(default_factory=dict)  # what each contender takes
+    sweep: dict[str, float] = field(default_factory=dict)  # images a second
 
 
-def measure(folder: Path, meter: Meter, ends: float, *, rehearse: bool) -> Report:
+def measure(
+    folder: Path, meter: Meter, ends: float, report: Report, *, rehearse: bool
+) -> Iterator[str]:
     """Measure pictures of both sizes, then the decoder's options on the small ones."""
     device = "cpu" if rehearse else "gpu"
-    report = Report([], {}, {})
     pictures = write_pictures(folder, rehearse=rehearse)
     left = ends - time.monotonic()
     for size, (shards, broken) in pictures.items():
         contenders = list_contenders(shards, broken, device)
         rates, uses = race(contenders, meter, f"{size}: ", _SHARES[size] * left)
-        pairs = [(f"{size}, {what}", *rest) for what, *rest in _PAIRS]
+        pairs = [
+            (f"{size}, {what}", ours, other, target)
+            for what, ours, other, target in _PAIRS
+            if ours in rates and other in rates
+        ]
         report.rows.extend(make_rows(rates, pairs))
         report.uses.update(uses)
+        yield size
     small, _ = pictures["40 kB"]
     sweep = {name: ("dali", (small, device, "external"), given) for name, given in _SWEEP.items()}
     if rehearse:
         sweep = dict(list(sweep.items())[:2])
     rates, _ = race(sweep, meter, "sweep: ", _SHARES["sweep"] * left)
     report.sweep.update({name: statistics.median(measured) for name, measured in rates.items()})
-    return report
+    yield "sweep"
 
 
 def write_pictures(folder: Path, *, rehearse: bool) -> dict[str, tuple[list[str], list[str]]]:
@@ -257,26 +275,36 @@ def list_contenders(shards: list[str], broken: list[str], device: str) -> dict[s
 def race(
     contenders: Mapping[str, Given], meter: Meter, prefix: str, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Run contenders in turn; return the rates of each, and what each takes of the machine."""
-    running = [
-        GpuContender(meter, prefix + label, name, *given, **options)
+    """Run contenders in turn; return the rates of each, and what each takes of the machine.
+
+    One that fails is left out.
+    """
+    ends = time.monotonic() + seconds
+    running = {
+        label: GpuContender(meter, prefix + label, name, *given, **options)
         for label, (name, given, options) in contenders.items()
-    ]
-    rates = alternate(running, _MOST_ROUNDS, seconds)
+    }
+    for label, contender in list(running.items()):
+        try:
+            contender.wait()
+        except EOFError:
+            print(f"{prefix}{label} has failed", file=sys.stderr)
+            del running[label]
+    rates = alternate([*running.values()], _MOST_ROUNDS, ends - time.monotonic())
     uses = {}
-    for label, contender, measured in zip(contenders, running, rates, strict=True):
+    for (label, contender), measured in zip(running.items(), rates, strict=True):
         use = uses[prefix + label] = {"images/s": statistics.median(measured)}
         if contenders[label][0] != "processes":  # the time of its children is not its own
             use["CPU ms an image"] = 1e3 * statistics.median(contender.cpu_seconds)
         use |= meter.summarize(prefix + label)
         contender.close()
-    return dict(zip(contenders, rates, strict=True)), uses
+    return dict(zip(running, rates, strict=True)), uses
 
 
-def write_report(path: Path, tests: str, report: Report) -> None:
-    """Write JSON to ``path``, and Markdown beside it; print the Markdown."""
+def write_report(path: Path, report: Report) -> None:
+    """Write JSON to ``path``, and Markdown beside it."""
     about = describe_machine()
-    write_json(path, report.rows, about, tests=tests, uses=report.uses, sweep=report.sweep)
+    write_json(path, report.rows, about, tests=report.tests, uses=report.uses, sweep=report.sweep)
     columns = list(dict.fromkeys(key for use in report.uses.values() for key in use))
     lines = [format_table(report.rows, about), "", "| what | " + " | ".join(columns) + " |"]
     lines += ["| --- |" + " ---: |" * len(columns)]
@@ -285,10 +313,8 @@ def write_report(path: Path, tests: str, report: Report) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| decoder of 40 kB pictures | images/s |", "| --- | ---: |"]
     lines += [f"| {name} | {rate:,.0f} |" for name, rate in report.sweep.items()]
-    lines += ["", "```", tests.strip(), "```", ""]
-    text = "\n".join(lines)
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    lines += ["", "```", report.tests.strip(), "```", ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -66,8 +66,6 @@ def alternate(
 
     Two rounds at least; of the others those that begin within so many seconds.
     """
-    for contender in contenders:
-        contender.wait()
     rates: list[list[float]] = [[] for _ in contenders]
     ends = time.monotonic() + seconds
     for number in range(rounds):

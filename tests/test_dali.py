@@ -16,7 +16,7 @@ from dask_imgread import FileGroupTask, ImageReaderStage, gpu
 from dask_imgread.decoding import dali, faults
 from dask_imgread.decoding.buffers import _Lease
 from dask_imgread.decoding.stderr import _find_descriptor
-from dask_imgread.testing import write_shard
+from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import encode, members_of, read_with_pillow
 from tests.test_failures import BROKEN, JPEG, PICTURE, break_table
 
@@ -68,6 +68,10 @@ def test_errors_are_told_apart(message, fault):
     assert faults.shorten(make_error(message)) == message.strip().rstrip(".")
 
 
+def test_an_allocation_outside_of_an_operator():
+    assert faults.read_fault(MemoryError("std::bad_alloc")) == ("memory", None)
+
+
 @pytest.mark.parametrize(("message", "fault"), WITHOUT_OPERATOR.items())
 def test_errors_outside_of_operators(message, fault):
     assert faults.read_fault(RuntimeError(message)) == fault
@@ -87,7 +91,7 @@ class Watch:
         def watched_build(decoder, options):
             self.built += 1
             if message := self.fail_to_build():
-                raise RuntimeError(message)
+                raise MemoryError(message)
             build(decoder, options)
 
         def watched_start(decoder, contents):
@@ -136,8 +140,18 @@ def read(shard, batch_size=10, **options):
 
 
 def write_copies(folder, count, broken=(), content=BROKEN):
-    members = [(f"{n:03d}.jpg", content if n in broken else JPEG) for n in range(count)]
+    """Write pictures that differ, some of them broken."""
+    members = [
+        (f"{n:03d}.jpg", content if n in broken else encode_picture(draw_picture(n, (64, 48))))
+        for n in range(count)
+    ]
     return write_shard(folder / "copies.tar", members)
+
+
+def assert_each_is_itself(good):
+    for image in good:
+        content = encode_picture(draw_picture(int(image.key), (64, 48)))
+        np.testing.assert_array_equal(image.image_data, read_with_pillow(content), image.key)
 
 
 def list_broken(failed):
@@ -207,6 +221,7 @@ def test_a_batch_is_decoded_again_without_what_failed(watch, tmp_path, broken):
     good, failed = read(write_copies(tmp_path, 10, broken))
     assert list_broken(failed) == list(broken)
     assert {image.backend for image in good} <= {"dali-gpu"}
+    assert_each_is_itself(good)
     sizes = [count for what, count in watch.list_runs() if what == "start"]
     assert sizes == list(range(10, 9 - len(broken), -1))[:10]
     assert count_idle() == (len(broken) < 10)  # none that failed
@@ -240,7 +255,7 @@ def test_where_no_sample_is_named_the_batch_is_halved(on_gpu, monkeypatch, tmp_p
     good, failed = read(write_copies(tmp_path, 64, (20,)), batch_size=64)
     assert (len(good), list_broken(failed)) == (63, [20])
     assert {image.backend for image in good} == {"dali-gpu"}
-    assert len(set(map(id, good))) == 63
+    assert_each_is_itself(good)
     assert len(runs) <= 1 + 2 * 6 + 8  # halvings, and each new decoder's first batch
 
 
@@ -257,6 +272,7 @@ def test_out_of_memory_halves_the_batch(on_gpu, monkeypatch, tmp_path, caplog):
         good, failed = read(write_copies(tmp_path, 32, (7,)), batch_size=32)
     assert (len(good), list_broken(failed)) == (31, [7])
     assert {image.backend for image in good} == {"dali-gpu"}
+    assert_each_is_itself(good)
     assert any("no memory for 32 images at once: Can't allocate" in r for r in caplog.messages)
 
 

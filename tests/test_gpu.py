@@ -7,6 +7,7 @@ import ctypes
 import gc
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ pytestmark = [
 # nvJPEG's inverse transform rounds otherwise than libjpeg-turbo's: the mean over an image of the
 # absolute difference, in levels of 0 to 255, and the largest on 99.9 % of the pixels.
 MEAN_TOLERANCE, MOST_TOLERANCE = 1.0, 8
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @pytest.fixture(scope="module")
@@ -207,19 +209,23 @@ class Cuda:
 
     def __init__(self):
         self._lib = ctypes.CDLL("libcuda.so.1")
-        self._call("cuInit", 0)
 
     def _call(self, name, *arguments):
         status = getattr(self._lib, name)(*arguments)
         assert status == 0, (name, status)
 
     def count_devices(self):
+        """Count them; where none is visible CUDA does not even start."""
         count = ctypes.c_int()
-        self._call("cuDeviceGetCount", ctypes.byref(count))
+        status = self._lib.cuInit(0)
+        if status != NO_DEVICE:
+            assert status == 0, status
+            self._call("cuDeviceGetCount", ctypes.byref(count))
         return count.value
 
     def take_all_but(self, left):
         """Allocate on the first GPU what is free but for so many bytes."""
+        self._call("cuInit", 0)
         context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
         self._call("cuCtxSetCurrent", context)
@@ -248,32 +254,39 @@ print(json.dumps(test_gpu.{function}(*sys.argv[1:])))"""
 
 
 def read_with_little_memory(shard, left):
-    """Return how many are read and how many fail, or the error; and how many once there is more."""
+    """Return how many are read and how many fail, or the error; how many later; and the log."""
+    from nvidia.dali.backend import ReleaseUnusedMemory
+
+    log = io.StringIO()
+    logging.getLogger("dask_imgread").addHandler(logging.StreamHandler(log))
     reader = ImageReaderStage(device="gpu", num_threads=2)
     task = FileGroupTask(data=[shard])
     next(reader.stream(task))  # what CUDA and nvJPEG take for themselves
     DECODERS.clear()
+    gc.collect()
+    ReleaseUnusedMemory()
     free = Cuda().take_all_but(int(left))
     try:
         answer = [[b.num_items, len(b.failed)] for b in reader.stream(task)]
     except RuntimeError as error:
         answer = str(error)
     free()
-    return answer, sum(batch.num_items for batch in reader.stream(task))
+    return answer, sum(batch.num_items for batch in reader.stream(task)), log.getvalue()
 
 
 def test_a_batch_that_finds_no_memory_is_halved(photographs, tmp_path):
     content = encode(photographs[0].resize((3000, 2000)), "JPEG")
     shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", content) for n in range(28)])
-    answer, afterwards = run_child("read_with_little_memory", shard, 200_000_000)
+    answer, afterwards, log = run_child("read_with_little_memory", shard, 200_000_000)
     assert (answer, afterwards) == ([[14, 0]] * 2, 28)
+    assert "DALI has no memory for 14 images at once" in log
 
 
 def test_a_picture_that_finds_no_memory_is_not_said_to_be_broken(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (10_000, 10_000), (90, 120, 30)).save(buffer, "JPEG")
     shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", buffer.getvalue()) for n in range(2)])
-    answer, afterwards = run_child("read_with_little_memory", shard, 200_000_000)
+    answer, afterwards, _ = run_child("read_with_little_memory", shard, 200_000_000)
     assert "0.jpg: no memory on the GPU for 10000 x 10000 pixels" in answer
     assert afterwards == 2
 

@@ -15,6 +15,7 @@ from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend
 from dask_imgread.decoding.header import ImageError, read_header
+from dask_imgread.decoding.parsers import is_whole
 from dask_imgread.testing import write_shard
 from tests import odd_headers
 from tests.conftest import count_fuzz_inputs, read_with_pillow
@@ -49,6 +50,63 @@ def test_what_they_accept_is_given_to_them(name):
     (decoded,) = Decoding([Encoded(name, content, read_header(content), "dali-cpu")], CPU).result()
     assert decoded.backend == "dali-cpu"
     np.testing.assert_array_equal(decoded.pixels, read_with_pillow(content))
+
+
+_PROGRESSIVE = odd_headers.encode("JPEG", progressive=True)
+_LATER = _PROGRESSIVE.index(b"\xff\xc4", _PROGRESSIVE.index(b"\xff\xda"))
+NO_TABLE = b"\xff\xc4\0\x13\3" + b"\xff" * 16
+
+
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    {
+        "as it was": (_PROGRESSIVE, True),
+        "a table that can't be, of no use": (GOOD[:2] + NO_TABLE + GOOD[2:], False),
+        "no quantization": (GOOD.replace(b"\xff\xdb", b"\xff\xfe"), False),
+        "a table between scans that can't be": (
+            _PROGRESSIVE[: _LATER + 5] + b"\xff" * 16 + _PROGRESSIVE[_LATER + 21 :],
+            False,
+        ),
+        "the like in a comment": (
+            _PROGRESSIVE[:_LATER]
+            + odd_headers.segment(0xFE, NO_TABLE)
+            + odd_headers.segment(0xE5, NO_TABLE)
+            + _PROGRESSIVE[_LATER:],
+            True,
+        ),
+        "the like behind the end": (_PROGRESSIVE + NO_TABLE * 9 + b"\xff\xd9", True),
+        "tables longer than there can be": (
+            GOOD[:2] + odd_headers.segment(0xC4, GOOD[odd_headers.DHT + 4 :][:29] * 200) + GOOD[2:],
+            False,
+        ),
+    }.values(),
+)
+def test_tables_that_decoders_need(content, whole):
+    """What is not whole fails its batch in DALI, and what is does not."""
+    assert is_whole(content, "jpeg") == whole
+    if whole:
+        (decoded,) = Decoding(
+            [Encoded("a", content, read_header(content), "dali-cpu")], CPU
+        ).result()
+        assert decoded.backend == "dali-cpu"
+
+
+def test_sums_that_decoders_need():
+    png, text = odd_headers.PNG, odd_headers.chunk(b"tEXt", b"Comment\0text", check=7)
+    with_text = png[:33] + text + png[33:]
+    assert is_whole(with_text, "png")
+    assert choose(with_text, CPU) == "dali-cpu"
+    place = odd_headers.IDAT + 20
+    assert not is_whole(png[:place] + bytes([png[place] ^ 1]) + png[place + 1 :], "png")
+
+
+def test_tables_are_looked_through_once():
+    """A megabyte of them, each within the one before, would take a minute."""
+    nested = b"\xff\xc4\0\x15\0" + b"\0\0\0\1" + bytes(12) + b"\xc4"
+    content = _PROGRESSIVE[:_LATER] + nested * 50_000 + _PROGRESSIVE[_LATER:]
+    began = time.monotonic()
+    is_whole(content, "jpeg")
+    assert time.monotonic() - began < 5
 
 
 def run_child(*arguments, timeout=100):

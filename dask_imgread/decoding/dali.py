@@ -28,9 +28,9 @@ logger = logging.getLogger("dask_imgread")
 
 # Only errors: the level below prints a warning for a picture that decodes well.
 os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
-# From this size on DALI keeps host memory to use it again, where malloc would take fresh pages for
-# each batch: in Dask's workers it gives back all that is freed.
-os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))
+
+
+DALI_ERRORS = (RuntimeError, MemoryError)
 
 
 class DeviceError(RuntimeError):
@@ -60,6 +60,10 @@ class Decoder:
     def __init__(self, options: DecoderOptions) -> None:
         from nvidia.dali import Pipeline, fn, types
 
+        if options.device == "gpu":
+            # From this size on DALI keeps host memory for later. Malloc would take fresh pages
+            # for each batch: in Dask's workers it gives back all that is freed.
+            os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))
         place = PLACES[options.device]
         self._to_host = options.output == "host" or options.device == "cpu"
         self._pipeline = Pipeline(
@@ -99,7 +103,7 @@ class Decoder:
         try:
             self.start([_make_sound_jpeg()] * self._pipeline.max_batch_size)
             self.finish()
-        except RuntimeError as error:
+        except DALI_ERRORS as error:
             if read_fault(error).kind == "memory":
                 raise
             raise DeviceError(f"the GPU does not decode: {shorten(error)}") from error
@@ -182,7 +186,7 @@ class DaliDecoding:
         self._images, self._options = images, options
         self._begun: Decoder | None = None
         if images and options.device == "gpu":
-            with suppress(RuntimeError), self._catch(images):  # it is sorted in the second attempt
+            with suppress(*DALI_ERRORS), self._catch(images):  # sorted in the second attempt
                 self._begun = self._start(images)
 
     def result(self) -> list[Pixels | None]:
@@ -204,14 +208,14 @@ class DaliDecoding:
                 continue
             try:
                 decoded = self._decode([self._images[n] for n in part])
-            except RuntimeError as error:
+            except DALI_ERRORS as error:
                 parts += self._divide(part, error)
             else:
                 for n, image in zip(part, decoded, strict=True):
                     pixels[n] = image
         return pixels
 
-    def _divide(self, part: list[int], error: RuntimeError) -> list[list[int]]:
+    def _divide(self, part: list[int], error: Exception) -> list[list[int]]:
         """Return what of a part of the batch, which has failed, is to be decoded again."""
         kind, sample = read_fault(error)
         if kind == "driver" or isinstance(error, DeviceError):
@@ -229,7 +233,7 @@ class DaliDecoding:
         return [part[half:], part[:half]] if half else []
 
     @staticmethod
-    def _explain_no_memory(image: Encoded, error: RuntimeError) -> RuntimeError:
+    def _explain_no_memory(image: Encoded, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"{image.name}: no memory on the GPU for {image.header.width} x {image.header.height} "
             f"pixels beside what else is there: {shorten(error)}. Less is taken by fewer readers a "

@@ -1,6 +1,6 @@
 """What DALI's errors mean: which picture is at fault, if it is a picture at all.
 
-DALI raises RuntimeError for everything; only its text says more. The forms are those of DALI 2.4.0
+DALI raises RuntimeError for nearly everything; only its text says more. The forms are DALI 2.4.0's
 (``include/dali/core/cuda_error.h``) with nvImageCodec 0.9.0 (``nvimgcodec.h``).
 """
 
@@ -33,8 +33,8 @@ class Fault(NamedTuple):
     sample: int | None = None
 
 
-def read_fault(error: RuntimeError) -> Fault:
-    r"""Return what an error that DALI has raised means.
+def read_fault(error: Exception) -> Fault:
+    r"""Return what an error that DALI has raised means: RuntimeError, or MemoryError.
 
     One of unknown form is taken for a picture's, since in most cases it is.
 
@@ -48,7 +48,7 @@ def read_fault(error: RuntimeError) -> Fault:
     text = str(error).rpartition(_TRACEBACK_END)[2]
     status = _STATUS.search(text)
     code = int(status[1]) if status else None
-    if _NO_MEMORY.search(text) or code in _MEMORY_STATUS:
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text) or code in _MEMORY_STATUS:
         return Fault("memory")
     if _DRIVER.search(text) or code in _DRIVER_STATUS:
         return Fault("driver")
@@ -56,7 +56,7 @@ def read_fault(error: RuntimeError) -> Fault:
     return Fault("picture", int(sample[1]) if sample else None)
 
 
-def shorten(error: RuntimeError) -> str:
+def shorten(error: Exception) -> str:
     """Return what an error says, without where in our code the operator was made."""
     text = str(error).rpartition(_TRACEBACK_END)[2]
     return text.partition("Current pipeline object")[0].strip().rstrip(".")

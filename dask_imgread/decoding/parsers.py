@@ -10,6 +10,7 @@ DALI 2.4.0).
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN, _QUANTIZATION, _SCAN = 0xC4, 0xDB, 0xDA
 _CODE_SPACE = tuple(1 << 15 - n for n in range(16))  # what a code of 1 to 16 bits takes of 2**16
+_LONGEST_TABLES = 8 * (1 + 16 + 256)  # bytes: all that there can be at a time
+_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]", re.DOTALL)  # that may follow upon a scan
 _JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 _LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
@@ -100,7 +103,8 @@ def is_whole(content: Content, format: str) -> bool:
     return format != "png" or all(
         zlib.crc32(content[start - 4 : start + length])
         == int.from_bytes(content[start + length : start + length + 4], "big")
-        for _, start, length in _list_png_chunks(content)
+        for kind, start, length in _list_png_chunks(content)
+        if not kind[0] & 0x20  # a lower-case letter: decoders need not know it
     )
 
 
@@ -113,7 +117,10 @@ def _has_sound_tables(content: Content) -> bool:
     for marker, body, length in _walk_jpeg(content):
         segment = bytes(content[body : body + length - 2])
         if marker in (_HUFFMAN, _QUANTIZATION):
-            tables |= _list_tables(marker, segment)
+            found = _list_tables(marker, segment)
+            if not found:
+                return False
+            tables |= found
         elif marker in _JPEG_FRAMES:
             progressive = marker == 0xC2
             frame = {segment[n]: segment[n + 1 : n + 3] for n in range(6, len(segment), 3)}
@@ -127,23 +134,29 @@ def _has_sound_tables(content: Content) -> bool:
             needed.add((_HUFFMAN, 0x10 | others))
         if not needed <= tables or not all(1 <= side <= 4 for side in divmod(sampling, 16)):
             return False
-    return not progressive or all(
-        _list_tables(_HUFFMAN, table) for table in _list_later_tables(bytes(content), body)
-    )
+    return not progressive or _has_sound_later_tables(bytes(content), body)
 
 
-def _list_later_tables(content: bytes, position: int) -> Iterator[bytes]:
-    """Yield the Huffman tables between scans; no scan has these two bytes in a row."""
-    while (position := content.find(b"\xff\xc4", position)) >= 0:
-        length = int.from_bytes(content[position + 2 : position + 4], "big")
-        yield content[position + 4 : position + 2 + length]
-        position += 4
+def _has_sound_later_tables(content: bytes, position: int) -> bool:
+    """Say whether the Huffman tables between scans can be, up to the end mark."""
+    while marker := _MARKER.search(content, position):
+        kind, position = content[marker.start() + 1], marker.end()
+        if kind == _JPEG_END[1]:
+            break
+        length = int.from_bytes(content[position : position + 2], "big")
+        segment = content[position + 2 : position + length]
+        if kind == _HUFFMAN and not _list_tables(kind, segment):
+            return False
+        position += max(2, length)
+    return True
 
 
 @functools.lru_cache(4096)  # most encoders write the tables of ITU T.81's annex K
 def _list_tables(marker: int, segment: bytes) -> frozenset[tuple[int, int]]:
     """Return the tables that a segment defines, as marker and number; none if one can't be."""
     found, position = set(), 0
+    if len(segment) > _LONGEST_TABLES:
+        return frozenset()
     while position < len(segment):
         kind, number = divmod(segment[position], 16)
         position += 1

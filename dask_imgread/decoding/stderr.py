@@ -80,8 +80,8 @@ _tap = _Tap()
 def catch(names: Sequence[str]) -> Iterator[None]:
     """Log what C libraries print meanwhile, naming the images ``names``.
 
-    Of a batch that fails nothing is logged: its images are decoded again one by one, each under
-    its own name.
+    Of a batch that fails nothing is logged: its images are decoded again, and what makes one fail
+    Pillow says.
     """
     try:
         _tap.open()
