@@ -93,15 +93,22 @@ class BatchGatherer:
         self._pending: deque[PendingBatch] = deque()
         self._ahead = _BATCHES_AHEAD[options.device]
 
-    def add(self, image: ImageObject, encoded: Encoded | None) -> Iterator[ImageBatch]:
-        """Take one more image, or a failed one; yield the batches that are to be done by now."""
+    def add(
+        self, image: ImageObject, encoded: Encoded | None, more_bytes: int = 0
+    ) -> Iterator[ImageBatch]:
+        """Take one more image, or a failed one; yield the batches that are to be done by now.
+
+        ``more_bytes`` is what it takes besides its pixels.
+        """
+        size = more_bytes
+        if encoded is not None and self._begin is not None:
+            size += encoded.count_bytes(self._options)
+        if (self._images or self._failed) and self._bytes + size > self._rules.max_batch_bytes:
+            yield from self.empty(self._ahead)
+        self._bytes += size
         if encoded is None:
             self._failed.append(image)
         else:
-            size = encoded.count_bytes(self._options) if self._begin is not None else 0
-            if self._images and self._bytes + size > self._rules.max_batch_bytes:
-                yield from self.empty(self._ahead)
-            self._bytes += size
             self._images.append(image)
             self._encoded.append(encoded)
         # Failures alone fill a batch too: a shard of nothing else must not pile up.

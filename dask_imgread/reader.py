@@ -18,18 +18,19 @@ from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.records import (
     UNREACHABLE,
+    SidecarReader,
     describe_damage,
     describe_image,
     describe_lost,
     explain_lost,
+    is_dropping,
     read_encoded,
-    read_sidecars,
 )
-from dask_imgread.samples import ImageEntry, ShardIndex, index_members, make_shard_id
+from dask_imgread.samples import ShardIndex, index_members, make_shard_id
 from dask_imgread.shards import open_shard, resolve_path
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage import StorageError, hide_secrets, name_url
-from dask_imgread.tar import ByteSource, NotTarError, walk_members
+from dask_imgread.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 from dask_imgread.worker import count_own_cores, release_with_worker
 
@@ -312,15 +313,17 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         try:
             with open_shard(path, task.storage_options) as source:
                 index = self._index(source, task)
-                repeated = [entry.member.name for entry in index.images if entry.repeated]
-                if repeated:
-                    logger.warning(
-                        "%s: %d duplicate names, such as %s", shown, len(repeated), repeated[0]
-                    )
+                for note in index.notes:
+                    logger.warning("%s: %s", shown, note)
                 shard_id = make_shard_id(path)
+                sidecars = SidecarReader(source)
                 for entry in index.images:
+                    if is_dropping(source, entry.member):
+                        continue
                     image = describe_image(entry, shown, shard_id)
-                    yield from gathered.add(image, self._load(source, entry, image, options))
+                    more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
+                    encoded = self._load(source, entry.member, image, options)
+                    yield from gathered.add(image, encoded, more)
                 for member in index.broken:
                     yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
@@ -340,12 +343,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         return index
 
     def _load(
-        self, source: ByteSource, entry: ImageEntry, image: ImageObject, options: DecoderOptions
+        self, source: ByteSource, member: Member, image: ImageObject, options: DecoderOptions
     ) -> Encoded | None:
-        """Read an image's bytes, header and sidecars; None, and ``image.error``, if it can't be."""
-        member = entry.member
-        if self.sidecars:
-            read_sidecars(source, entry, image)
+        """Read an image's bytes and header; None, and ``image.error``, if it can't be."""
         try:
             if member.problem is not None:
                 raise ImageError(member.problem)

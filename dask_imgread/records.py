@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import posixpath
+from collections.abc import Sequence
+from typing import Any
 
 from dask_imgread.decoding.contract import Content
 from dask_imgread.decoding.header import HEAD_BYTES, Header, ImageError, read_header
@@ -14,16 +17,20 @@ from dask_imgread.tasks import FileGroupTask, ImageObject
 
 UNREACHABLE = "unreachable"  # the cause where a store did not give what it has
 
+_APPLE_FILES = (b"\0\5\x16\7", b"\0\5\x16\0")
+_PARSED_GROWTH = 8  # of JSON: a number in a list takes some eight times its text
+
 logger = logging.getLogger("dask_imgread")
 
 
 def describe_image(entry: ImageEntry, path: str, shard_id: str) -> ImageObject:
     """Make the record of an image before it is read."""
-    name, start, offset, size, _ = entry.member
+    name, start, offset, size, *_ = entry.member
     image_id = f"{shard_id}/{name}"
     image = ImageObject(
         f"{path}/{name}", image_id, shard=path, key=entry.key, offset=offset, size=size
     )
+    image.warning = entry.warning
     if entry.repeated:
         image.image_id = f"{image_id}@{start}"
         image.warning = f"duplicate name: an earlier member of the shard has the id {image_id}"
@@ -77,19 +84,49 @@ def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Heade
     return read_header(content), content
 
 
-def read_sidecars(source: ByteSource, entry: ImageEntry, image: ImageObject) -> None:
-    """Read the sample's other members; one that can't be read is a warning."""
-    for extension, member in entry.sidecars:
-        try:
-            if member.problem is not None:
-                raise ValueError(member.problem)
-            if member.size > MAX_SIDECAR_BYTES:
-                raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
-            content = source.read_at(member.offset, member.size)
-            if len(content) < member.size:
-                raise ValueError("truncated")
-            image.metadata[extension] = parse_sidecar(extension, content)
-        except (ValueError, OSError) as error:
-            problem = f"sidecar {member.name}: {error}"
-            image.warning = f"{image.warning}; {problem}" if image.warning else problem
-            logger.warning("%s: %s", image.image_path, problem)
+def is_dropping(source: ByteSource, member: Member) -> bool:
+    """Say whether a member is what macOS puts beside each file (AppleDouble, RFC 1740)."""
+    name = posixpath.basename(member.name)
+    return name.startswith("._") and source.read_at(member.offset, 4) in _APPLE_FILES
+
+
+class SidecarReader:
+    """Reads samples' other members, those of one sample once for all of its images."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self._members: Sequence[tuple[str, Member]] = ()
+        self._values: dict[str, Any] = {}
+        self._problems: list[str] = []
+
+    def attach(self, members: Sequence[tuple[str, Member]], image: ImageObject) -> int:
+        """Put sidecars into the record of an image; what went wrong with one is a warning.
+
+        Returns how many bytes that takes: none but for the first image of a sample.
+        """
+        size = 0
+        if members is not self._members:
+            size = self._read(members)
+            for problem in self._problems:
+                logger.warning("%s: %s", image.image_path, problem)
+        image.metadata = dict(self._values)
+        image.warning = "; ".join(filter(None, [image.warning, *self._problems])) or None
+        return size
+
+    def _read(self, members: Sequence[tuple[str, Member]]) -> int:
+        self._members, self._values, self._problems = members, {}, []
+        size = 0
+        for extension, member in members:
+            try:
+                if member.problem is not None:
+                    raise ValueError(member.problem)
+                if member.size > MAX_SIDECAR_BYTES:
+                    raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
+                content = self._source.read_at(member.offset, member.size)
+                if len(content) < member.size:
+                    raise ValueError("truncated")
+                value = self._values[extension] = parse_sidecar(extension, content)
+                size += len(content) * (_PARSED_GROWTH if isinstance(value, dict | list) else 1)
+            except (ValueError, OSError) as error:
+                self._problems.append(f"sidecar {member.name}: {error}")
+        return size

@@ -22,6 +22,9 @@ IMAGE_EXTENSIONS = frozenset(
 )
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_JSON_DEPTH = 100
+_MACOS_FOLDER = "/__MACOSX/"  # in archives made by the Finder: resource forks, no images
+_MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
+_MOST_DOTS = 16  # that are looked at, from the right
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -55,50 +58,203 @@ def make_shard_id(shard: str) -> str:
 
 @dataclass(slots=True)
 class ImageEntry:
-    """One image member of a shard, with the sidecars of its sample, not yet read."""
+    """One image member of a shard, with the sidecars of its sample, not yet read.
+
+    The images of a sample have one tuple of sidecars. ``warning`` says what is odd about where it
+    stands; ``repeated`` that an earlier member of the shard has the same name.
+    """
 
     member: Member
     key: str
     sidecars: tuple[tuple[str, Member], ...] = ()
-    repeated: bool = False  # an earlier member of this shard has the same name
+    warning: str | None = None
+    repeated: bool = False
 
 
 @dataclass(slots=True)
 class ShardIndex:
-    """What a walk over a shard's headers finds."""
+    """What a walk over a shard's headers finds.
+
+    ``scattered`` says that a part of the shard can't be told by itself: some sample's members do
+    not stand together, or it takes others to know what belongs to what.
+    """
 
     images: list[ImageEntry] = field(default_factory=list)
     broken: list[Member] = field(default_factory=list)  # places where the archive is damaged
-    scattered: bool = False  # some sample's members do not stand together
+    scattered: bool = False
+    notes: list[str] = field(default_factory=list)  # for a log: of the whole shard
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Members of one key that stand together, or belong together all the same."""
+
+    key: str
+    images: list[Member] = field(default_factory=list)
+    sidecars: list[tuple[str, Member]] = field(default_factory=list)
+    again: bool = False  # an earlier sample has the same key
+
+    def can_take(self, other: _Sample) -> bool:
+        """Say whether another's sidecars are no second ones."""
+        own = {extension for extension, _ in self.sidecars}
+        return own.isdisjoint(extension for extension, _ in other.sidecars)
 
 
 def index_members(members: Iterable[Member]) -> ShardIndex:
-    """Group members into samples, wherever in the shard the members of a sample stand."""
+    """Group members into samples.
+
+    A sample ends where its neighbours end. Sidecars that stand by themselves, as where all images
+    come first, belong to the nearest sample of their key and archive that has none of the kind.
+    """
     index = ShardIndex()
-    sidecars: dict[str, list[tuple[str, Member]]] = {}
+    archives = _list_archives(members, index)
     keys: set[str] = set()
     names: set[str] = set()
-    last_key: str | None = None
-    for member in members:
-        if not member.name:
-            index.broken.append(member)
-            continue
-        key, extension = split_name(member.name)
-        if key != last_key:
-            index.scattered |= key in keys
-            keys.add(key)
-            last_key = key
-        if is_image(extension):
-            repeated = member.name in names
-            names.add(member.name)
-            index.scattered |= repeated
-            index.images.append(ImageEntry(member, key, repeated=repeated))
-        elif extension:
-            sidecars.setdefault(key, []).append((extension, member))
-    for entry in index.images:
-        if entry.key in sidecars:
-            entry.sidecars = tuple(sidecars[entry.key])
+    for archive in archives:
+        for sample in _join_samples(archive, index):
+            sample.again = sample.key in keys
+            index.scattered |= sample.again
+            keys.add(sample.key)
+            for entry in _list_entries(sample, index):
+                entry.repeated = entry.member.name in names
+                names.add(entry.member.name)
+                index.scattered |= entry.repeated
+                index.images.append(entry)
+    repeated = [entry.member.name for entry in index.images if entry.repeated]
+    if repeated:
+        index.notes.append(f"{len(repeated)} duplicate names, such as {repeated[0]}")
     return index
+
+
+def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Member]]:
+    """Return the files of each archive in a shard, links resolved."""
+    archives: list[list[Member]] = [[]]
+    for member in members:
+        if member.name:
+            archives[-1].append(member)
+        elif member.problem is not None:
+            index.broken.append(member)
+        else:
+            archives.append([])
+    for files in archives:
+        if any(member.link is not None for member in files):
+            index.scattered = True
+            files[:] = resolve_links(files)
+    return archives
+
+
+def resolve_links(members: list[Member]) -> list[Member]:
+    """Return members in which links have the bytes of what they stand for.
+
+    One that leads out of the archive, to nothing or in a circle has a ``problem``.
+    """
+    by_path = {posixpath.normpath(member.name): member for member in members}
+
+    def resolve(member: Member) -> Member:
+        target, seen = member, {posixpath.normpath(member.name)}
+        while target.link is not None:
+            path = posixpath.normpath(target.link)
+            if path.startswith("/") or path.partition("/")[0] == "..":
+                return member._replace(problem=f"broken link: it leads out of the shard, to {path}")
+            if path in seen:
+                return member._replace(problem=f"broken link: it leads in a circle, over {path}")
+            seen.add(path)
+            if path not in by_path:
+                return member._replace(problem=f"broken link: no member {path}")
+            target = by_path[path]
+        return member._replace(offset=target.offset, size=target.size, problem=target.problem)
+
+    return [member if member.link is None else resolve(member) for member in members]
+
+
+def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
+    """Group an archive's members by key and neighbourhood; then find sidecars that stand apart."""
+    samples: list[_Sample] = []
+    latest: dict[str, _Sample] = {}  # of each key, the sample that has images
+    waiting: dict[str, _Sample] = {}  # of each key, the sidecars before its images
+    for sample in _list_neighbours(members):
+        before, apart = latest.get(sample.key), waiting.get(sample.key)
+        index.scattered |= before is not None or apart is not None
+        if sample.images:
+            if apart is not None and sample.can_take(apart):
+                sample.sidecars[:0] = waiting.pop(sample.key).sidecars
+            samples.append(sample)
+            latest[sample.key] = sample
+        elif before is not None and before.can_take(sample):
+            before.sidecars += sample.sidecars
+        elif apart is not None and apart.can_take(sample):
+            apart.sidecars += sample.sidecars
+        else:
+            waiting[sample.key] = sample
+    again = [key for key in waiting if key in latest]
+    if again:
+        index.notes.append(
+            f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
+        )
+    return samples
+
+
+def _list_neighbours(members: Iterable[Member]) -> Iterator[_Sample]:
+    """Yield members of one key that stand together, none of them twice."""
+    sample, extensions = _Sample(""), set[str]()
+    for member in members:
+        key, extension = split_name(member.name)
+        if not extension or _MACOS_FOLDER in f"/{key}":
+            continue
+        if key != sample.key or extension in extensions:
+            if extensions:
+                yield sample
+            sample, extensions = _Sample(key), set()
+        extensions.add(extension)
+        if is_image(extension):
+            sample.images.append(member)
+        else:
+            sample.sidecars.append((extension, member))
+    if extensions:
+        yield sample
+
+
+def _list_entries(sample: _Sample, index: ShardIndex) -> Iterator[ImageEntry]:
+    """Yield the images of a sample; of many each by itself, since then their names have dots."""
+    warning = None
+    if sample.again:
+        warning = f"key again: an earlier sample of the shard has the key {sample.key}"
+    if len(sample.images) <= _MOST_VIEWS:
+        sidecars = tuple(sample.sidecars)
+        for member in sample.images:
+            yield ImageEntry(member, sample.key, sidecars, warning)
+        return
+    index.scattered = True
+    index.notes.append(
+        f"{len(sample.images)} images have the key {sample.key}, as keys end at the first dot: "
+        "each is taken for a sample whose key ends at the last one"
+    )
+    sidecars_of = _pair_by_stem(sample)
+    for member in sample.images:
+        stem = member.name.rpartition(".")[0]
+        yield ImageEntry(member, stem, sidecars_of[stem], warning)
+
+
+def _pair_by_stem(sample: _Sample) -> dict[str, tuple[tuple[str, Member], ...]]:
+    """Return the sidecars of each image: those whose names go on behind its own, and a few others.
+
+    What belongs to none belongs to all, unless there is much of it.
+    """
+    own: dict[str, list[tuple[str, Member]]] = {}
+    for member in sample.images:
+        own[member.name.rpartition(".")[0]] = []
+    others = []
+    for extension, member in sample.sidecars:
+        stem = member.name
+        for _ in range(_MOST_DOTS):
+            stem = stem.rpartition(".")[0]
+            if stem in own:
+                own[stem].append((member.name[len(stem) + 1 :].lower(), member))
+                break
+        else:
+            others.append((extension, member))
+    shared = others if len(others) <= _MOST_VIEWS else []
+    return {stem: (*shared, *found) for stem, found in own.items()}
 
 
 def cut_at_samples(index: ShardIndex, images_per_part: int) -> Iterator[tuple[int, int | None]]:

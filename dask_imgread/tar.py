@@ -7,18 +7,26 @@ page and in GNU tar's manual, "Basic Tar Format".
 
 from __future__ import annotations
 
+import posixpath
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
+# What writers fill up to behind the mark of an archive's end: 10,240 bytes, and what tapes took.
+_RECORDS = (10_240, *(1 << n for n in range(15, 21)))
+_FIRST_LOOK, _FAR_LOOK = 16 << 10, 4 << 20  # bytes at a time, where a header is looked for
 _MAX_EXTENDED_HEADER = 1 << 20  # a real one holds a path; more is an attack on memory
 _FARTHEST = 1 << 62  # past any file's end, and still an offset that the system takes
 
 _FILES = b"0\0007"  # regular file, regular file before POSIX, contiguous file
 _GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE = b"L", b"K", b"S"
 _PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"x", b"g", b"X"
+_EXTENDED = (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS)
+_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
 
 
 class NotTarError(ValueError):
@@ -43,7 +51,10 @@ class Member(NamedTuple):
 
     ``start`` is the offset of its first header block, ``offset`` and ``size`` span
     its bytes. ``problem`` says why the bytes can't be had; it is None for a file
-    that is whole. A problem that belongs to no file has an empty ``name``.
+    that is whole. A problem that belongs to no file has an empty ``name``. Where one
+    archive ends and another begins, put together with `cat`, there is neither.
+
+    Of a link ``link`` is the path in the archive that it stands for.
     """
 
     name: str
@@ -51,6 +62,7 @@ class Member(NamedTuple):
     offset: int
     size: int
     problem: str | None = None
+    link: str | None = None
 
 
 def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) -> Iterator[Member]:
@@ -67,8 +79,9 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
     Yields
     ------
     Member
-        Directories, links and devices are passed over. Where the archive is cut or
-        damaged, the last member's ``problem`` says so and nothing follows it.
+        Directories and devices are passed over. Where the archive is damaged a nameless
+        member's ``problem`` says so; what follows from the next header on is read. Where the
+        archive is cut the last member's says so.
 
     Raises
     ------
@@ -78,62 +91,56 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
     position = start
     begin: int | None = None  # the first header block of the member, its extended headers included
     long_name: str | None = None
+    long_link: str | None = None
     attributes: dict[str, str] = {}
     shared: dict[str, str] = {}
     previous: Member | None = None  # held back until it is known that its bytes are there
-    ended = False  # an end-of-archive mark was passed; archives put together with `cat` go on
 
     read_at = source.read_at
     while stop is None or position < stop or begin is not None:
         header = read_at(position, BLOCK)
-        if len(header) < BLOCK:
-            if not ended:
-                yield from _cut_archive(source, position, previous)
+        if len(header) < BLOCK and (header.strip(b"\0") or not header):
+            yield from _cut_archive(source, position, previous)
             return
         if previous is not None:
             yield previous
             previous = None
-        if not header[0] and header == _ZEROS:
-            ended = True
-            position += BLOCK
-            continue
-        if ended:
-            if not _is_header(header):
-                return
-            ended = False
         try:
+            if not header[0] and header == _ZEROS[: len(header)]:
+                raise ValueError("zeros")
             _verify_checksum(header)
             size = _parse_number(header[124:136])
+            kind = header[156:157]
+            body = position + BLOCK
+            if kind == b"0" and begin is None and not shared:  # the common case, made short
+                name = _parse_name(header)
+                if not name.endswith("/"):  # the old way to say "directory"
+                    previous = Member(name, position, body, size)
+                position = body + (size + 511 & -512)
+                continue
+            text = _read_extended(source, body, size) if kind in _EXTENDED else b""
         except ValueError as error:
-            if position == 0:
+            if position == 0 and header.strip(b"\0"):
                 raise NotTarError(f"not a tar archive: {error}") from None
-            yield Member(
-                "", position, position, 0, f"damaged archive: {error} at offset {position}"
-            )
-            return
-        kind = header[156:157]
-        body = position + BLOCK
-        if kind == b"0" and begin is None and not shared:  # the common case, made short
-            name = _parse_name(header)
-            if not name.endswith("/"):  # the old way to say "directory"
-                previous = Member(name, position, body, size)
-            position = body + (size + 511 & -512)
+            found, damage = _cross_gap(source, position, str(error))
+            if damage is not None:
+                yield damage
+            if found is None:
+                return
+            position, begin, long_name, long_link, attributes = found, None, None, None, {}
             continue
 
         if begin is None:
             begin = position
-        if kind in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS):
-            text = source.read_at(body, size) if size <= _MAX_EXTENDED_HEADER else b""
-            if len(text) < size:
-                cut = f"damaged archive: extended header of {size} bytes at offset {position}"
-                yield Member("", position, body, 0, cut)
-                return
+        if kind in _EXTENDED:
             if kind == _GNU_LONG_NAME:
-                long_name = _decode(text.split(b"\0", 1)[0])
+                long_name = _decode(_cut_text(text))
+            elif kind == _GNU_LONG_LINK:
+                long_link = _decode(_cut_text(text))
             elif kind == _PAX_GLOBAL:
                 shared.update(_parse_pax(text))
                 begin = None
-            elif kind != _GNU_LONG_LINK:
+            else:
                 attributes = _parse_pax(text)
             position = body + _padded(size)
             continue
@@ -142,8 +149,13 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             attributes = shared | attributes
         if "size" in attributes:
             size = _parse_decimal(attributes["size"], size)
-        if kind in _FILES or kind == _GNU_SPARSE:
-            name = attributes.get("path") or long_name or _parse_name(header)
+        name = attributes.get("path") or long_name or _parse_name(header)
+        if kind in (_HARD_LINK, _SYMBOLIC_LINK):
+            target = attributes.get("linkpath") or long_link or _decode(_cut_text(header[157:257]))
+            if kind == _SYMBOLIC_LINK:
+                target = posixpath.join(posixpath.dirname(name), target)
+            previous = Member(name, begin, body, 0, link=target)
+        elif kind in _FILES or kind == _GNU_SPARSE:
             sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in attributes)
             if not name.endswith("/"):
                 name = attributes.get("GNU.sparse.name", name)
@@ -152,7 +164,7 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
         if kind == _GNU_SPARSE:
             body = _skip_sparse_map(source, header, body)
         position = body + (_padded(size) if kind not in b"123456" else 0)
-        begin, long_name, attributes = None, None, {}
+        begin, long_name, long_link, attributes = None, None, None, {}
 
     if previous is not None:
         yield previous
@@ -176,9 +188,56 @@ def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> 
     yield Member("", min(position, end), min(position, end), 0, cut)
 
 
+def _read_extended(source: ByteSource, offset: int, size: int) -> bytes:
+    text = source.read_at(offset, size) if size <= _MAX_EXTENDED_HEADER else b""
+    if len(text) < size:
+        raise ValueError(f"extended header of {size} bytes")
+    return text
+
+
+def _cross_gap(source: ByteSource, start: int, problem: str) -> tuple[int | None, Member | None]:
+    """Return where the next header lies, if there is one, and a record of what lies before it.
+
+    Zeros are the mark of an archive's end, and fill its last record. All else is damage; of zeros,
+    too, more: a download that was given its space at once, and broke off, has holes of them.
+    """
+    position, found = start + BLOCK, None
+    size, zeros = _FIRST_LOOK, problem == "zeros"
+    while found is None:
+        piece = source.read_at(position, size)
+        blocks = np.frombuffer(piece, np.uint8, len(piece) & -BLOCK).reshape(-1, BLOCK)
+        (filled,) = np.nonzero(blocks.any(axis=1))
+        # Checksums are octal numbers: of anything else few blocks have one.
+        likely = ((blocks[filled, 149:152] & 0xF8) == 0x30).all(axis=1)
+        header = next((n for n in filled[likely].tolist() if _is_header(blocks[n].tobytes())), None)
+        zeros &= len(filled) == 0 or filled[0] == header
+        if header is not None:
+            found = position + header * BLOCK
+        elif len(piece) < size:
+            zeros &= not piece[len(blocks) * BLOCK :].strip(b"\0")
+            break
+        position, size = position + size, min(4 * size, _FAR_LOOK)
+    end = source.end() if found is None else found
+    if zeros and _is_end_mark(start, end, more=found is not None):
+        # One archive behind the other: their samples have nothing to do with each other.
+        return found, Member("", end, end, 0) if found is not None else None
+    text = f"damaged archive: {problem} at offset {start}, no header in {end - start} bytes"
+    return found, Member("", start, start, 0, text)
+
+
+def _is_end_mark(start: int, end: int, *, more: bool) -> bool:
+    """Say whether zeros can be the end of an archive, with or without another one behind it."""
+    if start == 0:
+        return not more and end <= _RECORDS[0]  # an archive of nothing
+    if end - start == 2 * BLOCK or (not more and end - start <= _RECORDS[0] + BLOCK):
+        return True
+    return any(end % record == 0 and end - start <= record + BLOCK for record in _RECORDS)
+
+
 def _is_header(block: bytes) -> bool:
     try:
         _verify_checksum(block)
+        _parse_number(block[124:136])
     except ValueError:
         return False
     return True
@@ -220,9 +279,9 @@ def _parse_decimal(text: str, default: int) -> int:
 
 
 def _parse_name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
+    name = _cut_text(header[:100])
     if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+        name = _cut_text(header[345:500]) + b"/" + name
     return _decode(name)
 
 
@@ -247,6 +306,10 @@ def _skip_sparse_map(source: ByteSource, header: bytes, body: int) -> int:
         more = len(block) == BLOCK and block[504:505] == b"\1"
         body += BLOCK
     return body
+
+
+def _cut_text(field: bytes) -> bytes:
+    return field.split(b"\0", 1)[0]
 
 
 def _decode(name: bytes) -> str:

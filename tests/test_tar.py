@@ -47,7 +47,8 @@ def test_passes_over_what_is_no_file(tmp_path):
             info.type, info.linkname = kind, "a.jpg"
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    assert [m.name for m in walk(path)] == ["a.jpg"]
+    links = ("link.jpg", "a.jpg"), ("hard.jpg", "a.jpg")
+    assert [(m.name, m.link) for m in walk(path)] == [*links, ("a.jpg", None)]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"no tar at all " * 100, bytes(range(256)) * 8])
@@ -70,7 +71,8 @@ def test_goes_on_in_archives_put_together(tmp_path):
     two = make_tar(tmp_path / "2.tar", ["c.jpg"])
     both = tmp_path / "3.tar"
     both.write_bytes(one.read_bytes() + two.read_bytes())
-    assert [m.name for m in walk(both)] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [m.name for m in walk(both)] == ["a.jpg", "b.jpg", "", "c.jpg"]
+    assert all(member.problem is None for member in walk(both))
 
 
 def test_reads_only_headers(tmp_path):
@@ -81,7 +83,103 @@ def test_reads_only_headers(tmp_path):
         source.read_at = lambda offset, size: sizes.append(size) or read(offset, size)
         members = list(walk_members(source))
     assert len(members) == 200
-    assert max(sizes) == 512
+    assert max(sizes[:-1]) == 512
+    assert sizes[-1] <= 16 << 10  # behind the mark of the end
+
+
+def write_stones(path, size=5000, count=12):
+    """A shard whose members never have a block of zeros; return the offsets of their headers."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number:02d}.jpg")
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes([1 + number]) * size))
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def overwrite(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize("fill", [b"\0", b"x"])
+@pytest.mark.parametrize("size", [512, 4096, 16_384])
+@pytest.mark.parametrize("shift", [0, 512, 2048])
+def test_what_lies_behind_damage_is_read(tmp_path, fill, size, shift):
+    """Holes that begin before, at or after a header, and end within a member or at a header."""
+    path = tmp_path / "s.tar"
+    headers = write_stones(path)
+    start = headers[4] - shift
+    overwrite(path, start, fill * size)
+    hit = [number for number, h in enumerate(headers) if start <= h < start + size]
+    members = walk(path)
+    names = [m.name for m in members if m.name]
+    assert names == [f"{n:02d}.jpg" for n in range(12) if n not in hit]
+    damage = [m.problem for m in members if m.problem]
+    assert len(damage) == (len(hit) > 0)
+    for problem in damage:
+        assert problem.startswith("damaged archive: ")
+        assert f"at offset {headers[4]}" in problem
+
+
+def test_holes_at_the_ends(tmp_path):
+    """At the beginning, up to the end, and nothing else: each is recorded."""
+    path = tmp_path / "s.tar"
+    headers = write_stones(path, count=40)
+    size = path.stat().st_size
+    for start, stop, left in [
+        (0, 6000, range(2, 40)),
+        (headers[20], size, range(20)),
+        (headers[3], headers[9], [*range(3), *range(9, 40)]),
+        (0, size, []),
+    ]:
+        write_stones(path, count=40)
+        overwrite(path, start, bytes(stop - start))
+        members = walk(path)
+        assert [m.name for m in members if m.name] == [f"{n:02d}.jpg" for n in left]
+        assert [m.start for m in members if m.problem] == [start]
+
+
+def test_an_end_of_archive_is_no_damage(tmp_path):
+    """Of whatever record size, one archive or several, and one of nothing."""
+    parts = []
+    for number, record in enumerate((512, 10_240, 65_536, 1 << 20)):
+        one = make_tar(tmp_path / f"{number}.tar", [f"{number}.jpg"]).read_bytes()[:512]
+        one += bytes(1024)
+        parts.append(one + bytes(-len(one) % record))
+        (tmp_path / "one.tar").write_bytes(parts[-1])
+        assert [m.problem for m in walk(tmp_path / "one.tar")] == [None]
+    (tmp_path / "two.tar").write_bytes(parts[1] * 3 + parts[0])
+    assert [m.problem for m in walk(tmp_path / "two.tar")] == [None] * 7
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    assert walk(tmp_path / "empty.tar") == []
+
+
+def test_parts_of_a_damaged_shard_add_up(tmp_path):
+    path = tmp_path / "s.tar"
+    headers = write_stones(path)
+    overwrite(path, headers[4], bytes(4096))
+    overwrite(path, headers[8] - 1000, b"z" * 3000)
+    whole = walk(path)
+    for cut in (m.start for m in whole if m.name):
+        assert walk(path, 0, cut) + walk(path, cut) == whole
+
+
+def test_extended_headers_that_are_cut_or_too_large(tmp_path):
+    path = make_tar(tmp_path / "s.tar", ["a.jpg", "y" * 300 + ".jpg", "b.jpg"], tarfile.GNU_FORMAT)
+    overwrite(path, 512, b"")
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[1].offset
+    header = bytearray(path.read_bytes()[start : start + 512])
+    header[124:136] = b"77777777777\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    overwrite(path, start, header)
+    members = walk(path)
+    assert [m.name for m in members if m.name][0::2] == ["a.jpg", "b.jpg"]
+    assert "extended header of 8589934591 bytes" in members[1].problem
 
 
 def test_views_of_a_local_shard_stay_what_they_were(tmp_path):
