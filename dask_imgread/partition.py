@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from dask_imgread.samples import cut_at_samples, index_members
-from dask_imgread.shards import Paths, Shard, find_compression, find_shards, is_local, open_shard
+from dask_imgread.shards import Paths, Shard, find_shards, is_local, open_shard
 from dask_imgread.tar import NotTarError, walk_members
 from dask_imgread.tasks import FileGroupTask
 
@@ -170,11 +170,11 @@ def _cut(
 ) -> Iterator[FileGroupTask]:
     """Yield tasks for the parts of one shard, cut by a number of images or of bytes."""
     task = _make_task([shard], config)
-    if find_compression(shard.path) is not None:
-        yield task
-        return
     try:
         with open_shard(shard.path, config.get("storage_options")) as source:
+            if source.compressed:
+                yield task
+                return
             index = index_members(walk_members(source))
     except (OSError, NotTarError):  # the reader will say so, where it can be recorded
         yield task

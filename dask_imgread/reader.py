@@ -311,7 +311,9 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         gathered = BatchGatherer(rules, options, begin)
         shown = name_url(path)
         try:
-            with open_shard(path, task.storage_options) as source:
+            # A compressed shard has no parts.
+            plain = task.byte_range is not None
+            with open_shard(path, task.storage_options, plain=plain) as source:
                 index = self._index(source, task)
                 for note in index.notes:
                     logger.warning("%s: %s", shown, note)

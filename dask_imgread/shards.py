@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import IO, Any, NamedTuple, cast
 
 import fsspec
@@ -18,14 +18,23 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.decoding.buffers import BUFFERS
 from dask_imgread.storage import StorageError, hide_secrets, name_url, with_retries
-from dask_imgread.tar import ByteSource
+from dask_imgread.tar import BLOCK, ByteSource, is_header
 
-COMPRESSIONS = {".tar": None, ".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd"}
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # of shards' names
+# A name may say anything: a file's first bytes tell how it is compressed. Skippable frames of zstd
+# (RFC 8878, 3.1.2) may come first.
+_MAGICS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bz2",
+    b"\4\x22\x4d\x18": "lz4",
+}
+_MAGICS |= {bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)}
 _BLOCK_BYTES = 4 << 20
 _CACHE_BYTES = 256 << 20  # a reader of a remote or compressed shard keeps this much of it
 _AHEAD_BYTES = 4 << 20  # of a local shard, read at once
 _AHEAD_GAP = 64 << 10  # between two members that are read one after the other
-_PIECE_BYTES = 16 << 10  # what is lost at most where a compressed stream breaks off
+_PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
 
 
 class Shard(NamedTuple):
@@ -46,8 +55,8 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
     ----------
     paths
         A file, a folder (searched recursively), a glob, a brace range such as
-        ``{00000..00099}.tar``, a URL that fsspec knows, or a list of these. Shards that were
-        found before are returned as they are.
+        ``{00000..00099}.tar``, a URL that fsspec knows, several joined by ``::``, or a list
+        of these. Shards that were found before are returned as they are.
     storage_options
         Options for fsspec's file system.
 
@@ -61,7 +70,7 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if given and isinstance(given[0], Shard):
         return cast("list[Shard]", given)
-    names = [os.fspath(cast("str", path)) for path in given]
+    names = [name for path in given for name in split_list(os.fspath(cast("str", path)))]
     expanded = [path for name in names for path in expand_braces(name)]
     options = storage_options or {}
 
@@ -74,6 +83,19 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(find, expanded))
     return list({shard.path: shard for shards in found for shard in shards}.values())
+
+
+def split_list(path: str) -> list[str]:
+    """Split ``a.tar::b.tar``, webdataset's way to join shards; not fsspec's chains of URLs.
+
+    >>> split_list("a.tar::s3://bucket/{00..09}.tar")
+    ['a.tar', 's3://bucket/{00..09}.tar']
+    >>> split_list("simplecache::s3://bucket/a.tar")
+    ['simplecache::s3://bucket/a.tar']
+    """
+    parts = path.split("::")
+    chained = any(part.startswith(("tar://", "zip://", "libarchive://")) for part in parts)
+    return parts if not chained and all(part.endswith(ENDINGS) for part in parts) else [path]
 
 
 def expand_braces(path: str) -> list[str]:
@@ -112,7 +134,8 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     fs, root = connect(path, options)
     if isinstance(fs, LocalFileSystem) and os.path.isfile(root):
         return [stat_shard(root, {})]
-    if any(mark in path for mark in "*[") and not with_retries(fs.exists, path, root):
+    marks = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # in a URL a query begins with ?
+    if any(mark in path for mark in marks) and not with_retries(fs.exists, path, root):
         found = with_retries(fs.glob, path, root, detail=True)
         kind = "no shard matches"
     else:
@@ -124,11 +147,12 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
         if info["type"] != "directory" and not path.endswith("/"):
             return [_make_shard(fs, root, info)]
         found = with_retries(fs.find, path, root, detail=True)
-        kind = f"no {' or '.join(COMPRESSIONS)} in the folder"
+        kind = f"no {' or '.join(ENDINGS)} in the folder"
     shards = [
         _make_shard(fs, name, info)
         for name, info in sorted(found.items())
-        if info["type"] == "file" and name.endswith(tuple(COMPRESSIONS))
+        if name.endswith(ENDINGS)
+        and (info["type"] == "file" or (info.get("islink") and not os.path.isdir(name)))
     ]
     if not shards:
         if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
@@ -138,6 +162,10 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
 
 
 def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) -> Shard:
+    if info.get("islink"):
+        with suppress(OSError):  # one that leads nowhere can't be opened, and is recorded then
+            status = os.stat(name)
+            info = info | {"size": status.st_size, "mtime": status.st_mtime}
     marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
     version = "-".join(str(info[mark]) for mark in ("size", *marks) if info.get(mark) is not None)
     # One spelling for one file: what is given in two would be read twice.
@@ -181,8 +209,12 @@ def connect(path: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSyst
 
 
 @contextmanager
-def open_shard(path: str, storage_options: dict[str, Any] | None = None) -> Iterator[ByteSource]:
+def open_shard(
+    path: str, storage_options: dict[str, Any] | None = None, *, plain: bool = False
+) -> Iterator[ByteSource]:
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
+
+    Its first bytes tell; where it is known to be ``plain`` they are not looked at.
 
     A plain local file is read in place. Of any other, blocks of 4 MiB are fetched as
     they are needed and the last 256 MiB are kept. A shard that is compressed, or lies on a
@@ -195,28 +227,30 @@ def open_shard(path: str, storage_options: dict[str, Any] | None = None) -> Iter
         If it can't be opened.
     """
     fs, name = connect(path, storage_options or {})
-    compression = find_compression(path)
-    source: LocalSource | BlockSource
-    if compression is not None:
-        source = BlockSource(_Stream(fs, name, compression))
-    elif isinstance(fs, LocalFileSystem):
-        source = LocalSource(name)
+    local = isinstance(fs, LocalFileSystem)
+    bare = path.partition("?")[0] if "://" in path else path
+    if not local and not plain and bare.endswith(ENDINGS[1:]):  # else its head is fetched twice
+        source: LocalSource | BlockSource = BlockSource(_Stream(fs, name, compressed=True))
     else:
-        source = BlockSource(_open_remote(fs, name))
+        source = LocalSource(name) if local else BlockSource(_open_remote(fs, name))
+        if not plain and find_compression(source.read_at(0, BLOCK)) is not None:
+            source.close()
+            source = BlockSource(_Stream(fs, name, compressed=True))
     with closing(source):
         yield source
 
 
-def find_compression(path: str) -> str | None:
-    """Return how a shard is compressed, by its name."""
-    plain = path.partition("?")[0] if "://" in path else path
-    return next((COMPRESSIONS[end] for end in COMPRESSIONS if plain.endswith(end)), None)
+def find_compression(head: bytes) -> str | None:
+    """Return how a shard with these first bytes is compressed."""
+    if is_header(head):
+        return None
+    return next((codec for magic, codec in _MAGICS.items() if head.startswith(magic)), None)
 
 
 def _open_remote(fs: fsspec.AbstractFileSystem, name: str) -> _Ranges | _Stream:
     info = with_retries(fs.info, name, name)
     if info.get("size") is None or not info.get("partial", True):
-        return _Stream(fs, name, None)
+        return _Stream(fs, name, compressed=False)
     if "http" in fs.protocol:
         return _HttpRanges(fs, name, info["size"])
     return _Ranges(fs, name, info["size"])
@@ -224,6 +258,8 @@ def _open_remote(fs: fsspec.AbstractFileSystem, name: str) -> _Ranges | _Stream:
 
 class LocalSource:
     """A local file. Reads, not a memory map: a file cut short while mapped kills the process."""
+
+    compressed, problem = False, ""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -275,6 +311,8 @@ class LocalSource:
 class _Ranges:
     """Blocks of a remote file, each by a request for its range."""
 
+    compressed, problem = False, ""
+
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int) -> None:
         self._fs, self._name = fs, name
         self.end: int | None = size
@@ -314,7 +352,7 @@ class _HttpRanges(_Ranges):
             try:
                 return super().fetch(block)
             except ValueError:  # so fsspec says that the answer is no range
-                self._stream = _Stream(self._fs, self._name, None)
+                self._stream = _Stream(self._fs, self._name, compressed=False)
         return self._stream.fetch(block)
 
     def _read(self, start: int, stop: int) -> bytes:
@@ -335,8 +373,22 @@ class _ResumedFile(io.RawIOBase):
         self._fs, self._name = fs, name
         self._file: IO[bytes] | None = None
         self._done = 0
+        self._peeked = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes, and give them again to who reads; fewer where the file ends."""
+        while len(self._peeked) < size:
+            piece = with_retries(self._read_once, self._name, size - len(self._peeked))
+            if not piece:
+                break
+            self._peeked += piece
+        return self._peeked
 
     def read(self, size: int = -1) -> bytes:
+        if self._peeked:
+            end = len(self._peeked) if size < 0 else size
+            piece, self._peeked = self._peeked[:end], self._peeked[end:]
+            return piece
         return with_retries(self._read_once, self._name, size)
 
     def _read_once(self, size: int) -> bytes:
@@ -385,8 +437,10 @@ class _ResumedFile(io.RawIOBase):
 class _Stream:
     """Blocks of a file that can only be read from its beginning on, such as a compressed one."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, compression: str | None) -> None:
-        self._fs, self._name, self._compression = fs, name, compression
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, *, compressed: bool) -> None:
+        self._fs, self._name = fs, name
+        self.compressed = compressed  # perhaps: its first bytes tell
+        self.problem = ""
         self._file: _ResumedFile | None = None
         self._stream: pa.CompressedInputStream | _ResumedFile | None = None
         self._next = 0
@@ -396,8 +450,10 @@ class _Stream:
         if self._stream is None or block < self._next:
             self.close()
             self._file = self._stream = _ResumedFile(self._fs, self._name)
-            if self._compression is not None:
-                self._stream = pa.CompressedInputStream(self._file, self._compression)
+            codec = find_compression(self._file.peek(BLOCK)) if self.compressed else None
+            self.compressed = codec is not None
+            if codec is not None:
+                self._stream = pa.CompressedInputStream(self._file, codec)
             self._next = 0
         content = b""
         while self._next <= block:
@@ -416,7 +472,8 @@ class _Stream:
                 piece = stream.read(min(_PIECE_BYTES, missing))
             except StorageError:
                 raise
-            except OSError:  # cut or damaged: what came before stands
+            except OSError as error:  # cut or damaged: what came before stands
+                self.problem = str(error)
                 break
             if not piece:
                 break
@@ -471,6 +528,16 @@ class BlockSource:
     def end(self) -> int:
         """Return where the source ends; 0 until a read has come upon it."""
         return self._blocks.end or 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether offsets are those of what comes out, and not of the file."""
+        return self._blocks.compressed
+
+    @property
+    def problem(self) -> str:
+        """Why it ends where it does, if that is not the file's end."""
+        return self._blocks.problem
 
     def close(self) -> None:
         """Close what the blocks come from."""

@@ -45,6 +45,14 @@ class ByteSource(Protocol):
     def end(self) -> int:
         """Return the offset at which the source ends; known after a short read."""
 
+    @property
+    def compressed(self) -> bool:
+        """Whether the file is compressed, so that no part of it can be read by itself."""
+
+    @property
+    def problem(self) -> str:
+        """Why it ends there: the decompressor's error, if it is not the end of the file."""
+
 
 class Member(NamedTuple):
     """One file of a tar archive, or one place at which the archive is broken.
@@ -173,6 +181,9 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
 def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> Iterator[Member]:
     """Yield the last member, and a record of the cut, of an archive without an end mark."""
     end = source.end()
+    reason = f": {source.problem}" if source.problem else ""
+    if position == 0 and source.problem:
+        raise NotTarError(f"it can't be decompressed: {source.problem}")
     if position == 0:
         raise NotTarError(
             "not a tar archive: " + (f"only {end} bytes long" if end else "the file is empty")
@@ -180,11 +191,12 @@ def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> 
     if previous is not None and previous.offset + previous.size > end:
         missing = previous.offset + previous.size - end
         cut = f"truncated archive: it ends at byte {end}, {missing} bytes before this member does"
+        cut += reason
         yield previous._replace(problem=cut)
         return
     if previous is not None:
         yield previous
-    cut = f"truncated archive: it ends at byte {end} without an end-of-archive mark"
+    cut = f"truncated archive: it ends at byte {end} without an end-of-archive mark{reason}"
     yield Member("", min(position, end), min(position, end), 0, cut)
 
 
@@ -209,7 +221,7 @@ def _cross_gap(source: ByteSource, start: int, problem: str) -> tuple[int | None
         (filled,) = np.nonzero(blocks.any(axis=1))
         # Checksums are octal numbers: of anything else few blocks have one.
         likely = ((blocks[filled, 149:152] & 0xF8) == 0x30).all(axis=1)
-        header = next((n for n in filled[likely].tolist() if _is_header(blocks[n].tobytes())), None)
+        header = next((n for n in filled[likely].tolist() if is_header(blocks[n].tobytes())), None)
         zeros &= len(filled) == 0 or filled[0] == header
         if header is not None:
             found = position + header * BLOCK
@@ -222,6 +234,8 @@ def _cross_gap(source: ByteSource, start: int, problem: str) -> tuple[int | None
         # One archive behind the other: their samples have nothing to do with each other.
         return found, Member("", end, end, 0) if found is not None else None
     text = f"damaged archive: {problem} at offset {start}, no header in {end - start} bytes"
+    if found is None and source.problem:
+        text += f": {source.problem}"
     return found, Member("", start, start, 0, text)
 
 
@@ -234,7 +248,8 @@ def _is_end_mark(start: int, end: int, *, more: bool) -> bool:
     return any(end % record == 0 and end - start <= record + BLOCK for record in _RECORDS)
 
 
-def _is_header(block: bytes) -> bool:
+def is_header(block: bytes) -> bool:
+    """Say whether a block is a whole tar header."""
     try:
         _verify_checksum(block)
         _parse_number(block[124:136])

@@ -14,7 +14,7 @@ from dask.sizeof import sizeof
 
 from dask_imgread.decoding.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
-from dask_imgread.shards import resolve_path, stat_shard
+from dask_imgread.shards import resolve_path, split_list, stat_shard
 from dask_imgread.storage import name_url
 
 COLUMNS = {
@@ -74,7 +74,7 @@ class FileGroupTask:
             raise ValueError(  # a string is iterable too, letter by letter
                 f"data must be a list of shard paths, not the string {self.data!r}"
             )
-        self.data = [str(path) for path in self.data]
+        self.data = [path for given in self.data for path in split_list(str(given))]
         if self.byte_range is not None and len(self.data) != 1:
             raise ValueError(f"byte_range needs exactly one shard in data, not {len(self.data)}")
 

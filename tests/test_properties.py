@@ -68,6 +68,8 @@ def test_every_image_is_decoded_or_recorded(
 
 
 class Buffer:
+    compressed, problem = False, ""
+
     def __init__(self, content):
         self.content = content
 
