@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -125,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="make a few shards of pictures and read them")
     demo.set_defaults(run=run_demo)
-    demo.add_argument("--folder", default="dask-imgread-demo", help="where to put everything")
+    demo.add_argument("--folder", help="a new one, for everything (default dask-imgread-demo)")
     demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
     demo.add_argument("--workers", type=int, metavar="N", help="worker processes")
     demo.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
@@ -176,7 +177,9 @@ def run_demo(options: argparse.Namespace) -> int:
 
     if options.images < 1:
         raise UsageError(f"--images must be at least 1, not {options.images}")
-    folder = Path(options.folder)
+    folder = Path(options.folder or find_free("dask-imgread-demo"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty, and stays as it is: give another --folder")
     per_shard = -(-options.images // 4)
     print(f"Drawing {4 * per_shard} pictures into {folder / 'shards'}", file=sys.stderr)
     shards = make_shards(
@@ -186,13 +189,19 @@ def run_demo(options: argparse.Namespace) -> int:
     out = str(folder / "metadata")
     with connect_client(n_workers=options.workers, device=options.device, verbose=False) as client:
         print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
-        summary = run_job(shards, out, client=client, reader=reader, overwrite=True, progress=True)
+        summary = run_job(shards, out, client=client, reader=reader, progress=True)
         sheet = folder / "contact-sheet.png"
         save_contact_sheet(client, partition_shards(shards), reader, sheet)
     print_summary(summary, out, {})
     print(f"contact sheet  {sheet}")
     print(f"report         {write_report(out, str(folder / 'report.html'))}")
     return SUCCESS
+
+
+def find_free(name: str) -> str:
+    """Return a name that nothing has: this one, or with a number behind it."""
+    numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    return next(path for path in numbered if not os.path.lexists(path))
 
 
 def run_metadata(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from base64 import b64encode
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -37,6 +37,36 @@ _DECISIVE = (
     *("decoder", "scaled_decoding"),
 )
 _INFERRED_BATCHES = 4  # whose rows tell the types of a function's columns
+
+
+def _describe_more(reader: ImageReaderStage) -> dict[str, Any]:
+    """Return what a subclass of the reader holds besides.
+
+    Raises
+    ------
+    ValueError
+        If that can't be told from something else.
+    """
+    state = reader.__getstate__()
+    held: dict[str, Any] = {}
+    for part in state if isinstance(state, tuple) else (state,):  # the second is of slots
+        held.update(part or {})
+    plain = {field.name for field in fields(ImageReaderStage)}
+    more = {}
+    for name, value in sorted(held.items()):
+        if name in plain:
+            continue
+        try:
+            token = tokenize(value, ensure_deterministic=True)
+        except Exception as error:  # whatever pickling it raises
+            raise ValueError(
+                f"the reader's {name}, a {type(value).__name__}, can't be told from another, so "
+                "that the job could go on over other settings: keep plain values in it, or give "
+                "it a __dask_tokenize__"
+            ) from error
+        simple = value is None or isinstance(value, str | int | float)
+        more[name] = value if simple else f"{type(value).__name__} {token}"
+    return more
 
 
 @dataclass(frozen=True)
@@ -74,13 +104,14 @@ class PartWriter:
 
     def describe(self) -> dict[str, Any]:
         """Return all that decides on what the rows are."""
-        options = asdict(self.reader)
+        options = vars(self.reader)
         return {
             "command": "metadata" if self.fn is None else "apply",
             "function": None if self.fn is None else name_function(self.fn),
             "version": version("dask-imgread"),
             "options": {"reader": type(self.reader).__qualname__}
-            | {name: options[name] for name in _DECISIVE},
+            | {name: options[name] for name in _DECISIVE}
+            | _describe_more(self.reader),
         }
 
     def __call__(self, numbered: tuple[int, FileGroupTask]) -> Count:

@@ -112,6 +112,11 @@ def make_shards(
     list of str
         The shards' paths.
 
+    Raises
+    ------
+    FileExistsError
+        If one of them is there already: nothing is overwritten.
+
     Examples
     --------
     >>> make_shards("shards", shards=2)
@@ -120,10 +125,13 @@ def make_shards(
     unknown = set(extensions) - IMAGE_EXTENSIONS
     if unknown or not extensions:
         raise ValueError(f"extensions must be of {sorted(IMAGE_EXTENSIONS)}, not {extensions!r}")
+    paths = [Path(folder) / f"{number:05d}.tar" for number in range(shards)]
+    there = [path for path in paths if path.exists()]
+    if there:
+        raise FileExistsError(f"{there[0]} is there already, and stays: give another folder")
     total = shards * images_per_shard
     cut = {total * (2 * n + 1) // (2 * broken) for n in range(broken)}
-    paths = []
-    for shard in range(shards):
+    for shard, path in enumerate(paths):
         members: list[tuple[str, bytes]] = []
         for number in range(shard * images_per_shard, (shard + 1) * images_per_shard):
             extension = extensions[number % len(extensions)]
@@ -137,5 +145,5 @@ def make_shards(
             }
             wanted = [extension, *sidecars]
             members += [(f"{number:06d}.{name}", sample[name]) for name in wanted]
-        paths.append(write_shard(Path(folder) / f"{shard:05d}.tar", members))
-    return paths
+        write_shard(path, members)
+    return [str(path) for path in paths]

@@ -1,7 +1,7 @@
 """Fixtures for tests of image pipelines; pytest finds them where dask_imgread is installed.
 
 ``make_shards``
-    ``dask_imgread.testing.make_shards`` with the test's own folder as its default.
+    ``dask_imgread.testing.make_shards`` whose default is a new folder in the test's own.
 ``imgread_cluster``, ``imgread_client``
     Two CPU workers, each a process of one thread; the cluster lives as long as the session.
 ``imgread_gpu_cluster``, ``imgread_gpu_client``
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,10 @@ def make_shards_fixture(tmp_path: Path) -> Callable[..., list[str]]:
     """Return a function that writes shards of drawn pictures, and returns their paths."""
     from dask_imgread.testing import make_shards
 
+    folders = (tmp_path / f"shards{number or ''}" for number in itertools.count())
+
     def make(folder: Path | str | None = None, **options: Any) -> list[str]:
-        return make_shards(folder or tmp_path / "shards", **options)
+        return make_shards(folder or next(folders), **options)
 
     return make
 

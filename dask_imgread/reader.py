@@ -9,6 +9,8 @@ from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dask.tokenize import normalize_token
+
 from dask_imgread import gpu
 from dask_imgread.batches import BatchGatherer, BatchRules, BeginDecoding
 from dask_imgread.cluster import check_resources
@@ -246,6 +248,10 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         reader = copy(self)  # of a subclass, too, whatever it is made with
         reader.isolate = True
         return reader
+
+    def __dask_tokenize__(self) -> object:
+        """Name all that a reader holds: of a dataclass Dask looks at nothing but its fields."""
+        return normalize_token((type(self), self.__getstate__()))
 
     def _hold_share(self) -> AbstractContextManager[None]:
         return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()

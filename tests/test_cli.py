@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dask_imgread.cli import main
+from dask_imgread.cli import find_free, main
 
 
 def run(*arguments, cwd):
@@ -28,6 +28,12 @@ def test_demo(tmp_path):
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sum(count > 0 for count in sheet.convert("L").histogram()) > 50
     assert "Traceback" not in done.stderr
+    before = sorted(folder.rglob("*"))
+    again = run("demo", "--folder", folder, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "is not empty, and stays as it is: give another --folder" in again.stderr
+    assert sorted(folder.rglob("*")) == before
+    assert find_free(str(folder)) == f"{folder}-2"
 
 
 def test_metadata(tmp_path, photo_shards):

@@ -76,9 +76,13 @@ def test_python_in_the_readme_parses():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_examples(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for example in doctest.DocTestFinder().find(importlib.import_module(name)):
+        folder = tmp_path / example.name
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        runner.run(example)
+    assert runner.failures == 0
 
 
 def test_public_names_are_documented_with_an_example():

@@ -201,3 +201,55 @@ def test_device_output_on_a_cpu_is_numpy(photo_shards):
     for image, expected in zip(batch.data, host.data, strict=True):
         assert isinstance(image.image_data, np.ndarray)
         np.testing.assert_array_equal(image.image_data, expected.image_data)
+
+
+class AtLeast(ImageReaderStage):
+    """With a setting that is no field."""
+
+    def __init__(self, least, **options):
+        super().__init__(**options)
+        self.least = least
+
+
+class Slotted(ImageReaderStage):
+    """With one that is in no ``__dict__`` either."""
+
+    __slots__ = ("least",)
+
+    def __init__(self, least, **options):
+        super().__init__(**options)
+        self.least = least
+
+
+def make_local(least):
+    class Local(ImageReaderStage):
+        threshold = least
+
+        def stream(self, task):
+            yield from (b for b in super().stream(task) if b.num_items >= least)
+
+    return Local()
+
+
+@pytest.mark.parametrize("make", [AtLeast, Slotted])
+def test_all_that_a_reader_holds_is_in_its_keys(make):
+    from dask.base import tokenize
+
+    assert tokenize(make(1)) == tokenize(make(1)) != tokenize(make(2))
+    assert tokenize(make(1)) != tokenize(ImageReaderStage())
+    assert tokenize(make_local(1)) != tokenize(make_local(2))
+
+
+@pytest.mark.parametrize("make", [AtLeast, Slotted])
+def test_all_that_a_reader_holds_is_in_its_jobs_description(make, tmp_path):
+    from dask_imgread.folder import JobFolder
+    from dask_imgread.parts import PartWriter
+
+    def describe(least):
+        return PartWriter(make(least), None, JobFolder(str(tmp_path), {})).describe()
+
+    assert describe(1) == describe(1) != describe(2)
+    assert describe([1, 2]) == describe([1, 2]) != describe([2, 1])
+    assert describe(1)["options"]["least"] == 1
+    with pytest.raises(ValueError, match=r"the reader's least, a lock, can't be told from another"):
+        describe(__import__("threading").Lock())
