@@ -95,6 +95,7 @@ def run_job(
     retry_failed: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    relative_to: str | None = None,
 ) -> Summary:
     """Read shards on a cluster and write a row for each image, or what a function makes of them.
 
@@ -143,6 +144,8 @@ def run_job(
         Remove what another job has written to ``out``, and begin anew.
     progress
         Show it on stderr: a bar on a terminal, else a line every ten seconds.
+    relative_to
+        The reader's option, if not given there: ids from the shards' paths below it.
 
     Returns
     -------
@@ -178,6 +181,8 @@ def run_job(
     start = time.monotonic()
     options = storage_options or {}
     job = _make_job(fn, reader, _open_folder(str(out), options, out_options))
+    if relative_to is not None:
+        job = job.rooted(relative_to)
     division = Division(files_per_partition, images_per_partition, blocksize)
     shards = find_shards(paths, options)
     job_id, partitions = prepare_plan(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _READER = [
     *("dali_batch_size", "num_threads", "num_gpus_per_worker", "device", "decode", "sidecars"),
     *("on_error", "max_pixels", "max_batch_bytes", "resize", "decoder", "scaled_decoding"),
-    "isolate",
+    *("isolate", "relative_to"),
 ]
 
 _SWITCHES = ("sidecars", "scaled_decoding", "isolate")  # of the reader, without a default here
@@ -136,6 +136,9 @@ def add_reader(command: argparse.ArgumentParser) -> None:
         "--scaled-decoding",
         action=argparse.BooleanOptionalAction,
         help="begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
+    )
+    reader.add_argument(
+        "--relative-to", metavar="FOLDER", help="make ids from the shards' paths below it"
     )
     reader.add_argument(
         "--isolate",

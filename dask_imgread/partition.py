@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
+from dask_imgread.records import name_shards
 from dask_imgread.samples import cut_at_samples, index_members
 from dask_imgread.shards import Paths, Shard, find_shards, is_local, open_shard
 from dask_imgread.tar import NotTarError, walk_members
@@ -27,6 +29,7 @@ def partition_shards(
     storage_options: dict[str, Any] | None = None,
     limit: int | None = None,
     dataset_name: str = "",
+    relative_to: str | None = None,
 ) -> list[FileGroupTask]:
     """Find shards and divide them into tasks, on the client.
 
@@ -54,6 +57,9 @@ def partition_shards(
         The number of tasks, at most; the rest is left out.
     dataset_name
         A name that the tasks and their batches carry.
+    relative_to
+        A folder or URL below which the shards lie: their ids are made from their paths below
+        it, and not from their whole paths.
 
     Returns
     -------
@@ -65,7 +71,8 @@ def partition_shards(
     FileNotFoundError
         If a path, or all that a folder or a glob stands for, does not exist.
     ValueError
-        If more than one way to divide is given, or a number below 1.
+        If more than one way to divide is given, or a number below 1, or if a shard does
+        not lie below ``relative_to``.
 
     Examples
     --------
@@ -83,6 +90,9 @@ def partition_shards(
     for number, task in enumerate(chosen):
         task.task_id = f"file_group_{number}"
         task.dataset_name = dataset_name
+        if relative_to is not None:
+            task.reader_config = task.reader_config | {"relative_to": os.fspath(relative_to)}
+            name_shards(task, None)
     return chosen
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from base64 import b64encode
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +35,7 @@ class SchemaError(ValueError):
 # What of a reader decides on the rows. The rest is how fast they come.
 _DECISIVE = (
     *("decode", "sidecars", "on_error", "max_pixels", "resize", "output"),
-    *("decoder", "scaled_decoding"),
+    *("decoder", "scaled_decoding", "relative_to"),
 )
 _INFERRED_BATCHES = 4  # whose rows tell the types of a function's columns
 
@@ -102,6 +103,12 @@ class PartWriter:
         """Return the same writer whose reader decodes each image in a child process."""
         return replace(self, reader=self.reader.isolated())
 
+    def rooted(self, relative_to: str) -> PartWriter:
+        """Return the same writer whose reader makes ids from paths below a folder or URL."""
+        reader = copy(self.reader)
+        reader.relative_to = relative_to
+        return replace(self, reader=reader)
+
     def describe(self) -> dict[str, Any]:
         """Return all that decides on what the rows are."""
         options = vars(self.reader)
@@ -135,7 +142,7 @@ class PartWriter:
 
     def write_lost(self, number: int, task: FileGroupTask, error: Exception) -> Count:
         """Write a row for each shard of a partition that could not be run."""
-        batch = ImageBatch(failed=describe_lost_shards(task, error))
+        batch = ImageBatch(failed=describe_lost_shards(task, self.reader.relative_to, error))
         rows = self._no_rows() if self.fn is not None else self._make_rows(batch)
         count = Count(0, len(batch.failed))
         return self._write(number, rows, to_table(batch.to_frame()), count, time.time())

@@ -26,10 +26,11 @@ from dask_imgread.records import (
     describe_lost,
     explain_lost,
     is_dropping,
+    name_shards,
     read_encoded,
 )
-from dask_imgread.samples import ShardIndex, index_members, make_shard_id
-from dask_imgread.shards import open_shard, resolve_path
+from dask_imgread.samples import ShardIndex, index_members
+from dask_imgread.shards import open_shard
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage import StorageError, hide_secrets, name_url
 from dask_imgread.tar import ByteSource, Member, NotTarError, walk_members
@@ -101,6 +102,10 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         costs only itself, and is recorded as ``kills its decoder``. Slower, and for shards
         that have killed workers; jobs, ``verify_shards`` and ``map_windowed`` do so by
         themselves. Arrays are then the host's, whatever ``output`` says.
+    relative_to
+        A folder or URL below which the shards lie. Their ids are then made from their paths below
+        it, so that they stay the same where the set is copied, linked or uploaded. A task
+        that was made with its own keeps that.
     output
         ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
         objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
@@ -134,6 +139,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     decoder: Literal["auto", "dali"] = "auto"
     scaled_decoding: bool = True
     isolate: bool = False
+    relative_to: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -261,11 +267,12 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
 
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         options = self._choose_decoder()
+        shards = name_shards(task, self.relative_to)
         batches = 0
         images = failures = 0
         with self._open_decoder() as begin:
-            for path in task.data:
-                for batch in self._read_shard(resolve_path(path), task, options, begin):
+            for path, shard_id in shards.items():
+                for batch in self._read_shard(path, shard_id, task, options, begin):
                     batch.dataset_name = task.dataset_name
                     batch.task_id = f"{task.task_id}_{batches}"
                     batches += 1
@@ -308,6 +315,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     def _read_shard(
         self,
         path: str,
+        shard_id: str,
         task: FileGroupTask,
         options: DecoderOptions,
         begin: BeginDecoding | None,
@@ -323,7 +331,6 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                 index = self._index(source, task)
                 for note in index.notes:
                     logger.warning("%s: %s", shown, note)
-                shard_id = make_shard_id(path)
                 sidecars = SidecarReader(source)
                 for entry in index.images:
                     if is_dropping(source, entry.member):
@@ -336,7 +343,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                     yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
-            yield from gathered.add(describe_lost(path, reason), None)
+            yield from gathered.add(describe_lost(path, shard_id, reason), None)
         yield from gathered.empty()
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> ShardIndex:

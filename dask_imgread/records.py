@@ -49,10 +49,10 @@ def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
     )
 
 
-def describe_lost(path: str, reason: str) -> ImageObject:
+def describe_lost(path: str, shard_id: str, reason: str) -> ImageObject:
     """Make the record of a whole shard that can't be read."""
     shown = name_url(path)
-    return ImageObject(shown, f"{make_shard_id(path)}/", shard=shown, error=reason)
+    return ImageObject(shown, f"{shard_id}/", shard=shown, error=reason)
 
 
 def explain_lost(error: Exception, path: str) -> str:
@@ -63,11 +63,20 @@ def explain_lost(error: Exception, path: str) -> str:
     return f"unreadable shard: {error}"
 
 
-def describe_lost_shards(task: FileGroupTask, error: BaseException) -> list[ImageObject]:
+def name_shards(task: FileGroupTask, relative_to: str | None) -> dict[str, str]:
+    """Return the id of each shard of a task, by its path; ``relative_to`` is the reader's."""
+    base = task.relative_to or relative_to
+    base = base and resolve_path(base)
+    return {path: make_shard_id(path, base) for path in map(resolve_path, task.data)}
+
+
+def describe_lost_shards(
+    task: FileGroupTask, relative_to: str | None, error: BaseException
+) -> list[ImageObject]:
     """Make a record for each shard of a task that could not be run."""
-    paths = map(resolve_path, task.data)
     reason = hide_secrets(f"killed its worker: {error}", task.storage_options)
-    return [describe_lost(path, reason) for path in paths]
+    shards = name_shards(task, relative_to)
+    return [describe_lost(path, shard_id, reason) for path, shard_id in shards.items()]
 
 
 def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:

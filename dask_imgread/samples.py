@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask_imgread.storage import drop_signature
+from dask_imgread.storage import drop_signature, name_url
 from dask_imgread.tar import Member
 
 IMAGE_EXTENSIONS = frozenset(
@@ -45,13 +45,29 @@ def is_image(extension: str) -> bool:
     return extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def make_shard_id(shard: str) -> str:
+def make_shard_id(shard: str, relative_to: str | None = None) -> str:
     """Return a shard's short name: its file name and a digest of its whole path or URL.
 
     The digest keeps apart shards of one name in two folders; nothing else goes into it,
-    so that the name is the same in every process and for every grouping of shards.
+    so that the name is the same in every process and for every grouping of shards. With
+    ``relative_to``, a folder or a URL, it is of the path below that.
+
+    Raises
+    ------
+    ValueError
+        If the shard does not lie below ``relative_to``.
+
+    Examples
+    --------
+    >>> make_shard_id("/data/train/0.tar", "/data") == make_shard_id("s3://b/train/0.tar", "s3://b")
+    True
     """
     plain = drop_signature(shard)
+    if relative_to is not None:
+        base = drop_signature(relative_to).rstrip("/") + "/"
+        if not plain.startswith(base):
+            raise ValueError(f"{name_url(shard)} does not lie below {base}, its relative_to")
+        plain = plain.removeprefix(base)
     stem = posixpath.basename(plain.split("?", 1)[0]).split(".", 1)[0]
     return f"{stem}-{hashlib.blake2b(plain.encode(), digest_size=5).hexdigest()}"
 

@@ -47,8 +47,8 @@ class FileGroupTask:
         A name for the task; batches are numbered after it.
     reader_config
         What the reader is told about these shards: ``storage_options``, a dict for
-        fsspec's file system. It is left out of ``repr``, since it may hold credentials,
-        as are those in URLs.
+        fsspec's file system, and ``relative_to``. It is left out of ``repr``, since it may
+        hold credentials, as are those in URLs.
     byte_range
         Offsets of the first header to read and of the first not to (None: to the end).
         For a task with one shard only.
@@ -89,6 +89,11 @@ class FileGroupTask:
         options: dict[str, Any] = self.reader_config.get("storage_options") or {}
         return options
 
+    @property
+    def relative_to(self) -> str | None:
+        """The folder or URL below which the shards' paths make their ids; None for whole paths."""
+        return self.reader_config.get("relative_to")
+
     def __repr__(self) -> str:
         """Return what Dask writes into its logs when the task fails."""
         data = [name_url(path) for path in self.data]
@@ -128,7 +133,8 @@ class ImageObject:
         ``<shard path>/<member name>``.
     image_id
         Unique in a dataset, the same however the shards are grouped, partitioned or
-        ordered. Made from the shard's path and the member's name.
+        ordered. Made from the shard's path, whole or below ``relative_to``, and the member's
+        name.
     image_data
         uint8 array ``(height, width, 3)``, RGB; None if the image was not decoded.
     metadata

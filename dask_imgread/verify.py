@@ -144,7 +144,7 @@ def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> 
         elif not isinstance(result, KilledWorker):
             raise result
         else:
-            lost = describe_lost_shards(task, result)
+            lost = describe_lost_shards(task, verify.reader.relative_to, result)
             yield _Tally(Counter(dict.fromkeys((image.shard for image in lost), 0)), lost)
 
 
