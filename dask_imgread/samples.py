@@ -65,9 +65,11 @@ def make_shard_id(shard: str, relative_to: str | None = None) -> str:
     plain = drop_signature(shard)
     if relative_to is not None:
         base = drop_signature(relative_to).rstrip("/") + "/"
-        if not plain.startswith(base):
+        # Some stores' URLs are written with three slashes as well as with two.
+        below = plain.replace(":///", "://").removeprefix(base.replace(":///", "://"))
+        if len(below) == len(plain.replace(":///", "://")):
             raise ValueError(f"{name_url(shard)} does not lie below {base}, its relative_to")
-        plain = plain.removeprefix(base)
+        plain = below
     stem = posixpath.basename(plain.split("?", 1)[0]).split(".", 1)[0]
     return f"{stem}-{hashlib.blake2b(plain.encode(), digest_size=5).hexdigest()}"
 
