@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +26,14 @@ from dask_imgread.decoding.header import Header
 
 logger = logging.getLogger("dask_imgread")
 
-# Only errors: the level below prints a warning for a picture that decodes well.
-os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
-# From this size on DALI keeps host memory to use it again, where malloc would take fresh pages for
-# each batch: in Dask's workers it gives back all that is freed.
-os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))
+_SETTINGS = {
+    # Only errors: the level below prints a warning for a picture that decodes well.
+    "DALI_NVIMGCODEC_LOG_LEVEL": "1",
+    # From this size on DALI keeps host memory to use it again, where malloc would take fresh pages
+    # for each batch: in Dask's workers it gives back all that is freed.
+    "DALI_MALLOC_POOL_THRESHOLD": str(1 << 20),
+}
+_environment = threading.Lock()
 
 
 class DeviceError(RuntimeError):
@@ -46,6 +49,22 @@ class Place(NamedTuple):
 
 # A Dask-CUDA worker sees its own GPU first.
 PLACES = {"gpu": Place(0, "mixed"), "cpu": Place(None, "cpu")}
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Keep our settings in the environment meanwhile, where DALI looks for them.
+
+    It does when a pipeline is built: for the level each time, for the memory the first time.
+    """
+    with _environment:
+        ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
 
 
 class Decoder:
@@ -84,7 +103,8 @@ class Decoder:
                 images = fn.resize(images, size=[float(side) for side in options.resize])
             # In the graph, since `as_cpu()` copies under the interpreter's lock.
             self._pipeline.set_outputs(images.cpu() if self._to_host else images)
-        self._pipeline.build()
+        with _settings():
+            self._pipeline.build()
         self._buffers: list[np.ndarray] = []
         if options.device == "gpu":
             self._begin_full()

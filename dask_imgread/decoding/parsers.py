@@ -10,12 +10,13 @@ DALI 2.4.0).
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import mul
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from dask_imgread.decoding.contract import Content
 
@@ -23,11 +24,27 @@ from dask_imgread.decoding.contract import Content
 # have no length (TEM, RST), and frames other than those below.
 _JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_HUFFMAN, _QUANTIZATION, _SCAN = 0xC4, 0xDB, 0xDA
+_JPEG_CODINGS = {
+    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "lossless JPEG"),
+    **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "hierarchical JPEG"),
+    0xF7: "JPEG-LS",
+}
+_HUFFMAN, _QUANTIZATION, _SCAN, _APP1 = 0xC4, 0xDB, 0xDA, 0xE1
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _CODE_SPACE = tuple(1 << 15 - n for n in range(16))  # what a code of 1 to 16 bits takes of 2**16
 _JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
+_PNG_TYPE = re.compile(rb"[0-9A-Za-z_]{4}")
+_PNG_TEXTS = (b"iTXt", b"tEXt", b"zTXt")
+_PNG_KEYWORDS = (b"exif", b"xmp", b"XML:com.adobe.xmp", b"Raw profile type exif")
+_MOST_TEXT = 1 << 20  # bytes, of which more are no metadata of a picture
+# What is kept of a file whose pixels are skipped.
+_NO_PIXELS = {b"IHDR", b"acTL", b"fcTL", b"eXIf", *_PNG_TEXTS, b"VP8X", b"EXIF", b"XMP "}
 _LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
+
+
+# In which an orientation may stand, under the names that Pillow gives them in ``Image.info``.
+Metadata: TypeAlias = dict[str, Any]
 
 
 class ParsedHeader(NamedTuple):
@@ -37,7 +54,8 @@ class ParsedHeader(NamedTuple):
     height: int
     channels: int
     plain: bool  # every decoder reads it alike, and gives the same pixels
-    metadata: bool  # there is EXIF or XMP, and so perhaps an orientation
+    metadata: Metadata
+    settled: bool  # nothing was met that is odd, nor do the bytes end before all metadata
     progressive: bool = False
 
 
@@ -50,17 +68,20 @@ def parse_jpeg(content: Content) -> ParsedHeader:
         If there is no frame header, or none with a size, before the bytes end or turn odd.
     """
     frame: tuple[int, ...] | None = None
-    sound = metadata = False
+    sound = settled = False
+    metadata: Metadata = {}
     with suppress(IndexError, struct.error):  # the bytes end
         for marker, body, length in _walk_jpeg(content):
             if marker in _JPEG_SEGMENTS:
-                metadata |= marker == 0xE1
-                if length < (8 if marker == 0xE1 else 2):  # of APP1 six bytes are looked at
+                if length < (8 if marker == _APP1 else 2):  # of APP1 six bytes are looked at
                     break
+                if marker == _APP1:
+                    _keep_app1(metadata, bytes(content[body : body + length - 2]))
             elif marker in _JPEG_FRAMES and frame is None:
                 frame = marker, length, *struct.unpack_from(">BHHB", content, body)
             else:
-                sound = marker == _SCAN and length == 6 + 2 * content[body]
+                settled = marker == _SCAN
+                sound = settled and length == 6 + 2 * content[body]
                 break
     if frame is None or not all(frame[3:5]):
         raise ValueError("no frame header, or its size in another segment")
@@ -68,7 +89,30 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     sound &= length == 8 + 3 * channels and _has_jpeg_end(content)
     # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
     plain = sound and marker <= 0xC2 and bits == 8 and channels in (1, 3)
-    return ParsedHeader(width, height, channels, plain, metadata, marker == 0xC2)
+    progressive = marker in (0xC2, 0xCA)
+    return ParsedHeader(width, height, channels, plain, metadata, settled, progressive)
+
+
+def _keep_app1(metadata: Metadata, segment: bytes) -> None:
+    """Keep the EXIF or XMP of a segment. EXIF goes on in the next one; of XMP the last counts."""
+    if segment.startswith(_EXIF):
+        earlier = metadata.get("exif")
+        metadata["exif"] = earlier + segment[len(_EXIF) :] if earlier else segment
+    elif segment.startswith(_XMP):
+        metadata["xmp"] = segment[len(_XMP) :]
+
+
+def name_jpeg_coding(content: Content) -> str | None:
+    """Return how a JPEG is coded that no decoder here may know; None if it is a usual one."""
+    with suppress(IndexError):
+        for marker, body, _ in _walk_jpeg(content):
+            if marker in _JPEG_CODINGS:
+                return _JPEG_CODINGS[marker]
+            if marker in _JPEG_FRAMES:
+                return "JPEG of 12 bits" if content[body] == 12 and marker != 0xC0 else None
+            if marker == _SCAN:
+                break
+    return None
 
 
 def _walk_jpeg(content: Content) -> Iterator[tuple[int, int, int]]:
@@ -186,12 +230,47 @@ def parse_png(content: Content) -> ParsedHeader:
         raise ValueError("no IHDR")
     # 16 bits are rounded in several ways; of 2 and 4 DALI takes memory where it can't say that
     # there is none.
-    plain, metadata = bits == 8, False
+    plain = bits == 8
+    animated = pixels = ended = False
+    metadata: Metadata = {}
     for kind, start, length in _list_png_chunks(content):
-        # Of an animation DALI shows another frame.
-        plain &= kind != b"acTL" and start + length + 4 <= len(content)
-        metadata |= kind == b"eXIf" or _holds_exif(kind, content[start : start + 17])
-    return ParsedHeader(width, height, channels, plain and kind == b"IEND", metadata)
+        animated |= kind == b"acTL"
+        pixels |= kind == b"IDAT"
+        if not _PNG_TYPE.fullmatch(kind) or (kind == b"fcTL" and animated and pixels):
+            ended = pixels  # for Pillow too: of an animation the next frame begins
+            break
+        plain &= (kind != b"IHDR" or start == 16) and start + length + 4 <= len(content)
+        if kind == b"eXIf":
+            metadata["exif"] = _EXIF + bytes(content[start : start + length])
+        elif kind in _PNG_TEXTS:
+            _keep_png_text(metadata, kind, bytes(content[start : start + length]))
+    # Of an animation DALI shows another frame.
+    plain &= kind == b"IEND" and not animated
+    settled = ended or kind == b"IEND"
+    return ParsedHeader(width, height, channels, plain, metadata, settled)
+
+
+def _keep_png_text(metadata: Metadata, kind: bytes, chunk: bytes) -> None:
+    """Keep a text that may hold an orientation: XMP, or EXIF as ImageMagick writes it."""
+    keyword, _, text = chunk.partition(b"\0")
+    if keyword not in _PNG_KEYWORDS:
+        return
+    packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] != b"\0")
+    if kind == b"iTXt":
+        text = text[2:].split(b"\0", 2)[-1]  # behind a language and the keyword in it
+    elif kind == b"zTXt":
+        text = text[1:]
+    if packed:
+        try:
+            text = zlib.decompressobj().decompress(text, _MOST_TEXT)
+        except zlib.error:
+            text = b""
+    if keyword == b"exif":
+        metadata["exif"] = text
+    elif keyword == b"Raw profile type exif":
+        metadata["Raw profile type exif"] = text.decode("latin-1")
+    else:
+        metadata["xmp"] = text
 
 
 def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
@@ -205,13 +284,6 @@ def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
         position += 12 + length
 
 
-def _holds_exif(kind: bytes, keyword: Content) -> bool:
-    """Say whether a text chunk may hold an orientation: in XMP, or in ImageMagick's EXIF."""
-    if kind == b"iTXt":
-        return keyword == b"XML:com.adobe.xmp"
-    return kind in (b"tEXt", b"zTXt") and keyword[:11] == b"Raw profile"
-
-
 def parse_webp(content: Content) -> ParsedHeader:
     """Read the first chunk, and look for what it promises (RFC 9649, 2.5 to 2.7).
 
@@ -221,23 +293,73 @@ def parse_webp(content: Content) -> ParsedHeader:
         If the first chunk has no size of a picture.
     """
     form, kind, length, flags = struct.unpack_from("<4s4sIB", content, 8)
-    whole = len(content) >= max(_LEAST_WEBP, 8 + int.from_bytes(content[4:8], "little"))
+    complete = len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    whole = complete and len(content) >= _LEAST_WEBP
     if form == b"WEBP" and kind == b"VP8 " and content[23:26] == b"\x9d\x01\x2a":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
         if not width or not height:
             raise ValueError("no size")
-        return ParsedHeader(width, height, 3, whole, metadata=False)
+        return ParsedHeader(width, height, 3, whole, {}, settled=True)
     if form == b"WEBP" and kind == b"VP8L" and flags == 0x2F:
         packed = int.from_bytes(content[21:25], "little")
         width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-        return ParsedHeader(width, height, 3 + (packed >> 28 & 1), whole, metadata=False)
+        return ParsedHeader(width, height, 3 + (packed >> 28 & 1), whole, {}, settled=True)
     if form == b"WEBP" and kind == b"VP8X" and len(content) >= 30:
         width = int.from_bytes(content[24:27], "little") + 1
         height = int.from_bytes(content[27:30], "little") + 1
         still = not flags & 0b10
         plain = whole and still and length == 10 and _has_promised_exif(content, flags)
-        return ParsedHeader(width, height, 3 + (flags >> 4 & 1), plain, bool(flags & 0b1100))
+        metadata = _find_webp_metadata(content, flags) if flags & 0b1100 else {}
+        settled = complete or not flags & 0b1100
+        return ParsedHeader(width, height, 3 + (flags >> 4 & 1), plain, metadata, settled)
     raise ValueError(f"no picture in chunk {kind!r}")
+
+
+def _find_webp_metadata(content: Content, flags: int) -> Metadata:
+    """Return the first EXIF and XMP chunks, where the VP8X chunk's flags promise them."""
+    names = {b"EXIF": ("exif", 0b1000), b"XMP ": ("xmp", 0b100)}
+    found: Metadata = {}
+    position = 30
+    while position + 8 <= len(content):
+        kind, length = struct.unpack_from("<4sI", content, position)
+        chunk = bytes(content[position + 8 : position + 8 + length]) if kind in names else b""
+        if chunk and flags & names[kind][1]:
+            found.setdefault(names[kind][0], chunk)
+        position += 8 + length + length % 2
+    return found
+
+
+def read_without_pixels(file: BinaryIO) -> bytes:
+    """Return a PNG or WebP without its pixels, over which it skips: metadata may lie behind.
+
+    Where it is cut short, it is made to end.
+    """
+    file.seek(0)
+    magic = file.read(12)
+    png = magic[:4] == b"\x89PNG"
+    position = 8 if png else 12
+    pieces = [magic[:position]]
+    kind = b""
+    while kind != b"IEND":
+        file.seek(position)
+        header = file.read(8)
+        if len(header) < 8:
+            break
+        if png:
+            length, kind = struct.unpack(">I4s", header)
+            length += 4  # its sum
+        else:
+            kind, length = struct.unpack("<4sI", header)
+            length += length % 2
+        if kind in _NO_PIXELS:
+            pieces.append(header + file.read(length))
+        elif png:
+            pieces.append(bytes(4) + kind + bytes(4))  # of no length
+        position += 8 + length
+    if png and kind != b"IEND":
+        pieces.append(bytes(4) + b"IEND")
+    content = b"".join(pieces)
+    return content if png else content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
 
 
 def _has_promised_exif(content: Content, flags: int) -> bool:
