@@ -1,6 +1,7 @@
 """What headers alone tell is what comes out, wherever in a file it stands."""
 
 import io
+import random
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage, read_metadata
 from dask_imgread.decoding.header import HEAD_BYTES, ImageError, read_header, read_header_only
+from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.testing import write_shard
 from tests.conftest import both_decoders, encode, read_with_pillow
 from tests.odd_headers import chunk, exif_segment, part, riff, segment, turned, vp8x
@@ -250,3 +252,60 @@ def test_truncated_heads():
                 except ImageError:
                     continue
                 assert header.width + header.height == 128 + 96, name
+
+
+def draw_exif(rng):
+    """Draw a directory in which anything may be odd."""
+    order = rng.choice("<>")
+    marks = {"<": [b"II*\0", b"II\0*", b"II+\0"], ">": [b"MM\0*", b"MM*\0", b"MM\0+"]}[order]
+    count = rng.randrange(4)
+    exif = rng.choice(marks[:1] * 9 + marks)
+    exif += struct.pack(order + "L", rng.choice([8] * 9 + [9, 20, 999, 0xFFFFFFFF]))
+    exif += struct.pack(order + "H", rng.choice([count] * 9 + [count + 1, 65535]))
+    for _ in range(count):
+        tag = rng.choice([0x112] * 3 + [271, 256, 34665])
+        kind = rng.choice([3] * 5 + list(range(19)))
+        number = rng.choice([1] * 8 + [0, 2, 3, 8, 100, 0xFFFFFFFF])
+        n = rng.randrange(10)
+        value = rng.choice(
+            [
+                struct.pack(order + "HH", n, 0),
+                struct.pack(order + "L", n),
+                struct.pack(order + "f", n),
+                struct.pack(order + "L", 8 * n),
+                bytes([n]) * 4,
+                rng.randbytes(4),
+            ]
+        )
+        exif += struct.pack(order + "HHL", tag, kind, number) + value
+    behind = [bytes(4), struct.pack(order + "6L", 6, 1, 6, 1, 8, 0), struct.pack(order + "d", 6)]
+    return exif + rng.choice([b"", *behind, rng.randbytes(rng.randrange(60))])
+
+
+def ask_pillow(metadata):
+    """Return what ``ImageOps.exif_transpose`` would turn by; where it raises there is no answer."""
+    image = Image.Image()
+    image.info = dict(metadata)
+    try:
+        orientation = image.getexif().get(0x112, 1)
+    except Exception:
+        return 1
+    return orientation if orientation in range(2, 9) else 1
+
+
+def test_the_orientation_is_pillows():
+    rng = random.Random(5)
+    turned = 0
+    for _ in range(20_000):
+        exif = b"Exif\0\0" * rng.randrange(3) + draw_exif(rng)
+        metadata = {}
+        if rng.random() < 0.8:
+            metadata["exif"] = exif
+        elif rng.random() < 0.8:
+            metadata["Raw profile type exif"] = f"\nexif\n  12\n{exif.hex()}{rng.choice('x ')}"
+        if rng.random() < 0.3:
+            metadata["xmp"] = rng.choice([xmp(6), b"<tiff:Orientation>8</", b"tiff:Orientation=6"])
+        expected = ask_pillow(metadata)
+        turned += expected > 1
+        assert find_orientation(metadata) == expected, metadata
+    assert turned > 2000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
 
 from PIL import (
     AvifImagePlugin,
@@ -23,6 +23,7 @@ from PIL import (
 )
 
 from dask_imgread.decoding.contract import Content, DecoderOptions
+from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.decoding.parsers import (
     name_jpeg_coding,
     parse_jpeg,
@@ -32,12 +33,11 @@ from dask_imgread.decoding.parsers import (
 )
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
-_ORIENTATION = 0x0112
 _MOST_SCANNED = 1 << 33  # pixels, in all scans: some five seconds; ten scans are usual
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
 _IMAGE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s"
+    rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
     re.DOTALL,
 )
@@ -64,6 +64,8 @@ _NOT_OPENED = {
     b"\0\0\1\0": "ICO",
     b"qoif": "QOI",
     b"DDS ": "DDS",
+    b"P7\n": "PAM",
+    b"P7 332": "XV thumbnail",
 }
 _EXPLAINED_BYTES = 1 << 20  # of a file that can't be opened, to say why
 
@@ -200,7 +202,7 @@ def _parse(content: Content) -> Header | None:
             if not parsed.settled:
                 return None
             width, height, channels, plain, metadata, _, progressive = parsed
-            orientation = _find_orientation(metadata)
+            orientation = find_orientation(metadata)
             if orientation >= 5:
                 width, height = height, width
             plain &= not (metadata and name == "png")  # OpenCV, in DALI, reads some of it
@@ -213,7 +215,7 @@ def _read_with_pillow(file: BinaryIO) -> Header:
         with open_with_pillow(file) as image:
             name = (image.format or "unknown").lower()
             # A TIFF Pillow turns by itself, its size at once.
-            orientation = 1 if name == "tiff" else _find_orientation(image.info)
+            orientation = 1 if name == "tiff" else find_orientation(image.info)
             width, height = image.size[::-1] if orientation >= 5 else image.size
             palette = image.palette.mode if image.mode == "P" and image.palette else None
             channels = len(palette or image.getbands())
@@ -260,19 +262,6 @@ _PARSERS = {
 }
 
 
-def _find_orientation(metadata: Mapping[Any, Any]) -> int:
-    """Decide the orientation, for every format and decoder, as ``ImageOps.exif_transpose`` does."""
-    if not metadata:
-        return 1
-    image = Image.Image()
-    image.info = dict(metadata)
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata does not break the picture
-        return 1
-    return int(orientation) if orientation in range(2, 9) else 1
-
-
 def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     """Open an image of a format that we name with Pillow, reading its header only.
 
@@ -295,6 +284,8 @@ def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
                 raise ImageError(f"unsupported codec: {accepted}")
             if accepted:
                 file.seek(0)
+                if name == "WEBP":
+                    file = _SlowStart(file.read())
                 try:
                     return factory(file, "")
                 except (SyntaxError, IndexError, TypeError, struct.error) as error:
@@ -305,6 +296,16 @@ def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
         refusal = error
     file.seek(0)
     raise _explain_unopened(file.read(_EXPLAINED_BYTES), refusal) from refusal
+
+
+class _SlowStart(io.BytesIO):
+    """A file whose first read gives too little for the plugin of WebP to see its size.
+
+    Which it would compare with ``Image.MAX_IMAGE_PIXELS``.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(16 if self.tell() == 0 else size)
 
 
 def _explain_unopened(content: bytes, refusal: Exception | None) -> ImageError:

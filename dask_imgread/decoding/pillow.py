@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from dask_imgread.decoding.contract import Content, Pixels
 from dask_imgread.decoding.geometry import turn
@@ -47,6 +48,10 @@ def _to_rgb(image: ImageFile) -> Pixels:
     """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
     if image.format == "PPM" and image.tile and image.tile[0][3] == ("RGB", 0xFFFF):
         return _read_wide_ppm(image)
+    if image.format == "TIFF":
+        # Else its plugin compares the size with `Image.MAX_IMAGE_PIXELS`, the whole process's.
+        size = getattr(image, "_tile_size", image.size)
+        image.im = Image.new(image.mode, size, None).im
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     if wide:
         bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
