@@ -37,7 +37,7 @@ _MOST_SCANNED = 1 << 33  # pixels, in all scans: some five seconds; ten scans ar
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
 _IMAGE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s"
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
     re.DOTALL,
 )
@@ -162,7 +162,10 @@ class _SlowFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise ValueError(f"no offset: {position}")
+        self._position = position
         return self._position
 
     def tell(self) -> int:

@@ -31,7 +31,10 @@ def find_orientation(metadata: Mapping[Any, Any]) -> int:
     exif = metadata.get("exif")
     try:
         if exif is None and "Raw profile type exif" in metadata:
-            exif = bytes.fromhex("".join(metadata["Raw profile type exif"].split("\n")[3:]))
+            profile = metadata["Raw profile type exif"]
+            if isinstance(profile, bytes):
+                profile = profile.decode("latin-1")
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
         orientation = _read_exif(re.sub(b"^(Exif\0\0){1,2}", b"", exif)) if exif else None
     except (ValueError, struct.error):  # broken metadata does not break the picture
         return 1

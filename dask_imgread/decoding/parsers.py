@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import mul
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from dask_imgread.decoding.contract import Content
 
@@ -36,7 +36,11 @@ _JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 _PNG_TYPE = re.compile(rb"[0-9A-Za-z_]{4}")
 _PNG_TEXTS = (b"iTXt", b"tEXt", b"zTXt")
-_PNG_KEYWORDS = (b"exif", b"xmp", b"XML:com.adobe.xmp", b"Raw profile type exif")
+_PNG_KEYWORDS = {
+    b"exif": "exif",
+    b"XML:com.adobe.xmp": "xmp",
+    b"Raw profile type exif": "Raw profile type exif",  # as ImageMagick writes it
+}
 _MOST_TEXT = 1 << 20  # bytes, of which more are no metadata of a picture
 # What is kept of a file whose pixels are skipped.
 _NO_PIXELS = {b"IHDR", b"acTL", b"fcTL", b"eXIf", *_PNG_TEXTS, b"VP8X", b"EXIF", b"XMP "}
@@ -44,7 +48,7 @@ _LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
 
 
 # In which an orientation may stand, under the names that Pillow gives them in ``Image.info``.
-Metadata: TypeAlias = dict[str, Any]
+Metadata: TypeAlias = dict[str, bytes]
 
 
 class ParsedHeader(NamedTuple):
@@ -69,14 +73,14 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     """
     frame: tuple[int, ...] | None = None
     sound = settled = False
-    metadata: Metadata = {}
+    segments: list[bytes] = []
     with suppress(IndexError, struct.error):  # the bytes end
         for marker, body, length in _walk_jpeg(content):
             if marker in _JPEG_SEGMENTS:
                 if length < (8 if marker == _APP1 else 2):  # of APP1 six bytes are looked at
                     break
                 if marker == _APP1:
-                    _keep_app1(metadata, bytes(content[body : body + length - 2]))
+                    segments.append(bytes(content[body : body + length - 2]))
             elif marker in _JPEG_FRAMES and frame is None:
                 frame = marker, length, *struct.unpack_from(">BHHB", content, body)
             else:
@@ -90,16 +94,20 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
     plain = sound and marker <= 0xC2 and bits == 8 and channels in (1, 3)
     progressive = marker in (0xC2, 0xCA)
+    metadata = _join_app1(segments)
     return ParsedHeader(width, height, channels, plain, metadata, settled, progressive)
 
 
-def _keep_app1(metadata: Metadata, segment: bytes) -> None:
-    """Keep the EXIF or XMP of a segment. EXIF goes on in the next one; of XMP the last counts."""
-    if segment.startswith(_EXIF):
-        earlier = metadata.get("exif")
-        metadata["exif"] = earlier + segment[len(_EXIF) :] if earlier else segment
-    elif segment.startswith(_XMP):
-        metadata["xmp"] = segment[len(_XMP) :]
+def _join_app1(segments: list[bytes]) -> Metadata:
+    """Return the EXIF and XMP of segments. EXIF goes on in the next one; of XMP the last counts."""
+    metadata: Metadata = {}
+    exif = [segment.removeprefix(_EXIF) for segment in segments if segment.startswith(_EXIF)]
+    if exif:
+        metadata["exif"] = _EXIF + b"".join(exif)
+    for segment in segments:
+        if segment.startswith(_XMP):
+            metadata["xmp"] = segment.removeprefix(_XMP)
+    return metadata
 
 
 def name_jpeg_coding(content: Content) -> str | None:
@@ -232,7 +240,7 @@ def parse_png(content: Content) -> ParsedHeader:
     # there is none.
     plain = bits == 8
     animated = pixels = ended = False
-    metadata: Metadata = {}
+    found: dict[bytes, tuple[bytes, bytes]] = {}  # by keyword; the last counts
     for kind, start, length in _list_png_chunks(content):
         animated |= kind == b"acTL"
         pixels |= kind == b"IDAT"
@@ -241,36 +249,31 @@ def parse_png(content: Content) -> ParsedHeader:
             break
         plain &= (kind != b"IHDR" or start == 16) and start + length + 4 <= len(content)
         if kind == b"eXIf":
-            metadata["exif"] = _EXIF + bytes(content[start : start + length])
+            found[b"exif"] = kind, bytes(content[start : start + length])
         elif kind in _PNG_TEXTS:
-            _keep_png_text(metadata, kind, bytes(content[start : start + length]))
+            keyword, _, text = bytes(content[start : start + length]).partition(b"\0")
+            if keyword in _PNG_KEYWORDS:
+                found[keyword] = kind, text
     # Of an animation DALI shows another frame.
     plain &= kind == b"IEND" and not animated
     settled = ended or kind == b"IEND"
+    metadata = {_PNG_KEYWORDS[keyword]: _unpack_text(*text) for keyword, text in found.items()}
     return ParsedHeader(width, height, channels, plain, metadata, settled)
 
 
-def _keep_png_text(metadata: Metadata, kind: bytes, chunk: bytes) -> None:
-    """Keep a text that may hold an orientation: XMP, or EXIF as ImageMagick writes it."""
-    keyword, _, text = chunk.partition(b"\0")
-    if keyword not in _PNG_KEYWORDS:
-        return
+def _unpack_text(kind: bytes, text: bytes) -> bytes:
+    """Return what stands behind the keyword of a text chunk, or all of another chunk."""
     packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] != b"\0")
-    if kind == b"iTXt":
-        text = text[2:].split(b"\0", 2)[-1]  # behind a language and the keyword in it
-    elif kind == b"zTXt":
+    if kind == b"zTXt":
         text = text[1:]
-    if packed:
-        try:
-            text = zlib.decompressobj().decompress(text, _MOST_TEXT)
-        except zlib.error:
-            text = b""
-    if keyword == b"exif":
-        metadata["exif"] = text
-    elif keyword == b"Raw profile type exif":
-        metadata["Raw profile type exif"] = text.decode("latin-1")
-    else:
-        metadata["xmp"] = text
+    elif kind == b"iTXt":
+        text = text[2:].split(b"\0", 2)[-1]  # behind a language and the keyword in it
+    if not packed:
+        return text
+    try:
+        return zlib.decompressobj().decompress(text, _MOST_TEXT)
+    except zlib.error:
+        return b""
 
 
 def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
