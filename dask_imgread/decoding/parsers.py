@@ -362,7 +362,9 @@ def read_without_pixels(file: BinaryIO) -> bytes:
     if png and kind != b"IEND":
         pieces.append(bytes(4) + b"IEND")
     content = b"".join(pieces)
-    return content if png else content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
+    if png:
+        return content
+    return content[:4] + struct.pack("<I", max(0, len(content) - 8)) + content[8:]
 
 
 def _has_promised_exif(content: Content, flags: int) -> bool:
