@@ -98,6 +98,7 @@ def make_files(n):
         "with a wrong sum.png": into_png(IEND, chunk(b"eXIf", turned(n), check=1)),
         "behind an odd type.png": into_png(IEND, chunk(b"a-b!", b"") + chunk(b"eXIf", turned(n))),
         "before an odd type.png": into_png(IEND, chunk(b"eXIf", turned(n)) + chunk(b"a-b!", b"")),
+        "of two headers.png": PNG[:IDAT] + PNG[8:IEND] + chunk(b"eXIf", turned(n)) + PNG[IEND:],
         "without an end.png": PNG[:IEND] + chunk(b"eXIf", turned(n)),
         "behind the end.png": PNG + chunk(b"eXIf", turned(n)),
         "xmp.png": into_png(IEND, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(n))),
@@ -115,6 +116,9 @@ def make_files(n):
         "pillow's.webp": encode(NOISE, "WEBP", exif=saved),
         "exif.webp": riff(vp8x(8, 128, 96), WEBP[12:], part(b"EXIF", turned(n))),
         "exif not promised.webp": riff(vp8x(0, 128, 96), WEBP[12:], part(b"EXIF", turned(n))),
+        "behind the end.webp": riff(
+            vp8x(8, 128, 96), WEBP[12:], part(b"EXIF", turned(n)), size=22 + len(WEBP) - 12
+        ),
         "exif first.webp": riff(vp8x(8, 128, 96), part(b"EXIF", turned(n)), WEBP[12:]),
         "two.webp": riff(
             vp8x(8, 128, 96), WEBP[12:], part(b"EXIF", turned(n)), part(b"EXIF", turned(1))
@@ -227,8 +231,7 @@ def test_broken_metadata_breaks_no_picture(tmp_path):
         assert [(i.height, i.width) for i in batch.data] == [(96, 128)] * 4
 
 
-def test_a_picture_of_two_sizes_is_none(tmp_path):
-    """Else what comes out were of a size that no limit was compared with."""
+def test_the_size_that_comes_out_is_the_one_that_limits_are_compared_with(tmp_path):
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
     larger = into_jpeg(SOS, JPEG[SOF : SOF + 5] + b"\xff\xff\xff\xff" + JPEG[SOF + 9 : SOF + 19])
     shard = write_shard(tmp_path / "s.tar", [("a.png", into_png(IDAT, ihdr)), ("b.jpg", larger)])
@@ -236,7 +239,7 @@ def test_a_picture_of_two_sizes_is_none(tmp_path):
         reader = ImageReaderStage(device="cpu", decoder=decoder)
         (batch,) = reader.process(FileGroupTask(data=[shard]))
         assert {i.key: i.error for i in batch.failed} == {
-            "a": "corrupt: 128 x 96 pixels, or 30000 x 30000",
+            "a": "too large: 30000 x 30000 pixels, max_pixels is 268435456",
             "b": "too large: 65535 x 65535 pixels, max_pixels is 268435456",
         }
 

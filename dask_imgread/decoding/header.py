@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import (
     AvifImagePlugin,
@@ -25,6 +25,7 @@ from PIL import (
 from dask_imgread.decoding.contract import Content, DecoderOptions
 from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.decoding.parsers import (
+    find_png_metadata,
     name_jpeg_coding,
     parse_jpeg,
     parse_png,
@@ -217,8 +218,11 @@ def _read_with_pillow(file: BinaryIO) -> Header:
     try:
         with open_with_pillow(file) as image:
             name = (image.format or "unknown").lower()
+            metadata: Mapping[Any, Any] = image.info
+            if name == "png":  # of which Pillow has not read what is behind the pixels
+                metadata, _ = find_png_metadata(read_without_pixels(file))
             # A TIFF Pillow turns by itself, its size at once.
-            orientation = 1 if name == "tiff" else find_orientation(image.info)
+            orientation = 1 if name == "tiff" else find_orientation(metadata)
             width, height = image.size[::-1] if orientation >= 5 else image.size
             palette = image.palette.mode if image.mode == "P" and image.palette else None
             channels = len(palette or image.getbands())

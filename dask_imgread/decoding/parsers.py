@@ -237,37 +237,49 @@ def parse_png(content: Content) -> ParsedHeader:
     if length != 13 or kind != b"IHDR" or not width or not height or channels is None:
         raise ValueError("no IHDR")
     # 16 bits are rounded in several ways; of 2 and 4 DALI takes memory where it can't say that
-    # there is none.
+    # there is none. Of an animation DALI shows another frame.
     plain = bits == 8
-    animated = pixels = ended = False
-    found: dict[bytes, tuple[bytes, bytes]] = {}  # by keyword; the last counts
     for kind, start, length in _list_png_chunks(content):
-        animated |= kind == b"acTL"
+        if kind == b"IHDR" and start != 16:
+            raise ValueError("two IHDR")
+        plain &= kind != b"acTL" and start + length + 4 <= len(content)
+    metadata, settled = find_png_metadata(content)
+    return ParsedHeader(width, height, channels, plain and kind == b"IEND", metadata, settled)
+
+
+def find_png_metadata(content: Content) -> tuple[Metadata, bool]:
+    """Return a PNG's metadata, and whether all of it is within these bytes."""
+    found: dict[bytes, tuple[bytes, bytes]] = {}  # by keyword; the last counts
+    animations, pixels, ended = 0, False, False
+    for kind, start, length in _list_png_chunks(content):
+        animations += kind == b"acTL" and not pixels
         pixels |= kind == b"IDAT"
-        if not _PNG_TYPE.fullmatch(kind) or (kind == b"fcTL" and animated and pixels):
-            ended = pixels  # for Pillow too: of an animation the next frame begins
+        # At these Pillow ends, too: of an animation the next frame begins.
+        next_frame = kind == b"fcTL" and animations == 1 and pixels
+        if next_frame or kind == b"IEND" or not _PNG_TYPE.fullmatch(kind):
+            ended = pixels or kind == b"IEND"
             break
-        plain &= (kind != b"IHDR" or start == 16) and start + length + 4 <= len(content)
         if kind == b"eXIf":
             found[b"exif"] = kind, bytes(content[start : start + length])
         elif kind in _PNG_TEXTS:
             keyword, _, text = bytes(content[start : start + length]).partition(b"\0")
             if keyword in _PNG_KEYWORDS:
                 found[keyword] = kind, text
-    # Of an animation DALI shows another frame.
-    plain &= kind == b"IEND" and not animated
-    settled = ended or kind == b"IEND"
     metadata = {_PNG_KEYWORDS[keyword]: _unpack_text(*text) for keyword, text in found.items()}
-    return ParsedHeader(width, height, channels, plain, metadata, settled)
+    return metadata, ended
 
 
 def _unpack_text(kind: bytes, text: bytes) -> bytes:
     """Return what stands behind the keyword of a text chunk, or all of another chunk."""
-    packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] != b"\0")
+    packed = kind == b"zTXt"
     if kind == b"zTXt":
         text = text[1:]
     elif kind == b"iTXt":
-        text = text[2:].split(b"\0", 2)[-1]  # behind a language and the keyword in it
+        packed = text[:1] != b"\0"
+        parts = text[2:].split(b"\0", 2)  # a language, and the keyword in it
+        if len(parts) < 3 or (packed and text[1]):  # it may be packed in one way
+            return b""
+        text = parts[2]
     if not packed:
         return text
     try:
@@ -322,8 +334,8 @@ def _find_webp_metadata(content: Content, flags: int) -> Metadata:
     """Return the first EXIF and XMP chunks, where the VP8X chunk's flags promise them."""
     names = {b"EXIF": ("exif", 0b1000), b"XMP ": ("xmp", 0b100)}
     found: Metadata = {}
-    position = 30
-    while position + 8 <= len(content):
+    position, end = 30, min(len(content), 8 + int.from_bytes(content[4:8], "little"))
+    while position + 8 <= end:
         kind, length = struct.unpack_from("<4sI", content, position)
         chunk = bytes(content[position + 8 : position + 8 + length]) if kind in names else b""
         if chunk and flags & names[kind][1]:
@@ -342,8 +354,9 @@ def read_without_pixels(file: BinaryIO) -> bytes:
     png = magic[:4] == b"\x89PNG"
     position = 8 if png else 12
     pieces = [magic[:position]]
+    end = 1 << 63 if png else 8 + int.from_bytes(magic[4:8], "little")
     kind = b""
-    while kind != b"IEND":
+    while kind != b"IEND" and position < end:
         file.seek(position)
         header = file.read(8)
         if len(header) < 8:
