@@ -130,8 +130,6 @@ class BatchGatherer:
 def _complete(image: ImageObject, decoded: Decoded) -> bool:
     image.image_data, image.backend = decoded.pixels, decoded.backend
     image.error = decoded.error
-    if decoded.size is not None:  # a PNG's orientation can stand behind its pixels
-        image.width, image.height = decoded.size
     return image.error is not None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dask_imgread.decoding.contract import Content
-from dask_imgread.decoding.header import HEAD_BYTES, Header, ImageError, read_header
+from dask_imgread.decoding.header import Header, ImageError, read_header, read_header_only
 from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
 from dask_imgread.shards import is_local, resolve_path
 from dask_imgread.storage import StorageError, hide_secrets, name_url
@@ -82,11 +82,8 @@ def describe_lost_shards(
 def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
     """Read an image's header, and all its bytes if ``whole``."""
     if not whole:
-        head = source.read_at(member.offset, min(member.size, HEAD_BYTES))
-        try:
-            return read_header(head), b""
-        except ImageError:
-            pass  # the header may lie further on
+        header = read_header_only(lambda at, n: source.read_at(member.offset + at, n), member.size)
+        return header, b""
     content = source.view_at(member.offset, member.size)
     if len(content) < member.size:
         raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")

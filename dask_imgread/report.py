@@ -160,12 +160,13 @@ def _shrink(source: ByteSource, row: Row) -> bytes:
     if row.size > 4 * _MAX_PIXELS:
         raise ImageError(f"too large: {row.size} bytes")
     content = source.read_at(row.offset, row.size)
-    _, width, height, *_ = read_header(content)
+    header = read_header(content)
+    width, height = header.width, header.height
     if width * height > _MAX_PIXELS:
         raise ImageError(f"too large: {width} x {height} pixels")
     scale = min(1, _THUMBNAIL / max(width, height))
     sides = max(1, round(height * scale)), max(1, round(width * scale))
-    pixels = resize(decode_with_pillow(content), sides)
+    pixels = resize(decode_with_pillow(content, header), sides)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

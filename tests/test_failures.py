@@ -57,7 +57,7 @@ BAD = {
     "empty.jpg": (b"", "empty"),
     "header.png": (PNG[:20], "truncated"),
     "heic.avif": (b"\0\0\0\x1cftypheic" + bytes(100), "unsupported codec"),
-    "arithmetic.jpg": (JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1), "corrupt"),
+    "lossless.jpg": (JPEG.replace(b"\xff\xc0", b"\xff\xcb", 1), "unsupported codec"),
     "table.jpg": (break_table(JPEG), "corrupt"),
     "later table.jpg": (break_table(_SCANS, _LATER), "corrupt"),
     "later scan.jpg": (BROKEN, "corrupt"),

@@ -1,6 +1,8 @@
 """Resized pictures: their sizes, and how near a scaled decoding comes to the exact way."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,3 +144,45 @@ def test_what_would_come_out_too_large_is_refused(tmp_path, decoder):
     (batch,) = reader.process(FileGroupTask(data=[shard]))
     assert batch.num_items == 1
     assert batch.failed[0].error.startswith("too large: resized to 224 x 4480000 pixels")
+
+
+CODECS = {"jpg": "libjpeg-turbo", "png": "dali-cpu", "webp": "pillow", "gif": "pillow"}
+
+
+@pytest.mark.parametrize("extension", CODECS)
+@pytest.mark.parametrize("options", [{}, {"decoder": "dali"}, {"isolate": True}])
+def test_what_is_enlarged_cuts_a_batch_whatever_decodes_it(tmp_path, extension, options):
+    content = encode_picture(draw_picture(1, (16, 12)), extension)
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", content) for n in range(7)])
+    for resize, large in ((120, 120 * 160 * 3), ((100, 300), 100 * 300 * 3)):
+        reader = ImageReaderStage(device="cpu", resize=resize, max_batch_bytes=3 * large, **options)
+        batches = reader.process(FileGroupTask(data=[shard]))
+        assert [b.num_items for b in batches] == [3, 3, 1]
+        assert all(i.image_data.nbytes == large for b in batches for i in b.data)
+        if not options:
+            assert {i.backend for b in batches for i in b.data} == {CODECS[extension]}
+
+
+TALL = """
+import sys
+from pathlib import Path
+from dask_imgread import FileGroupTask, ImageReaderStage
+reader = ImageReaderStage(device="cpu", verbose=False, decoder=sys.argv[2], resize=(500, 500))
+(batch,) = reader.process(FileGroupTask(data=[sys.argv[1]]))
+print([(i.key, i.image_data.shape, round(i.image_data.mean())) for i in batch.data])
+print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10)
+"""
+
+
+@both_decoders
+def test_nothing_much_larger_is_made_on_the_way(tmp_path, decoder):
+    """Rows first, a picture one pixel wide would take 500 times its memory."""
+    tall = Image.new("RGB", (1, 1_000_000), (70, 70, 70))
+    members = {"a": encode(tall, "PNG"), "b": encode(tall, "BMP")}
+    members["c"] = encode(tall.crop((0, 0, 1, 65_000)), "JPEG")
+    shard = write_shard(tmp_path / "s.tar", [(f"{k}.jpg", v) for k, v in members.items()])
+    command = [sys.executable, "-c", TALL, shard, decoder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    images, peak = done.stdout.splitlines()
+    assert images == str([(key, (500, 500, 3), 70) for key in "abc"])
+    assert int(peak) < 600  # MiB

@@ -76,4 +76,3 @@ class Decoded(NamedTuple):
     pixels: Pixels | None
     backend: str | None = None
     error: str | None = None
-    size: tuple[int, int] | None = None  # upright width and height, where Pillow found them

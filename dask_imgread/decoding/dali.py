@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +26,13 @@ from dask_imgread.decoding.header import Header
 
 logger = logging.getLogger("dask_imgread")
 
-# Only errors: the level below prints a warning for a picture that decodes well.
-os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
-
-
 DALI_ERRORS = (RuntimeError, MemoryError)
+# Only errors: the level below prints a warning for a picture that decodes well.
+_QUIET = {"DALI_NVIMGCODEC_LOG_LEVEL": "1"}
+# From a size on DALI keeps host memory for later. Malloc would take fresh pages for each batch: in
+# Dask's workers it gives back all that is freed.
+_SETTINGS = {"cpu": _QUIET, "gpu": _QUIET | {"DALI_MALLOC_POOL_THRESHOLD": str(1 << 20)}}
+_environment = threading.Lock()
 
 
 class DeviceError(RuntimeError):
@@ -48,6 +50,22 @@ class Place(NamedTuple):
 PLACES = {"gpu": Place(0, "mixed"), "cpu": Place(None, "cpu")}
 
 
+@contextmanager
+def _keep_in_environment(settings: dict[str, str]) -> Iterator[None]:
+    """Keep settings in the environment meanwhile, where DALI looks for them.
+
+    It does when a pipeline is built: for the level each time, for the memory the first time.
+    """
+    with _environment:
+        ours = {name: value for name, value in settings.items() if name not in os.environ}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
+
+
 class Decoder:
     """One DALI pipeline: a batch of encoded images in, a batch of RGB arrays out.
 
@@ -60,10 +78,6 @@ class Decoder:
     def __init__(self, options: DecoderOptions) -> None:
         from nvidia.dali import Pipeline, fn, types
 
-        if options.device == "gpu":
-            # From this size on DALI keeps host memory for later. Malloc would take fresh pages
-            # for each batch: in Dask's workers it gives back all that is freed.
-            os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", str(1 << 20))
         place = PLACES[options.device]
         self._to_host = options.output == "host" or options.device == "cpu"
         self._pipeline = Pipeline(
@@ -88,7 +102,8 @@ class Decoder:
                 images = fn.resize(images, size=[float(side) for side in options.resize])
             # In the graph, since `as_cpu()` copies under the interpreter's lock.
             self._pipeline.set_outputs(images.cpu() if self._to_host else images)
-        self._pipeline.build()
+        with _keep_in_environment(_SETTINGS[options.device]):
+            self._pipeline.build()
         self._buffers: list[np.ndarray] = []
         if options.device == "gpu":
             self._begin_full()

@@ -110,11 +110,10 @@ def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
         else:
             return Decoded(out, image.backend)
     try:
-        pixels = decode_with_pillow(image.content)
-        height, width, _ = pixels.shape
+        pixels = decode_with_pillow(image.content, image.header)
         if options.resize is not None:
-            pixels = resize(pixels, options.choose_size(height, width))
-        return Decoded(_keep(pixels, out), "pillow", size=(width, height))
+            pixels = resize(pixels, options.choose_size(*pixels.shape[:2]))
+        return Decoded(_keep(pixels, out), "pillow")
     except ImageError as error:
         return Decoded(None, error=str(error))
     except MemoryError as error:

@@ -5,29 +5,70 @@ from __future__ import annotations
 import io
 import re
 import struct
-import threading
-import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from dask_imgread.decoding.contract import Content, DecoderOptions
-from dask_imgread.decoding.parsers import parse_jpeg, parse_png, parse_webp
+from dask_imgread.decoding.orientation import find_orientation
+from dask_imgread.decoding.parsers import (
+    find_png_metadata,
+    name_jpeg_coding,
+    parse_jpeg,
+    parse_png,
+    parse_webp,
+    read_without_pixels,
+)
 
 HEAD_BYTES = 4096 - 512  # with its tar header, one page
-_ORIENTATION = 0x0112
 _MOST_SCANNED = 1 << 33  # pixels, in all scans: some five seconds; ten scans are usual
 _FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
 
 _IMAGE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-7]\s"
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
     re.DOTALL,
 )
-_pillow_limit = threading.Lock()
-
-# Pillow warns of what it could read all the same.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# The one list of what is opened: others of Pillow's plugins start programs and open files.
+_OPENED = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        GifImagePlugin.GifImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+        Jpeg2KImagePlugin.Jpeg2KImageFile,
+        PpmImagePlugin.PpmImageFile,
+        AvifImagePlugin.AvifImageFile,
+    )
+)
+_NOT_OPENED = {
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"II\xbc\1": "JPEG XR",
+    b"8BPS": "Photoshop",
+    b"\0\0\1\0": "ICO",
+    b"qoif": "QOI",
+    b"DDS ": "DDS",
+    b"P7\n": "PAM",
+    b"P7 332": "XV thumbnail",
+}
+_EXPLAINED_BYTES = 1 << 20  # of a file that can't be opened, to say why
 
 
 class Header(NamedTuple):
@@ -61,50 +102,138 @@ class ImageError(ValueError):
 
 
 def read_header(content: Content) -> Header:
-    """Read an image's header from its bytes, or from the first of them.
+    """Read an image's header from all its bytes.
 
     Raises
     ------
     ImageError
-        If this is no image that Pillow or DALI knows. The first bytes alone may not do:
-        a JPEG's thumbnail can come before its size, and a TIFF's header can stand at its end.
+        If this is no image that Pillow or DALI knows.
     """
     if not content:
         raise ImageError("empty: 0 bytes")
+    return _parse(content) or _read_further(io.BytesIO(content))
+
+
+def read_header_only(read_at: Callable[[int, int], bytes], size: int) -> Header:
+    """Read an image's header from as few of its bytes as will tell it.
+
+    Most often these are the first. More is read where its size, or metadata that could hold an
+    orientation, may lie further on; pixels are skipped.
+
+    Parameters
+    ----------
+    read_at
+        Returns so many bytes (second) of the image from an offset (first).
+    size
+        How many there are.
+
+    Raises
+    ------
+    ImageError
+        If this is no image that Pillow or DALI knows.
+    OSError
+        If ``read_at`` does.
+    """
+    head = read_at(0, min(size, HEAD_BYTES))
+    if len(head) == size:
+        return read_header(head)
+    header = _parse(head)
+    if header is not None:
+        return header
+    source = _SlowFile(read_at, size, head)
+    try:
+        return _read_further(io.BufferedReader(source, HEAD_BYTES))
+    finally:
+        if source.failure is not None:  # Pillow takes it for the picture's
+            raise source.failure
+
+
+class _SlowFile(io.RawIOBase):
+    """An image as a file from which only what is asked for is read."""
+
+    def __init__(self, read_at: Callable[[int, int], bytes], size: int, head: bytes) -> None:
+        self._read_at, self._size, self._head = read_at, size, head
+        self._position = 0
+        self.failure: OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise ValueError(f"no offset: {position}")
+        self._position = position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = max(0, min(len(buffer), self._size - self._position))
+        content = self._head[self._position :][:size]
+        if len(content) < size:
+            try:
+                content = self._read_at(self._position, size)
+            except OSError as error:
+                self.failure = error
+                raise
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def _read_further(file: BinaryIO) -> Header:
+    """Read the header of a file that is odd, or of which the first bytes do not tell it."""
+    if file.read(4) in (b"\x89PNG", b"RIFF"):
+        header = _parse(read_without_pixels(file))
+        if header is not None:
+            return header._replace(plain=False)
+    return _read_with_pillow(file)
+
+
+def _parse(content: Content) -> Header | None:
+    """Read a header without Pillow; None if it is odd, or if these bytes don't tell all of it."""
     for magic, (name, parse) in _PARSERS.items():
         if content[: len(magic)] == magic:
             try:
                 parsed = parse(content)
             except (ValueError, struct.error):
-                break  # cut short or odd: Pillow has the last word
-            width, height, channels, plain, metadata, progressive = parsed
-            orientation = _find_orientation(content) if metadata else 1
+                return None
+            if not parsed.settled:
+                return None
+            width, height, channels, plain, metadata, _, progressive = parsed
+            orientation = find_orientation(metadata)
             if orientation >= 5:
                 width, height = height, width
-            # A PNG's may stand behind the pixels, and is found only when they are decoded.
-            plain &= not (metadata and name == "png")
+            plain &= not (metadata and name == "png")  # OpenCV, in DALI, reads some of it
             return Header(name, width, height, channels, plain, orientation, progressive)
+    return None
+
+
+def _read_with_pillow(file: BinaryIO) -> Header:
     try:
-        return _read_with_pillow(content)
+        with open_with_pillow(file) as image:
+            name = (image.format or "unknown").lower()
+            metadata: Mapping[Any, Any] = image.info
+            if name == "png":  # of which Pillow has not read what is behind the pixels
+                metadata, _ = find_png_metadata(read_without_pixels(file))
+            # A TIFF Pillow turns by itself, its size at once.
+            orientation = 1 if name == "tiff" else find_orientation(metadata)
+            width, height = image.size[::-1] if orientation >= 5 else image.size
+            palette = image.palette.mode if image.mode == "P" and image.palette else None
+            channels = len(palette or image.getbands())
+            progressive = bool(image.info.get("progressive"))
+            return Header(
+                _FORMATS.get(name, name), width, height, channels, False, orientation, progressive
+            )
     except ImageError:
         raise
     except Exception as error:  # what Pillow finds out only when it is asked
         raise explain_error(error) from error
-
-
-def _read_with_pillow(content: Content) -> Header:
-    with open_with_pillow(content) as image:
-        name = (image.format or "unknown").lower()
-        orientation = _read_orientation(image)
-        width, height = image.size[::-1] if orientation >= 5 else image.size
-        if not width or not height:
-            raise ImageError(f"corrupt: {width} x {height} pixels")
-        palette = image.palette.mode if image.mode == "P" and image.palette else None
-        channels = len(palette or image.getbands())
-        progressive = bool(image.info.get("progressive"))
-        return Header(
-            _FORMATS.get(name, name), width, height, channels, False, orientation, progressive
-        )
 
 
 def check_size(
@@ -140,56 +269,71 @@ _PARSERS = {
 }
 
 
-def _find_orientation(content: Content) -> int:
-    try:
-        with open_with_pillow(content) as image:
-            return _read_orientation(image)
-    except ImageError:
-        return 1
+def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
+    """Open an image of a format that we name with Pillow, reading its header only.
 
-
-def _read_orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":
-        return 1  # Pillow turns it by itself, its size at once
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the whole picture to look behind it
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata does not break the picture
-        return 1
-    return orientation if orientation in range(2, 9) else 1
-
-
-def open_with_pillow(content: Content) -> ImageFile.ImageFile:
-    """Open an image with Pillow, reading its header only, whatever its size.
+    As ``Image.open`` does, but whatever the size is: that is compared with our own limit, and
+    ``Image.MAX_IMAGE_PIXELS`` is the whole process's.
 
     Raises
     ------
     ImageError
-        If Pillow does not know it.
+        If it is of no such format.
     """
-    if not content:
-        raise ImageError("empty: 0 bytes")
+    file.seek(0)
+    prefix = file.read(16)
+    refusal: Exception | None = None
     try:
-        with _pillow_limit:  # the size is compared with our own limit, max_pixels
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                return Image.open(io.BytesIO(content))
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-    except UnidentifiedImageError:
-        if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
-            brand = bytes(content[8:12]).decode("ascii", "replace")
-            raise ImageError(f"unsupported codec: an ISO media file of brand {brand!r}") from None
-        if _IMAGE.match(content):
-            raise ImageError(f"corrupt: no known header in {len(content)} bytes") from None
-        raise ImageError(f"not an image: it begins with {bytes(content[:16])!r}") from None
-    except Exception as error:  # Pillow's plugins let through whatever struct and zlib raise
-        raise explain_error(error) from error
+        for name in _OPENED:
+            factory, accept = Image.OPEN[name]
+            accepted = accept is None or accept(prefix)
+            if isinstance(accepted, str):
+                raise ImageError(f"unsupported codec: {accepted}")
+            if accepted:
+                file.seek(0)
+                if name == "WEBP":
+                    file = _SlowStart(file.read())
+                try:
+                    return factory(file, "")
+                except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                    refusal = error
+    except ImageError:
+        raise
+    except Exception as error:  # plugins let through whatever struct and zlib raise
+        refusal = error
+    file.seek(0)
+    raise _explain_unopened(file.read(_EXPLAINED_BYTES), refusal) from refusal
 
 
-def explain_error(error: Exception) -> ImageError:
-    """Turn what Pillow raises into an ImageError with its cause."""
+class _SlowStart(io.BytesIO):
+    """A file whose first read gives too little for the plugin of WebP to see its size.
+
+    Which it would compare with ``Image.MAX_IMAGE_PIXELS``.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(16 if self.tell() == 0 else size)
+
+
+def _explain_unopened(content: bytes, refusal: Exception | None) -> ImageError:
+    if refusal is not None:
+        return explain_error(refusal, content)
+    for magic, name in _NOT_OPENED.items():
+        if content.startswith(magic):
+            return ImageError(f"unsupported codec: {name}")
+    if content[4:8] == b"ftyp":
+        brand = content[8:12].decode("ascii", "replace")
+        return ImageError(f"unsupported codec: an ISO media file of brand {brand!r}")
+    if _IMAGE.match(content):
+        return ImageError("corrupt: no known header behind its first bytes")
+    return ImageError(f"not an image: it begins with {content[:16]!r}")
+
+
+def explain_error(error: Exception, content: Content = b"") -> ImageError:
+    """Turn what Pillow raises, of an image of this content, into an ImageError with its cause."""
+    coding = name_jpeg_coding(content) if content[:3] == b"\xff\xd8\xff" else None
+    if coding is not None:
+        return ImageError(f"unsupported codec: {coding}")
     text = str(error) or type(error).__name__
     cut = ("truncat", "unexpected end", "end of", "not enough", "eof", "unpack requires")
     if any(word in text.lower() for word in cut) or isinstance(error, EOFError):

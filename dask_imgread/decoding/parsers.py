@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import mul
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from dask_imgread.decoding.contract import Content
 
@@ -24,13 +24,33 @@ from dask_imgread.decoding.contract import Content
 # have no length (TEM, RST), and frames other than those below.
 _JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_HUFFMAN, _QUANTIZATION, _SCAN = 0xC4, 0xDB, 0xDA
+_JPEG_CODINGS = {
+    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "lossless JPEG"),
+    **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "hierarchical JPEG"),
+    0xF7: "JPEG-LS",
+}
+_HUFFMAN, _QUANTIZATION, _SCAN, _APP1 = 0xC4, 0xDB, 0xDA, 0xE1
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _CODE_SPACE = tuple(1 << 15 - n for n in range(16))  # what a code of 1 to 16 bits takes of 2**16
 _LONGEST_TABLES = 8 * (1 + 16 + 256)  # bytes: all that there can be at a time
 _MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]", re.DOTALL)  # that may follow upon a scan
 _JPEG_END, _AFTER_END = b"\xff\xd9", 4096  # bytes at most
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
+_PNG_TYPE = re.compile(rb"[0-9A-Za-z_]{4}")
+_PNG_TEXTS = (b"iTXt", b"tEXt", b"zTXt")
+_PNG_KEYWORDS = {
+    b"exif": "exif",
+    b"XML:com.adobe.xmp": "xmp",
+    b"Raw profile type exif": "Raw profile type exif",  # as ImageMagick writes it
+}
+_MOST_TEXT = 1 << 20  # bytes, of which more are no metadata of a picture
+# What is kept of a file whose pixels are skipped.
+_NO_PIXELS = {b"IHDR", b"acTL", b"fcTL", b"eXIf", *_PNG_TEXTS, b"VP8X", b"EXIF", b"XMP "}
 _LEAST_WEBP = 32  # bytes: OpenCV, which decodes it in DALI, refuses fewer
+
+
+# In which an orientation may stand, under the names that Pillow gives them in ``Image.info``.
+Metadata: TypeAlias = dict[str, bytes]
 
 
 class ParsedHeader(NamedTuple):
@@ -40,7 +60,8 @@ class ParsedHeader(NamedTuple):
     height: int
     channels: int
     plain: bool  # every decoder reads it alike, and gives the same pixels
-    metadata: bool  # there is EXIF or XMP, and so perhaps an orientation
+    metadata: Metadata
+    settled: bool  # nothing was met that is odd, nor do the bytes end before all metadata
     progressive: bool = False
 
 
@@ -53,17 +74,20 @@ def parse_jpeg(content: Content) -> ParsedHeader:
         If there is no frame header, or none with a size, before the bytes end or turn odd.
     """
     frame: tuple[int, ...] | None = None
-    sound = metadata = False
+    sound = settled = False
+    segments: list[bytes] = []
     with suppress(IndexError, struct.error):  # the bytes end
         for marker, body, length in _walk_jpeg(content):
             if marker in _JPEG_SEGMENTS:
-                metadata |= marker == 0xE1
-                if length < (8 if marker == 0xE1 else 2):  # of APP1 six bytes are looked at
+                if length < (8 if marker == _APP1 else 2):  # of APP1 six bytes are looked at
                     break
+                if marker == _APP1:
+                    segments.append(bytes(content[body : body + length - 2]))
             elif marker in _JPEG_FRAMES and frame is None:
                 frame = marker, length, *struct.unpack_from(">BHHB", content, body)
             else:
-                sound = marker == _SCAN and length == 6 + 2 * content[body]
+                settled = marker == _SCAN
+                sound = settled and length == 6 + 2 * content[body]
                 break
     if frame is None or not all(frame[3:5]):
         raise ValueError("no frame header, or its size in another segment")
@@ -71,7 +95,34 @@ def parse_jpeg(content: Content) -> ParsedHeader:
     sound &= length == 8 + 3 * channels and _has_jpeg_end(content)
     # Huffman-coded baseline or progressive, 8 bits; CMYK is rounded in several ways.
     plain = sound and marker <= 0xC2 and bits == 8 and channels in (1, 3)
-    return ParsedHeader(width, height, channels, plain, metadata, marker == 0xC2)
+    progressive = marker in (0xC2, 0xCA)
+    metadata = _join_app1(segments)
+    return ParsedHeader(width, height, channels, plain, metadata, settled, progressive)
+
+
+def _join_app1(segments: list[bytes]) -> Metadata:
+    """Return the EXIF and XMP of segments. EXIF goes on in the next one; of XMP the last counts."""
+    metadata: Metadata = {}
+    exif = [segment.removeprefix(_EXIF) for segment in segments if segment.startswith(_EXIF)]
+    if exif:
+        metadata["exif"] = _EXIF + b"".join(exif)
+    for segment in segments:
+        if segment.startswith(_XMP):
+            metadata["xmp"] = segment.removeprefix(_XMP)
+    return metadata
+
+
+def name_jpeg_coding(content: Content) -> str | None:
+    """Return how a JPEG is coded that no decoder here may know; None if it is a usual one."""
+    with suppress(IndexError):
+        for marker, body, _ in _walk_jpeg(content):
+            if marker in _JPEG_CODINGS:
+                return _JPEG_CODINGS[marker]
+            if marker in _JPEG_FRAMES:
+                return "JPEG of 12 bits" if content[body] == 12 and marker != 0xC0 else None
+            if marker == _SCAN:
+                break
+    return None
 
 
 def _walk_jpeg(content: Content) -> Iterator[tuple[int, int, int]]:
@@ -198,13 +249,55 @@ def parse_png(content: Content) -> ParsedHeader:
     if length != 13 or kind != b"IHDR" or not width or not height or channels is None:
         raise ValueError("no IHDR")
     # 16 bits are rounded in several ways; of 2 and 4 DALI takes memory where it can't say that
-    # there is none.
-    plain, metadata = bits == 8, False
+    # there is none. Of an animation DALI shows another frame.
+    plain = bits == 8
     for kind, start, length in _list_png_chunks(content):
-        # Of an animation DALI shows another frame.
+        if kind == b"IHDR" and start != 16:
+            raise ValueError("two IHDR")
         plain &= kind != b"acTL" and start + length + 4 <= len(content)
-        metadata |= kind == b"eXIf" or _holds_exif(kind, content[start : start + 17])
-    return ParsedHeader(width, height, channels, plain and kind == b"IEND", metadata)
+    metadata, settled = find_png_metadata(content)
+    return ParsedHeader(width, height, channels, plain and kind == b"IEND", metadata, settled)
+
+
+def find_png_metadata(content: Content) -> tuple[Metadata, bool]:
+    """Return a PNG's metadata, and whether all of it is within these bytes."""
+    found: dict[bytes, tuple[bytes, bytes]] = {}  # by keyword; the last counts
+    animations, pixels, ended = 0, False, False
+    for kind, start, length in _list_png_chunks(content):
+        animations += kind == b"acTL" and not pixels
+        pixels |= kind == b"IDAT"
+        # At these Pillow ends, too: of an animation the next frame begins.
+        next_frame = kind == b"fcTL" and animations == 1 and pixels
+        if next_frame or kind == b"IEND" or not _PNG_TYPE.fullmatch(kind):
+            ended = pixels or kind == b"IEND"
+            break
+        if kind == b"eXIf":
+            found[b"exif"] = kind, bytes(content[start : start + length])
+        elif kind in _PNG_TEXTS:
+            keyword, _, text = bytes(content[start : start + length]).partition(b"\0")
+            if keyword in _PNG_KEYWORDS:
+                found[keyword] = kind, text
+    metadata = {_PNG_KEYWORDS[keyword]: _unpack_text(*text) for keyword, text in found.items()}
+    return metadata, ended
+
+
+def _unpack_text(kind: bytes, text: bytes) -> bytes:
+    """Return what stands behind the keyword of a text chunk, or all of another chunk."""
+    packed = kind == b"zTXt"
+    if kind == b"zTXt":
+        text = text[1:]
+    elif kind == b"iTXt":
+        packed = text[:1] != b"\0"
+        parts = text[2:].split(b"\0", 2)  # a language, and the keyword in it
+        if len(parts) < 3 or (packed and text[1]):  # it may be packed in one way
+            return b""
+        text = parts[2]
+    if not packed:
+        return text
+    try:
+        return zlib.decompressobj().decompress(text, _MOST_TEXT)
+    except zlib.error:
+        return b""
 
 
 def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
@@ -218,13 +311,6 @@ def _list_png_chunks(content: Content) -> Iterator[tuple[bytes, int, int]]:
         position += 12 + length
 
 
-def _holds_exif(kind: bytes, keyword: Content) -> bool:
-    """Say whether a text chunk may hold an orientation: in XMP, or in ImageMagick's EXIF."""
-    if kind == b"iTXt":
-        return keyword == b"XML:com.adobe.xmp"
-    return kind in (b"tEXt", b"zTXt") and keyword[:11] == b"Raw profile"
-
-
 def parse_webp(content: Content) -> ParsedHeader:
     """Read the first chunk, and look for what it promises (RFC 9649, 2.5 to 2.7).
 
@@ -234,23 +320,76 @@ def parse_webp(content: Content) -> ParsedHeader:
         If the first chunk has no size of a picture.
     """
     form, kind, length, flags = struct.unpack_from("<4s4sIB", content, 8)
-    whole = len(content) >= max(_LEAST_WEBP, 8 + int.from_bytes(content[4:8], "little"))
+    complete = len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    whole = complete and len(content) >= _LEAST_WEBP
     if form == b"WEBP" and kind == b"VP8 " and content[23:26] == b"\x9d\x01\x2a":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
         if not width or not height:
             raise ValueError("no size")
-        return ParsedHeader(width, height, 3, whole, metadata=False)
+        return ParsedHeader(width, height, 3, whole, {}, settled=True)
     if form == b"WEBP" and kind == b"VP8L" and flags == 0x2F:
         packed = int.from_bytes(content[21:25], "little")
         width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-        return ParsedHeader(width, height, 3 + (packed >> 28 & 1), whole, metadata=False)
+        return ParsedHeader(width, height, 3 + (packed >> 28 & 1), whole, {}, settled=True)
     if form == b"WEBP" and kind == b"VP8X" and len(content) >= 30:
         width = int.from_bytes(content[24:27], "little") + 1
         height = int.from_bytes(content[27:30], "little") + 1
         still = not flags & 0b10
         plain = whole and still and length == 10 and _has_promised_exif(content, flags)
-        return ParsedHeader(width, height, 3 + (flags >> 4 & 1), plain, bool(flags & 0b1100))
+        metadata = _find_webp_metadata(content, flags) if flags & 0b1100 else {}
+        settled = complete or not flags & 0b1100
+        return ParsedHeader(width, height, 3 + (flags >> 4 & 1), plain, metadata, settled)
     raise ValueError(f"no picture in chunk {kind!r}")
+
+
+def _find_webp_metadata(content: Content, flags: int) -> Metadata:
+    """Return the first EXIF and XMP chunks, where the VP8X chunk's flags promise them."""
+    names = {b"EXIF": ("exif", 0b1000), b"XMP ": ("xmp", 0b100)}
+    found: Metadata = {}
+    position, end = 30, min(len(content), 8 + int.from_bytes(content[4:8], "little"))
+    while position + 8 <= end:
+        kind, length = struct.unpack_from("<4sI", content, position)
+        chunk = bytes(content[position + 8 : position + 8 + length]) if kind in names else b""
+        if chunk and flags & names[kind][1]:
+            found.setdefault(names[kind][0], chunk)
+        position += 8 + length + length % 2
+    return found
+
+
+def read_without_pixels(file: BinaryIO) -> bytes:
+    """Return a PNG or WebP without its pixels, over which it skips: metadata may lie behind.
+
+    Where it is cut short, it is made to end.
+    """
+    file.seek(0)
+    magic = file.read(12)
+    png = magic[:4] == b"\x89PNG"
+    position = 8 if png else 12
+    pieces = [magic[:position]]
+    end = 1 << 63 if png else 8 + int.from_bytes(magic[4:8], "little")
+    kind = b""
+    while kind != b"IEND" and position < end:
+        file.seek(position)
+        header = file.read(8)
+        if len(header) < 8:
+            break
+        if png:
+            length, kind = struct.unpack(">I4s", header)
+            length += 4  # its sum
+        else:
+            kind, length = struct.unpack("<4sI", header)
+            length += length % 2
+        if kind in _NO_PIXELS:
+            pieces.append(header + file.read(length))
+        elif png:
+            pieces.append(bytes(4) + kind + bytes(4))  # of no length
+        position += 8 + length
+    if png and kind != b"IEND":
+        pieces.append(bytes(4) + b"IEND")
+    content = b"".join(pieces)
+    if png:
+        return content
+    return content[:4] + struct.pack("<I", max(0, len(content) - 8)) + content[8:]
 
 
 def _has_promised_exif(content: Content, flags: int) -> bool:

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image
 
 from dask_imgread.decoding.contract import Content, Pixels
-from dask_imgread.decoding.header import ImageError, explain_error, open_with_pillow
+from dask_imgread.decoding.geometry import turn
+from dask_imgread.decoding.header import Header, ImageError, explain_error, open_with_pillow
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
-def decode_with_pillow(content: Content) -> Pixels:
+def decode_with_pillow(content: Content, header: Header) -> Pixels:
     """Return an image's pixels, uint8 ``(height, width, 3)``, perhaps read-only.
 
     Raises
     ------
     ImageError
-        If it can't be decoded.
+        If it can't be decoded, or is of another size than its header has told.
     """
     try:
-        with open_with_pillow(content) as image:
-            return _to_rgb(image)
+        with open_with_pillow(io.BytesIO(content)) as image:
+            height, width = header.stored_size
+            if image.size != (width, height):
+                sizes = f"{width} x {height} pixels, or {image.width} x {image.height}"
+                raise ImageError(f"corrupt: {sizes}")
+            pixels = _to_rgb(image)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders let through whatever they run into
-        raise explain_error(error) from error
+        raise explain_error(error, content) from error
+    if header.orientation == 1:
+        return pixels
+    upright = np.empty((header.height, header.width, 3), np.uint8)
+    turn(np.ascontiguousarray(pixels), header.orientation, upright)
+    return upright
 
 
 def _to_rgb(image: ImageFile) -> Pixels:
     """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
     if image.format == "PPM" and image.tile and image.tile[0][3] == ("RGB", 0xFFFF):
         return _read_wide_ppm(image)
+    if image.format == "TIFF":
+        # Else its plugin compares the size with `Image.MAX_IMAGE_PIXELS`, the whole process's.
+        size = getattr(image, "_tile_size", image.size)
+        image.im = Image.new(image.mode, size, None).im
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
     if wide:
         bits: int = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
-        grey = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
+        grey = np.asarray(image) >> (bits - 8)
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    upright: Image = image
-    try:
-        ImageOps.exif_transpose(image, in_place=True)  # else even what is upright would be copied
-    except AssertionError:  # in Pillow 13.0.0, of a palette PNG with its chunks out of order
-        upright = ImageOps.exif_transpose(image)
-    rgb: Pixels = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    image.load()
+    image.info.pop("transparency", None)  # which is dropped: of that of a palette Pillow warns
+    rgb: Pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb
 
 
