@@ -33,9 +33,9 @@ from dask_imgread.options import (
 if TYPE_CHECKING:
     from distributed import Client
 
-    from dask_imgread.frame import BatchFunction
     from dask_imgread.jobs import Summary
     from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.rows import BatchFunction
     from dask_imgread.shards import Shard
     from dask_imgread.tasks import FileGroupTask
 

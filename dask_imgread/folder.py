@@ -55,14 +55,19 @@ logger = logging.getLogger("dask_imgread")
 
 @dataclass(frozen=True)
 class Count:
-    """How many images were read, and how many could not be."""
+    """How many images were read, and how many could not be, some as a function raised for them."""
 
     images: int = 0
     failed: int = 0
+    function_failed: int = 0
 
     def __add__(self, other: Count) -> Count:
         """Add the numbers."""
-        return Count(self.images + other.images, self.failed + other.failed)
+        return Count(
+            self.images + other.images,
+            self.failed + other.failed,
+            self.function_failed + other.function_failed,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Footer:
     began: float  # seconds since 1970
     ended: float
     worker: str
+    function_failed: int = 0
+
+    def count(self) -> Count:
+        """Return how many images the part is about."""
+        return Count(self.images, self.failed, self.function_failed)
 
 
 class OtherJobError(ValueError):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_imgread.frame import BatchFunction
     from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.rows import BatchFunction
 
 _READER = [
     *("dali_batch_size", "num_threads", "num_gpus_per_worker", "device", "decode", "sidecars"),
