@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_imgread")
 
 _SHEET_IMAGES = 24
-SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED = range(4)
+SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
 
 
 class Stopped(BaseException):
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
     image that can't be read; 2 if the command, its paths or its options are wrong; 3 if the
-    job could not finish; 130 and 143 after SIGINT and SIGTERM.
+    job could not finish; 4 if the function of `apply` raised for an image that could be read;
+    130 and 143 after SIGINT and SIGTERM.
     """
     from dask_imgread.storage import StorageError, hide_secrets
 
@@ -119,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="dask-imgread",
         description="Read WebDataset tar shards of images on a Dask cluster.",
         epilog="Exit status: 0 all read, 1 some images failed (verify, --fail-on-error), "
-        "2 wrong usage, 3 the job could not finish.",
+        "2 wrong usage, 3 the job could not finish, 4 the function of apply raised for images.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
@@ -267,6 +268,8 @@ def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
     else:
         storage_options, out_options = read_storage_options(options)
         print_summary(summary, options.out, out_options or storage_options)
+    if summary.function_failed:
+        return FUNCTION_FAILED
     return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
 
 
@@ -358,7 +361,9 @@ def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     from dask_imgread.storage import name_url
 
     rate = (summary.new_images + summary.new_failed) / summary.seconds
-    print(f"{summary.images} images, {summary.failed} failed")
+    of_function = f", {summary.function_failed} of them in the function"
+    told = of_function if summary.function_failed else ""
+    print(f"{summary.images} images, {summary.failed} failed{told}")
     print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
     print(f"{summary.seconds:.1f} s, {rate:.0f} images/s")
     print()

@@ -243,18 +243,57 @@ def test_only_failures_again(folder, client, shards):
 
     options = {"client": client, "reader": DECODING, "images_per_partition": 100}
     first = run_job(shards, "out", fail, **options)
-    assert (first.images, first.failed) == (1897, 103)
-    records = read_records("out")
-    causes = records["error"].dropna().str.split(":").str[0].value_counts()
-    assert causes.to_dict() == {"function failed": 100, "truncated": 3}
-    assert "RuntimeError: the store has closed" in records["error"].dropna().iloc[50]
+    assert (first.images, first.failed, first.function_failed) == (1996, 4, 1)
+    errors = read_records("out")["error"].dropna()
+    function_failed = errors[errors.str.startswith("function failed")]
+    assert function_failed.index.str[-10:].tolist() == ["000501.jpg"]
+    assert "RuntimeError: the store has closed" in function_failed.iloc[0]
     flag.unlink()
-    assert run_job(shards, "out", fail, **options).failed == 103
+    again = run_job(shards, "out", fail, **options)
+    assert (again.new_partitions, again.failed, again.function_failed) == (0, 4, 1)
     again = run_job(shards, "out", fail, retry_failed=True, **options)
-    assert (again.images, again.failed) == (1997, 3)
+    assert (again.images, again.failed, again.function_failed) == (1997, 3, 0)
     assert 2 <= again.new_partitions <= 4
     assert len(pd.read_parquet("out")) == 1997
     assert read_records("out")["error"].notna().sum() == 3
+
+
+def test_a_function_fails_only_for_the_images_that_it_raises_for(folder, client, shards):
+    """Though the first of them is among those that tell the columns."""
+
+    def measure(batch):
+        for image in batch.data:
+            if image.key in {"000000", "000007", "000042", "000600"}:
+                raise ZeroDivisionError(image.key)
+        if len(batch.data) > 40:
+            raise MemoryError("too many at a time")  # and no image's fault
+        return {"width": [image.width for image in batch.data]}
+
+    summary = run_job(shards[:2], "out", measure, client=client, reader=DECODING)
+    records = read_records("out")
+    failed = records[records["error"].fillna("").str.startswith("function failed")]
+    assert failed["key"].tolist() == ["000000", "000007", "000042", "000600"]
+    assert failed["error"].iloc[3] == "function failed: ZeroDivisionError: 000600"
+    assert (summary.function_failed, summary.failed) == (4, records["error"].notna().sum())
+    assert len(pd.read_parquet("out")) == summary.images == 1000 - summary.failed
+
+
+def test_failures_of_a_function_have_an_exit_status_of_their_own(folder, shards):
+    (folder / "picky.py").write_text(
+        "def measure(batch):\n"
+        "    return [{'n': 6 / (int(image.key) - 20)} for image in batch.data]\n"
+    )
+    job = ["apply", "picky:measure", shards[0], "--out", "out", "--workers", 1, *PARTS]
+    status, out, err = run(*job)
+    assert status == 4
+    assert ", 1 of them in the function" in out
+    assert "failed: " in out
+    assert "function failed: ZeroDivisionError" in out
+    status, out, _ = run(*job, "--log-format", "json")
+    assert (status, json.loads(out)["function_failed"]) == (4, 1)
+    assert len(read_records("out")) == 500
+    broken_only = ["metadata", *shards, "--out", "rows", "--decode", "--workers", 1, *PARTS]
+    assert run(*broken_only)[0] == 0
 
 
 def test_columns_are_the_same_in_every_part(folder, client, shards):
