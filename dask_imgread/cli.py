@@ -199,6 +199,10 @@ def run_demo(options: argparse.Namespace) -> int:
 def run_metadata(options: argparse.Namespace) -> int:
     """Write shards' metadata."""
     require(options, "shards", "out")
+    if options.resize is not None and not options.decode:
+        raise UsageError(
+            "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
+        )
     with keep_stdout(options):
         summary = do_job(options, None, make_reader(options, sidecars=False))
     return tell_summary(options, summary)
@@ -358,18 +362,25 @@ def save_contact_sheet(
 def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
     from dask_imgread.folder import JobFolder
+    from dask_imgread.preview import show_rows
     from dask_imgread.storage import name_url
 
-    rate = (summary.new_images + summary.new_failed) / summary.seconds
     of_function = f", {summary.function_failed} of them in the function"
     told = of_function if summary.function_failed else ""
     print(f"{summary.images} images, {summary.failed} failed{told}")
-    print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
-    print(f"{summary.seconds:.1f} s, {rate:.0f} images/s")
+    if not summary.decoded:
+        print("only headers were read: pixels were not checked (--decode checks them)")
+    if summary.new_partitions:
+        print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
+        print(f"{summary.seconds:.1f} s, {summary.images_per_second:.0f} images/s")
+    else:
+        print(f"nothing left to do: all {summary.partitions} partitions are done")
     print()
     first, failures = JobFolder(out, options).read_samples()
-    print(first.to_string(index=False))
+    print(show_rows(first))
     for image_id, error in failures:
         print(f"failed: {image_id}: {error}")
+    if len(failures) < summary.failed:
+        print(f"and {summary.failed - len(failures)} more failed")
     print()
     print(f"rows           {name_url(out)}")

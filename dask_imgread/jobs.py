@@ -66,6 +66,12 @@ class Summary:
         The same of this run alone.
     seconds
         How long this run took, from finding the shards on.
+    images_per_second
+        The images of this run, those that failed too, in a second of the time in which it read
+        partitions; 0 if there was nothing left to do.
+    decoded
+        Whether pixels were decoded. If not, only headers were read, and images that seem fine
+        may be broken.
     """
 
     images: int
@@ -76,6 +82,8 @@ class Summary:
     new_failed: int
     new_partitions: int
     seconds: float
+    images_per_second: float
+    decoded: bool
 
 
 def run_job(
@@ -190,17 +198,18 @@ def run_job(
     )
     job = replace(job, job_id=job_id, retrying=retry_failed)
     done, before = _find_done(job, partitions)
-    count = Count()
+    count, rate = Count(), 0.0
     if sum(done) < partitions:
         tasks = _Tasks(job.folder, job_id, shards, options, bytearray(not mark for mark in done))
         with (
             nullcontext(client)
             if client is not None
-            else _connect(job.reader, scheduler, scheduler_file, n_workers) as used,
-            choose_progress(partitions, sum(done), hidden=not progress) as shown,
-        ):
+            else _connect(job.reader, scheduler, scheduler_file, n_workers)
+        ) as used:
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
-            count = _run(used, job, tasks, retries, shown)
+            with choose_progress(partitions, sum(done), hidden=not progress) as shown:
+                count = _run(used, job, tasks, retries, shown)
+                rate = shown.tell_rate(count.images, count.failed)
     if not all(job.folder.mark_done(partitions)):
         raise JobError(f"what workers wrote is not in {name_url(job.folder.url)}: is it shared?")
     job.folder.tidy()
@@ -211,6 +220,8 @@ def run_job(
         new_failed=count.failed,
         new_partitions=partitions - sum(done),
         seconds=time.monotonic() - start,
+        images_per_second=round(rate, 1),
+        decoded=job.reader.decode,
     )
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
@@ -18,20 +18,36 @@ logger = logging.getLogger("dask_imgread")
 _LINE_EVERY = 10.0  # seconds
 _LINE = (
     "%(partitions_done)d of %(partitions)d partitions, %(images)d images, %(failed)d failed, "
-    "%(images_per_second).0f images/s, %(seconds_left)s s left"
+    "%(images_per_second).0f images/s"
 )
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
-class Progress(Protocol):
-    """What shows how far a run has come; a context manager."""
+class Progress:
+    """What shows how far a run has come; a context manager.
+
+    Parameters
+    ----------
+    partitions, done
+        How many there are, and how many were done before this run.
+    """
+
+    def __init__(self, partitions: int, done: int = 0) -> None:
+        self._partitions, self._before = partitions, done
+        self._start = time.monotonic()
 
     def update(self, done: int, images: int, failed: int) -> None:
         """Show that ``done`` partitions are done, with so many images so far, this run's."""
 
-    def __enter__(self) -> Self: ...
+    def tell_rate(self, images: int, failed: int) -> float:
+        """Return the images done in a second, those that failed too, since the run began."""
+        return (images + failed) / max(time.monotonic() - self._start, 1e-9)
 
-    def __exit__(self, *error: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def choose_progress(partitions: int, done: int = 0, *, hidden: bool = False) -> Progress:
@@ -44,48 +60,39 @@ def choose_progress(partitions: int, done: int = 0, *, hidden: bool = False) -> 
     hidden
         Show nothing.
     """
-    if hidden or (sys.stderr.isatty() and not logs_json()):
-        return ProgressBar(partitions, done, hidden=hidden)
+    if hidden:
+        return Progress(partitions, done)
+    if sys.stderr.isatty() and not logs_json():
+        return ProgressBar(partitions, done)
     return ProgressLog(partitions, done)
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """A bar: partitions done, images, failures, images per second, time left."""
 
-    def __init__(self, partitions: int, done: int = 0, *, hidden: bool = False) -> None:
-        self._before = done
+    def __init__(self, partitions: int, done: int = 0) -> None:
+        super().__init__(partitions, done)
         self._bar = tqdm(
-            total=partitions,
-            initial=done,
-            unit="partition",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            disable=hidden,
+            total=partitions, initial=done, unit="partition", file=sys.stderr, dynamic_ncols=True
         )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def update(self, done: int, images: int, failed: int) -> None:
         """Show that ``done`` partitions are done, with so many images so far, this run's."""
-        if self._bar.disable:
-            return
-        rate = (images + failed) / max(self._bar.format_dict["elapsed"], 1e-9)
+        rate = self.tell_rate(images, failed)
         self._bar.set_postfix_str(
             f"{images} images, {failed} failed, {rate:.0f} images/s", refresh=False
         )
         self._bar.update(done + self._before - self._bar.n)
 
 
-class ProgressLog:
+class ProgressLog(Progress):
     """A line every ten seconds, and one at the end: in the log, or on stderr as it is."""
 
     def __init__(self, partitions: int, done: int = 0) -> None:
-        self._partitions, self._before = partitions, done
-        self._start = time.monotonic()
+        super().__init__(partitions, done)
         self._last = (0, 0, 0)
         self._ended = threading.Event()
         # A thread: that nothing comes to an end is to be seen too.
@@ -110,17 +117,19 @@ class ProgressLog:
 
     def _tell(self) -> None:
         done, images, failed = self._last
-        seconds = max(time.monotonic() - self._start, 1e-9)
+        seconds = time.monotonic() - self._start
         left = self._partitions - self._before - done
         figures = {
             "partitions_done": self._before + done,
             "partitions": self._partitions,
             "images": images,
             "failed": failed,
-            "images_per_second": round((images + failed) / seconds, 1),
+            "images_per_second": round(self.tell_rate(images, failed), 1),
             "seconds_left": round(seconds / done * left) if done else None,
         }
         line = _LINE % figures
+        if done:
+            line += f", {figures['seconds_left']} s left"
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", line, extra=figures)
         else:  # whoever asked to see it has not set up a log that shows it

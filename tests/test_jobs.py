@@ -21,6 +21,7 @@ import pytest
 from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, plan, run_job
 from dask_imgread.cli import main
 from dask_imgread.folder import Footer, JobFolder
+from dask_imgread.report import write_report
 from dask_imgread.testing import make_shards
 
 MODULE = """
@@ -284,7 +285,7 @@ def test_failures_of_a_function_have_an_exit_status_of_their_own(folder, shards)
         "    return [{'n': 6 / (int(image.key) - 20)} for image in batch.data]\n"
     )
     job = ["apply", "picky:measure", shards[0], "--out", "out", "--workers", 1, *PARTS]
-    status, out, err = run(*job)
+    status, out, _ = run(*job)
     assert status == 4
     assert ", 1 of them in the function" in out
     assert "failed: " in out
@@ -356,12 +357,38 @@ def test_exit_statuses_and_what_goes_where(folder, shards):
     assert status == 1
     result = json.loads(out)
     assert (result["images"], result["failed"], result["out"]) == (1997, 3, "out")
+    assert result["decoded"]
     lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[-1]["images_per_second"] == pytest.approx(result["images_per_second"], rel=0.5)
     assert {"partitions_done", "images_per_second", "seconds_left"} <= lines[-1].keys()
     assert sum("truncated" in line["message"] for line in lines) == 3
     status, out, err = run(*job)
     assert (status, out) == (2, "")
     assert "decode was True, and is False" in json.loads(err)["message"]
+
+
+def test_headers_only_does_not_look_verified(folder, shards):
+    """On the terminal, in the summary and on the page."""
+    told = "pixels were not checked"
+    job = ["metadata", *shards[:1], "--workers", 1, "--device", "cpu", "--out"]
+    headers, decoded = run(*job, "headers"), run(*job, "decoded", "--decode")
+    assert headers[0] == decoded[0] == 0
+    assert told in headers[1]
+    assert told not in decoded[1]
+    again = json.loads(run(*job, "headers", "--log-format", "json")[1])
+    assert not again["decoded"]
+    pages = [Path(write_report(out)).read_text() for out in ("headers", "decoded")]
+    assert [told in page for page in pages] == [True, False]
+    assert "every image could be read" not in pages[0]
+
+
+@pytest.mark.parametrize("size", ["64", "16x24"])
+def test_to_resize_what_is_not_decoded_is_refused(folder, capsys, shards, size):
+    (folder / "job.toml").write_text(f'resize = "{size}"')
+    for given in (["--resize", size], ["--config", "job.toml"]):
+        assert main(["metadata", *map(str, shards), "--out", "out", *given]) == 2
+        assert "add --decode, or leave --resize out" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_a_configuration_file(folder, shards):
