@@ -116,7 +116,7 @@ class JobFolder:
         except ValueError:
             job = None
         if not isinstance(job, dict) or "format" not in job:
-            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's")
+            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's: give another folder")
         return job
 
     def write_job(self, job: dict[str, Any]) -> None:
@@ -151,7 +151,9 @@ class JobFolder:
                 f"{name_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
             )
         if job["id"] != footer.job:
-            raise OtherJobError(f"{name_url(self.url)} has become another job's")
+            raise OtherJobError(
+                f"{name_url(self.url)} has become another job's: give another folder"
+            )
         marks = {FOOTER: json.dumps(asdict(footer)).encode()}
         name = f"part-{number:07d}.parquet"
         if records is not None:
@@ -225,8 +227,10 @@ class JobFolder:
             and not (has_job and (_PART.fullmatch(name) or name == IMAGES))
         )
         if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise FileExistsError(
                 f"{name_url(self.url)} holds what no job has written, such as {foreign[0]}"
+                f"{more}: give another folder"
             )
         if has_job:  # until the last part is gone; then it is the last to go
             self.write_job({"format": CLEARED, "id": ""})

@@ -209,9 +209,12 @@ def run_job(
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
             with choose_progress(partitions, sum(done), hidden=not progress) as shown:
                 count = _run(used, job, tasks, retries, shown)
-                rate = shown.tell_rate(count.images, count.failed)
+                rate = shown.tell_rate()
     if not all(job.folder.mark_done(partitions)):
-        raise JobError(f"what workers wrote is not in {name_url(job.folder.url)}: is it shared?")
+        raise JobError(
+            f"what workers wrote is not in {name_url(job.folder.url)}: give a folder that client "
+            "and workers share"
+        )
     job.folder.tidy()
     return Summary(
         **asdict(before + count),
@@ -317,9 +320,12 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
                 total += result
             progress.update(done - len(errors), total.images, total.failed)
     except CancelledError:
-        raise JobError("the scheduler was lost") from None
+        raise JobError("the scheduler was lost; the same call goes on from there") from None
     if errors:
-        raise JobError(f"{len(errors)} partitions could not be done, such as {errors[0]}")
+        raise JobError(
+            f"{len(errors)} partitions could not be done, such as {errors[0]}. The same call tries "
+            "them again"
+        )
     return total
 
 

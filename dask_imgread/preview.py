@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-_WIDEST = 40  # characters of a cell
+_WIDEST = 32  # characters of a cell
 _LISTED = 3  # values of a list
 
 
@@ -47,7 +48,7 @@ def show_rows(rows: pd.DataFrame, width: int | None = None) -> str:
     hidden = [str(name) for name in rows.columns[shown:]] if len(rows) else []
     if hidden:
         names = f"and {len(hidden)} more column{'s' if len(hidden) > 1 else ''}: "
-        lines.append(_cut(names + ", ".join(hidden), width))
+        lines += textwrap.wrap(names + ", ".join(hidden), width)
     return "\n".join(lines)
 
 
@@ -70,15 +71,13 @@ def _say(value: Any) -> str:
         return f"{{{', '.join(f'{name}: {_say(item)}' for name, item in value.items())}}}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    # One line, whatever the names in a shard hold; a terminal obeys control characters.
-    return "".join(
-        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value)
-    )
+    # A terminal obeys control characters, which names in a shard may hold.
+    return "".join(char if char.isprintable() else "?" for char in str(value))
 
 
-def _cut(text: str, width: int = _WIDEST) -> str:
+def _cut(text: str) -> str:
     """Leave out the middle of a text that is too long: paths differ at the end."""
-    if len(text) <= width:
+    if len(text) <= _WIDEST:
         return text
-    head = width // 3
-    return f"{text[:head]}...{text[head + 3 - width :]}"
+    head = _WIDEST // 3
+    return f"{text[:head]}...{text[head + 3 - _WIDEST :]}"

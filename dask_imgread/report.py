@@ -101,7 +101,9 @@ def write_report(
     folder = JobFolder(resolve_path(out), options)
     job = folder.read_job()
     if job is None:
-        raise FileNotFoundError(f"no batch job in {name_url(out)}: no {JOB} there")
+        raise FileNotFoundError(
+            f"no batch job in {name_url(out)}: no {JOB} there; give the folder that a job writes to"
+        )
     fs, root = folder.connect()
     names = folder.list_parts()
     if job["command"] == "apply":
@@ -280,7 +282,10 @@ def _show_failures(
     trios = [_show_trio(trio, pictures) for trio in neighbours]
     return _show_section(
         "Failures", _show_grid("halves", [_show_grid("", causes), shards])
-    ) + _show_section("Failures between their neighbours", _show_grid("halves", trios))
+    ) + _show_section(
+        f"Failures between their neighbours, {len(trios):,} of {tally.failed:,}",
+        _show_grid("halves", trios),
+    )
 
 
 def _show_cell(text: str) -> str:
@@ -306,7 +311,8 @@ def _show_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
 def _show_samples(tally: Tally, pictures: Mapping[str, str]) -> str:
     rows = sorted(tally.samples.rows, key=lambda row: (row.part, row.offset))
     tiles = [_show_image(row, pictures) for row in rows]
-    return _show_section("Samples, drawn at random", _show_grid("sheet", tiles))
+    title = f"Samples, drawn at random, {len(tiles):,} of {tally.images:,}"
+    return _show_section(title, _show_grid("sheet", tiles))
 
 
 def _show_image(row: Row, pictures: Mapping[str, str]) -> str:

@@ -413,7 +413,11 @@ def test_a_configuration_file(folder, shards):
     assert options["images_per_partition"] == 500
     (folder / "job.toml").write_text("shard = 1")
     status, out, err = run("apply", "--config", "job.toml")
-    assert (status, out, err) == (2, "", "dask-imgread: job.toml: no such option: shard\n")
+    assert (status, out, err) == (
+        2,
+        "",
+        "dask-imgread: job.toml: no such option: shard; do you mean shards?\n",
+    )
 
 
 def test_a_bar_on_a_terminal(folder, shards):
