@@ -200,7 +200,8 @@ class JobFolder:
         failures: list[tuple[str, str]] = []
         for name in self.list_parts()[:_SAMPLED]:
             table = pq.read_table(self._read(name))
-            rows.append(table.slice(0, count).to_pandas().reset_index())
+            frame = table.slice(0, count).to_pandas()
+            rows.append(frame.reset_index(drop=frame.index.names == [None]))
             if job.get("command") == "apply":
                 table = pq.read_table(self._read(name_records(name)))
             failed = table.filter(pc.is_valid(table["error"])).slice(0, count).to_pylist()

@@ -155,8 +155,8 @@ def _infer_meta(
         if meta is not None:
             return meta
     raise ValueError(
-        f"no image of the first {INFERRED_TASKS} partitions could be read, to tell the columns "
-        f"of {name_function(fn)} by: give them with meta"
+        f"no row comes of the first {INFERRED_TASKS} partitions, to tell the columns of "
+        f"{name_function(fn)} by: give them with meta"
     )
 
 
@@ -164,7 +164,8 @@ def _infer_from_task(
     reader: ImageReaderStage, fn: BatchFunction, task: FileGroupTask
 ) -> pd.DataFrame | None:
     batches = (batch for batch in reader.read(task) if batch.data)
-    rows = [make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES)]
+    made = (make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES))
+    rows = [each for each in made if len(each)]  # an empty frame tells no types
     if not rows:
         return None
     seen = pd.concat(rows)
@@ -239,13 +240,15 @@ class _PickledReader:
 
 def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:
     """Give rows the columns and types of ``meta``, where nothing is lost by it."""
-    same = set(rows.columns) == set(meta.columns) and rows.index.names == meta.index.names
     if not len(rows):
         return meta
+    index = rows.index
+    same = set(rows.columns) == set(meta.columns) and index.names == meta.index.names
+    if same and rows.dtypes.equals(meta.dtypes) and index.dtype == meta.index.dtype:
+        return rows
     try:
         if not same:
             raise TypeError("other columns")
-        index = rows.index
         if index.dtype != meta.index.dtype:
             index = pd.Index(_cast(index.to_series(), meta.index.dtype), name=index.name)
         columns = {column: _cast(rows[column], meta[column].dtype) for column in meta.columns}

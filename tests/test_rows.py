@@ -58,6 +58,17 @@ def test_every_form_gives_the_same_rows_and_can_be_written(shards, form, meta):
     assert len(set(rows["mean"])) > 10
 
 
+def test_types_come_from_the_first_rows_not_from_the_first_images(shards):
+    def late(batch):
+        keys = {"key": [image.key for image in batch.data]}
+        rows = pd.DataFrame(as_dict(batch) | keys).set_index("key")
+        return rows[rows.index > "000009"]
+
+    frame = map_images(late, shards, reader=READER)
+    assert (str(frame.dtypes["mean"]), frame.index.name) == ("float64", "key")
+    assert len(frame.compute(scheduler="sync")) == 14
+
+
 def test_meta_is_inferred_where_dask_computes(imgread_client, shards):
     rows = map_images(as_dict, shards, reader=READER).compute()
     assert (len(rows), rows.index.name) == (24, "image_id")
@@ -65,7 +76,7 @@ def test_meta_is_inferred_where_dask_computes(imgread_client, shards):
 
 def test_what_nothing_can_be_inferred_from_is_said(tmp_path):
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", b"no picture")])
-    with pytest.raises(ValueError, match=r"no image of the first .* give them with meta"):
+    with pytest.raises(ValueError, match=r"no row comes of the first .* give them with meta"):
         map_images(as_dict, shard, reader=READER)
     empty = map_images(as_dict, shard, reader=READER, meta=LOOSE).compute(scheduler="sync")
     assert (len(empty), str(empty.index.dtype)) == (0, "string")
