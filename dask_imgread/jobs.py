@@ -309,7 +309,7 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
             if isinstance(result, ReadError | OtherJobError):
                 raise result
             if isinstance(result, SchemaError):
-                raise JobError(f"{result}. Give all columns and types with meta") from None
+                raise JobError(str(result)) from None
             if isinstance(result, Exception):
                 reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
                 errors.append(f"partition {number}, {task!r}: {reason}")

@@ -140,7 +140,9 @@ class PartWriter:
         try:
             tables = [_conform(to_table(each), self.schema) for each in rows]
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise SchemaError(f"rows of {name_function(self.fn)}: {error}") from None
+            raise SchemaError(
+                f"rows of {name_function(self.fn)}: {error}. Give all columns and types with meta"
+            ) from None
         return pa.concat_tables([self._no_rows(), *tables])
 
     def _fail_images(

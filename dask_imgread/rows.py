@@ -26,7 +26,7 @@ logger = logging.getLogger("dask_imgread")
 
 
 class SchemaError(ValueError):
-    """A function's rows have other columns or types than those of the other rows."""
+    """What a function returns is no rows, or has other columns or types than other rows."""
 
 
 def name_function(fn: BatchFunction) -> str:
@@ -53,6 +53,11 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
     with_ids
         Whether the index of a DataFrame may be set.
 
+    Raises
+    ------
+    SchemaError
+        If what it returns is nothing of these.
+
     Examples
     --------
     >>> batch = ImageBatch([ImageObject(image_id="s/a.jpg"), ImageObject(image_id="s/b.jpg")])
@@ -77,14 +82,17 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
     if isinstance(made, pd.DataFrame):
         return _set_ids(made, ids) if with_ids else made
     if isinstance(made, Mapping):
-        columns = {name: _to_column(name, values, len(ids)) for name, values in made.items()}
+        columns = {
+            name: _to_column(f"{name_function(fn)}: column {name!r}", values, len(ids))
+            for name, values in made.items()
+        }
         rows = pd.DataFrame(columns, index=range(len(ids)))
     elif isinstance(made, list | tuple) and all(isinstance(row, Mapping) for row in made):
-        _check_count("a list of dicts", len(made), len(ids))
+        _check_count(f"{name_function(fn)}: a list of dicts", len(made), len(ids))
         rows = pd.DataFrame(list(made))
     else:
-        raise TypeError(
-            "a DataFrame, a dict of arrays or a list of dicts is expected, "
+        raise SchemaError(
+            f"{name_function(fn)}: a DataFrame, a dict of arrays or a list of dicts is expected, "
             f"not {type(made).__name__}"
         )
     return rows.set_index("image_id") if "image_id" in rows else rows.set_axis(ids)
@@ -102,6 +110,8 @@ def make_rows_singly(
     """
     try:
         return [make_rows(fn, batch, with_ids)], []
+    except SchemaError:  # no image's failure
+        raise
     except Exception as error:
         if len(batch.data) == 1 and not batch.failed:
             return [], [(batch.data[0], error)]
@@ -137,7 +147,7 @@ def _set_ids(rows: pd.DataFrame, ids: pd.Index) -> pd.DataFrame:
     return rows.set_axis(ids.take(rows.index)) if numbered else rows  # sorted rows, too
 
 
-def _to_column(name: str, values: Any, count: int) -> Any:
+def _to_column(what: str, values: Any, count: int) -> Any:
     """Return one value for each image; of an array with more dimensions, an array."""
     if isinstance(values, pd.Series):
         values = values.array  # its own index is not to be looked at
@@ -145,14 +155,14 @@ def _to_column(name: str, values: Any, count: int) -> Any:
         values = np.asarray(values)
     dimensions = getattr(values, "ndim", 1)
     if not dimensions or not isinstance(values, list | tuple | np.ndarray | ExtensionArray):
-        raise TypeError(f"column {name!r}: an array or a list is expected, not {values!r:.40}")
-    _check_count(f"column {name!r}", len(values), count)
+        raise SchemaError(f"{what}: an array or a list is expected, not {values!r:.40}")
+    _check_count(what, len(values), count)
     return list(values) if dimensions > 1 else values
 
 
 def _check_count(what: str, entries: int, images: int) -> None:
     if entries != images:
-        raise ValueError(f"{what} has {entries} entries for {images} images")
+        raise SchemaError(f"{what} has {entries} entries for {images} images")
 
 
 def to_table(rows: pd.DataFrame) -> pa.Table:

@@ -8,7 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgread import ImageBatch, ImageObject, ImageReaderStage, map_images, run_job
+from dask_imgread import (
+    ImageBatch,
+    ImageObject,
+    ImageReaderStage,
+    JobError,
+    map_images,
+    run_job,
+)
 from dask_imgread.rows import make_rows, to_table
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 
@@ -130,8 +137,16 @@ def make_batch():
     ],
 )
 def test_what_is_no_rows(made, told):
-    with pytest.raises((TypeError, ValueError), match=told):
+    with pytest.raises(ValueError, match=told):
         make_rows(lambda batch: made, make_batch())
+
+
+def test_what_is_no_rows_is_no_images_failure(imgread_client, shards):
+    def summarise(batch):
+        return {"mean": [1.0]} if batch.num_items > 8 else as_dict(batch)
+
+    with pytest.raises(JobError, match="column 'mean' has 1 entries for 12 images"):
+        run_job(shards, "out", summarise, client=imgread_client, reader=READER)
 
 
 @pytest.mark.parametrize(
