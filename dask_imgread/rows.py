@@ -79,6 +79,8 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
             *(name_function(fn), type(error).__name__, error),
         )
         return pd.DataFrame()
+    if made is None and not batch.data:
+        return pd.DataFrame()
     if isinstance(made, pd.DataFrame):
         return _set_ids(made, ids) if with_ids else made
     if isinstance(made, Mapping):
@@ -174,9 +176,12 @@ def to_table(rows: pd.DataFrame) -> pa.Table:
     # An index without a name only numbers the rows.
     named = any(name is not None for name in rows.index.names)
     # pandas does not read a file that says that its lists are Arrow's: these come by themselves.
-    table = pa.Table.from_pandas(rows.assign(**dict.fromkeys(packed)), preserve_index=named)
+    rest = rows.copy(deep=False)
+    for name in packed:
+        rest[name] = None
+    table = pa.Table.from_pandas(rest, preserve_index=named)
     for name, array in packed.items():
-        table = table.set_column(table.column_names.index(name), name, array)
+        table = table.set_column(table.column_names.index(str(name)), str(name), array)
     return table
 
 

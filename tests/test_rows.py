@@ -162,6 +162,17 @@ def test_an_index_that_is_not_the_images_is_left_alone(rows):
     pd.testing.assert_frame_equal(make_rows(lambda batch: rows, make_batch()), rows)
 
 
+def test_nothing_for_no_image_is_no_rows():
+    assert len(make_rows(lambda batch: None, ImageBatch())) == 0
+    with pytest.raises(ValueError, match="not NoneType"):
+        make_rows(lambda batch: None, make_batch())
+
+
+def test_columns_may_have_numbers_as_names():
+    table = to_table(make_rows(lambda batch: {0: np.zeros((3, 2)), 1: [1, 2, 3]}, make_batch()))
+    assert table.column_names == ["0", "1", "image_id"]
+
+
 def test_a_function_may_empty_its_batch():
     def take(batch):
         names = []
