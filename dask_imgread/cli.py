@@ -9,16 +9,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from dask_imgread import __version__
 from dask_imgread.options import (
     UsageError,
     add_cluster,
+    add_device,
     add_job,
     add_reader,
     add_shards,
@@ -34,16 +36,29 @@ from dask_imgread.options import (
 if TYPE_CHECKING:
     from distributed import Client
 
-    from dask_imgread.frame import BatchFunction
     from dask_imgread.jobs import Summary
     from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.rows import BatchFunction
     from dask_imgread.shards import Shard
     from dask_imgread.tasks import FileGroupTask
 
 logger = logging.getLogger("dask_imgread")
 
 _SHEET_IMAGES = 24
-SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED = range(4)
+_EXAMPLES = {  # of each command, after the program's name
+    "demo": "demo --images 200 --workers 2",
+    "metadata": 'metadata "shards/*.tar" --out result\n'
+    "metadata shards/ --out decoded --decode --blocksize 64MB",
+    "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
+    "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
+    "report": "report result",
+}
+_STATUSES = """\
+exit status:
+  0 all was read or recorded     1 images failed (verify, --fail-on-error)
+  2 wrong usage                  3 the job could not finish
+  4 the function of apply raised for images"""
+SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
 
 
 class Stopped(BaseException):
@@ -59,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
     image that can't be read; 2 if the command, its paths or its options are wrong; 3 if the
-    job could not finish; 130 and 143 after SIGINT and SIGTERM.
+    job could not finish; 4 if the function of `apply` raised for an image that could be read;
+    130 and 143 after SIGINT and SIGTERM.
     """
     from dask_imgread.storage import StorageError, hide_secrets
 
@@ -119,52 +135,88 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dask-imgread",
         description="Read WebDataset tar shards of images on a Dask cluster.",
-        epilog="Exit status: 0 all read, 1 some images failed (verify, --fail-on-error), "
-        "2 wrong usage, 3 the job could not finish.",
+        epilog=_show_examples(*_EXAMPLES.values()) + "\n\n" + _STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"dask-imgread {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    demo = commands.add_parser("demo", help="make a few shards of pictures and read them")
-    demo.set_defaults(run=run_demo)
+    demo = _add_command(commands, "demo", run_demo, "make a few shards of pictures and read them")
     demo.add_argument("--folder", help="a new one, for everything (default dask-imgread-demo)")
     demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
-    demo.add_argument("--workers", type=int, metavar="N", help="worker processes")
-    demo.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
+    demo.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="worker processes (default: one for each GPU or core)",
+    )
+    add_device(demo)
 
-    metadata = commands.add_parser("metadata", help="write one row for each image as Parquet")
-    metadata.set_defaults(run=run_metadata)
+    metadata = _add_command(
+        commands, "metadata", run_metadata, "write one row for each image as Parquet"
+    )
     add_shards(metadata)
     metadata.add_argument(
         "--decode",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="decode, and so find broken images; else headers are read",
+        help="decode, and so find broken images (default no: only headers are read)",
     )
 
-    apply = commands.add_parser("apply", help="write what a function makes of the images")
-    apply.set_defaults(run=run_apply)
+    apply = _add_command(commands, "apply", run_apply, "write what a function makes of the images")
     apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="as for map_images")
     add_shards(apply)
 
     for command in (metadata, apply):
         add_job(command)
-        add_reader(command)
+        add_reader(command, sidecars=command is apply)
         add_cluster(command)
 
-    verify = commands.add_parser("verify", help="decode everything and say what is broken")
-    verify.set_defaults(run=run_verify)
+    verify = _add_command(
+        commands, "verify", run_verify, "decode everything and say what is broken"
+    )
     add_shards(verify)
-    verify.add_argument("--out", metavar="FILE", help="Parquet file for the list of bad images")
-    verify.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
+    verify.add_argument(
+        "--out", metavar="FILE", help="Parquet file for the list of bad images (default: none)"
+    )
+    add_device(verify)
     add_cluster(verify)
 
-    report = commands.add_parser("report", help="write a page to look at from a job's output")
-    report.set_defaults(run=run_report)
+    report = _add_command(
+        commands, "report", run_report, "write a page to look at from a job's output"
+    )
     report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
     report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
-    for name in ("--storage-option", "--out-option"):
-        report.add_argument(name, action="append", type=parse_pair, metavar="KEY=VALUE")
+    for name, what in (
+        ("storage", "of the shards' file system, and of DIR's if it is remote (default: none)"),
+        ("out", "of the file system of DIR (default: as --storage-option)"),
+    ):
+        report.add_argument(
+            f"--{name}-option", action="append", type=parse_pair, metavar="KEY=VALUE", help=what
+        )
     return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    what: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=_show_examples(_EXAMPLES[name]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _show_examples(*examples: str) -> str:
+    lines = [f"  dask-imgread {line}" for example in examples for line in example.splitlines()]
+    return "\n".join(["examples:", *lines])
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -173,10 +225,12 @@ def run_demo(options: argparse.Namespace) -> int:
     from dask_imgread.jobs import run_job
     from dask_imgread.partition import partition_shards
     from dask_imgread.pictures import make_shards
+    from dask_imgread.progress import start_logging
     from dask_imgread.report import write_report
 
+    start_logging("text")
     if options.images < 1:
-        raise UsageError(f"--images must be at least 1, not {options.images}")
+        raise UsageError(f"--images must be at least 1, not {options.images}: give a larger number")
     folder = Path(options.folder or find_free("dask-imgread-demo"))
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty, and stays as it is: give another --folder")
@@ -207,6 +261,10 @@ def find_free(name: str) -> str:
 def run_metadata(options: argparse.Namespace) -> int:
     """Write shards' metadata."""
     require(options, "shards", "out")
+    if options.resize is not None and not options.decode:
+        raise UsageError(
+            "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
+        )
     with keep_stdout(options):
         summary = do_job(options, None, make_reader(options, sidecars=False))
     return tell_summary(options, summary)
@@ -276,6 +334,8 @@ def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
     else:
         storage_options, out_options = read_storage_options(options)
         print_summary(summary, options.out, out_options or storage_options)
+    if summary.function_failed:
+        return FUNCTION_FAILED
     return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
 
 
@@ -283,10 +343,12 @@ def run_verify(options: argparse.Namespace) -> int:
     """Decode everything, and print what was found per shard and per cause."""
     from dask_imgread.cluster import connect_client
     from dask_imgread.partition import Division, divide_shards
+    from dask_imgread.progress import start_logging
     from dask_imgread.shards import find_shards
     from dask_imgread.verify import verify_shards
 
     require(options, "shards")
+    start_logging("text")
     storage_options = merge_pairs(options.storage_option)
     shards = find_shards(options.shards, storage_options)
     check_readable(shards, storage_options)
@@ -335,7 +397,7 @@ def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> 
                 next(walk_members(source), None)
             return
         except (OSError, NotTarError) as error:
-            first = first or UsageError(f"{name_url(shard.path)}: {error}")
+            first = first or UsageError(f"{name_url(shard.path)}: {error}; give tar shards")
     if first is not None:
         raise first
 
@@ -364,16 +426,26 @@ def save_contact_sheet(
 def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
     from dask_imgread.folder import JobFolder
+    from dask_imgread.preview import show_rows
     from dask_imgread.storage import name_url
 
-    rate = (summary.new_images + summary.new_failed) / summary.seconds
-    print(f"{summary.images} images, {summary.failed} failed")
-    print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
-    print(f"{summary.seconds:.1f} s, {rate:.0f} images/s")
+    of_function = f", {summary.function_failed} of them in the function"
+    told = of_function if summary.function_failed else ""
+    print(f"{summary.images} images, {summary.failed} failed{told}")
+    if not summary.decoded:
+        print("only headers were read: pixels were not checked (--decode checks them)")
+    if summary.new_partitions:
+        print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
+        rate = f"{summary.images_per_second:.0f} images/s while reading"
+        print(f"{summary.seconds:.1f} s in all, {rate}")
+    else:
+        print(f"nothing left to do: all {summary.partitions} partitions are done")
     print()
     first, failures = JobFolder(out, options).read_samples()
-    print(first.to_string(index=False))
+    print(show_rows(first))
     for image_id, error in failures:
         print(f"failed: {image_id}: {error}")
+    if len(failures) < summary.failed:
+        print(f"and {summary.failed - len(failures)} more failed")
     print()
     print(f"rows           {name_url(out)}")

@@ -73,7 +73,9 @@ def start_cluster(
     """
     gpus = count_gpus() if device != "cpu" else 0
     if device == "gpu" and not gpus:
-        raise RuntimeError(f'device="gpu", but no GPU was found: {explain_absence()}')
+        raise RuntimeError(
+            f'device="gpu", but no GPU was found: {explain_absence()}. Give "auto" to use cores'
+        )
     options = {"dashboard_address": _choose_dashboard()} | options
     if gpus:
         cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)

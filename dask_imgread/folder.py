@@ -55,14 +55,19 @@ logger = logging.getLogger("dask_imgread")
 
 @dataclass(frozen=True)
 class Count:
-    """How many images were read, and how many could not be."""
+    """How many images were read, and how many could not be, some as a function raised for them."""
 
     images: int = 0
     failed: int = 0
+    function_failed: int = 0
 
     def __add__(self, other: Count) -> Count:
         """Add the numbers."""
-        return Count(self.images + other.images, self.failed + other.failed)
+        return Count(
+            self.images + other.images,
+            self.failed + other.failed,
+            self.function_failed + other.function_failed,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Footer:
     began: float  # seconds since 1970
     ended: float
     worker: str
+    function_failed: int = 0
+
+    def count(self) -> Count:
+        """Return how many images the part is about."""
+        return Count(self.images, self.failed, self.function_failed)
 
 
 class OtherJobError(ValueError):
@@ -106,7 +116,7 @@ class JobFolder:
         except ValueError:
             job = None
         if not isinstance(job, dict) or "format" not in job:
-            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's")
+            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's: give another folder")
         return job
 
     def write_job(self, job: dict[str, Any]) -> None:
@@ -141,7 +151,9 @@ class JobFolder:
                 f"{name_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
             )
         if job["id"] != footer.job:
-            raise OtherJobError(f"{name_url(self.url)} has become another job's")
+            raise OtherJobError(
+                f"{name_url(self.url)} has become another job's: give another folder"
+            )
         marks = {FOOTER: json.dumps(asdict(footer)).encode()}
         name = f"part-{number:07d}.parquet"
         if records is not None:
@@ -188,7 +200,8 @@ class JobFolder:
         failures: list[tuple[str, str]] = []
         for name in self.list_parts()[:_SAMPLED]:
             table = pq.read_table(self._read(name))
-            rows.append(table.slice(0, count).to_pandas().reset_index())
+            frame = table.slice(0, count).to_pandas()
+            rows.append(frame.reset_index(drop=frame.index.names == [None]))
             if job.get("command") == "apply":
                 table = pq.read_table(self._read(name_records(name)))
             failed = table.filter(pc.is_valid(table["error"])).slice(0, count).to_pylist()
@@ -215,8 +228,10 @@ class JobFolder:
             and not (has_job and (_PART.fullmatch(name) or name == IMAGES))
         )
         if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise FileExistsError(
                 f"{name_url(self.url)} holds what no job has written, such as {foreign[0]}"
+                f"{more}: give another folder"
             )
         if has_job:  # until the last part is gone; then it is the last to go
             self.write_job({"format": CLEARED, "id": ""})

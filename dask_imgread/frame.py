@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.dataframe as dd
 import pandas as pd
+import pyarrow as pa
 from dask.base import tokenize
 from distributed.protocol import pickle
+from pandas.api.types import is_object_dtype
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.reader import ImageReaderStage
-from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame
+from dask_imgread.rows import (
+    INFERRED_BATCH,
+    INFERRED_BATCHES,
+    INFERRED_TASKS,
+    BatchFunction,
+    SchemaError,
+    make_rows,
+    name_function,
+    to_array,
+)
+from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame, make_index
 
 if TYPE_CHECKING:
     from dask.dataframe import DataFrame
-
-BatchFunction = Callable[[ImageBatch], pd.DataFrame]
 
 
 def read_metadata(
@@ -70,7 +81,7 @@ def map_images(
     paths_or_tasks: PathsOrTasks,
     *,
     reader: ImageReaderStage | None = None,
-    meta: pd.DataFrame,
+    meta: pd.DataFrame | None = None,
     **partitioning: Any,
 ) -> DataFrame:
     """Make a lazy DataFrame of what ``fn`` returns for each batch of images.
@@ -81,14 +92,17 @@ def map_images(
     Parameters
     ----------
     fn
-        Takes an ``ImageBatch`` and returns a DataFrame with the columns of ``meta``.
-        It sees failed images too, in ``batch.failed``.
+        Takes an ``ImageBatch`` and returns rows: a dict of arrays or a list of dicts with one
+        entry for each image of ``batch.data``, which get the images' ids as their index, or a
+        DataFrame. It sees failed images too, in ``batch.failed``.
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, or the tasks that it made.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     meta
-        An empty DataFrame with the columns, dtypes and index of what ``fn`` returns.
+        An empty DataFrame with the columns, dtypes and index of the rows. If neither it nor
+        ``fn.meta`` is given, ``fn`` is run on a few images, here and now, where Dask computes;
+        arrays of one shape are then Arrow's lists of a fixed size.
     **partitioning
         Options of ``partition_shards``, for paths.
 
@@ -97,26 +111,75 @@ def map_images(
     dask.dataframe.DataFrame
         One partition for each task.
 
+    Raises
+    ------
+    SchemaError
+        When it is computed, if rows do not have the columns and types of ``meta``; a ValueError.
+
     Examples
     --------
-    >>> import pandas as pd
     >>> from dask_imgread.testing import make_shards
     >>> def brightness(batch):
-    ...     ids = pd.Index([image.image_id for image in batch.data], name="image_id")
-    ...     return pd.DataFrame({"mean": [i.image_data.mean() for i in batch.data]}, index=ids)
-    >>> meta = pd.DataFrame({"mean": pd.Series(dtype=float)}, index=pd.Index([], name="image_id"))
-    >>> frame = map_images(brightness, make_shards("shards"), meta=meta)
+    ...     return {"mean": [image.image_data.mean() for image in batch.data]}
+    >>> frame = map_images(brightness, make_shards("shards"))
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
     tasks = list_tasks(paths_or_tasks, **partitioning)
+    reader = reader or ImageReaderStage()
+    meta = getattr(fn, "meta", None) if meta is None else meta
+    meta = _infer_meta(reader, fn, tasks) if meta is None else _complete_meta(meta)
     if not tasks:
         return dd.from_pandas(meta, npartitions=1)
     # The rows have the types of `meta` already: Dask would add a second task to each partition,
     # to turn objects into strings.
     with dask.config.set({"dataframe.convert-string": False}):
-        read = PartitionReader(reader or ImageReaderStage(), fn, meta)
+        read = PartitionReader(reader, fn, meta)
         return dd.from_map(read, tasks, meta=meta, enforce_metadata=False, label="map-images")
+
+
+def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose index of ids has their type; pandas gives an empty one another."""
+    untold = isinstance(meta.index, pd.RangeIndex) or is_object_dtype(meta.index.dtype)
+    return meta[:0].set_axis(make_index([])) if meta.index.name == "image_id" and untold else meta
+
+
+def _infer_meta(
+    reader: ImageReaderStage, fn: BatchFunction, tasks: list[FileGroupTask]
+) -> pd.DataFrame:
+    """Run the function on a few images, where Dask computes; return no rows of their types."""
+    small = replace(reader, dali_batch_size=INFERRED_BATCH)
+    for task in tasks[:INFERRED_TASKS]:
+        look = functools.partial(_infer_from_task, small, fn, task)
+        meta: pd.DataFrame | None = dask.delayed(look, pure=False)().compute()
+        if meta is not None:
+            return meta
+    raise ValueError(
+        f"no row comes of the first {INFERRED_TASKS} partitions, to tell the columns of "
+        f"{name_function(fn)} by: give them with meta"
+    )
+
+
+def _infer_from_task(
+    reader: ImageReaderStage, fn: BatchFunction, task: FileGroupTask
+) -> pd.DataFrame | None:
+    batches = (batch for batch in reader.read(task) if batch.data)
+    made = (make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES))
+    rows = [each for each in made if len(each)]  # an empty frame tells no types
+    if not rows:
+        return None
+    seen = pd.concat(rows)
+    types = {name: _infer_type(column) for name, column in seen.items()}
+    return seen[:0].astype(types)
+
+
+def _infer_type(column: pd.Series) -> Any:
+    """Return a column's type; Arrow's for what pandas knows as objects, if that can be written."""
+    if is_object_dtype(column.dtype):
+        with suppress(pa.ArrowException):
+            found = to_array(column).type
+            return column.dtype if pa.types.is_null(found) else pd.ArrowDtype(found)
+    return column.dtype
 
 
 def to_rows(batch: ImageBatch) -> pd.DataFrame:
@@ -136,18 +199,22 @@ class PartitionReader:
         The reader.
     fn
         What makes the rows of a batch.
-    empty
-        The rows of a task without any batch.
+    meta
+        The columns and types of the rows; the rows of a task without any batch.
     """
 
-    def __init__(self, reader: ImageReaderStage, fn: BatchFunction, empty: pd.DataFrame) -> None:
-        self._parts = reader, fn, empty
+    def __init__(self, reader: ImageReaderStage, fn: BatchFunction, meta: pd.DataFrame) -> None:
+        self._parts = reader, fn, meta
 
     def __call__(self, task: FileGroupTask) -> pd.DataFrame:
         """Read a task."""
-        reader, fn, empty = self._parts
-        rows = [fn(batch) for batch in reader.read(task)]
-        return pd.concat(rows) if rows else empty
+        reader, fn, meta = self._parts
+        with_ids = "image_id" in {*meta.index.names, *meta.columns}
+        rows = [
+            _conform(make_rows(fn, batch, with_ids), meta, name_function(fn))
+            for batch in reader.read(task)
+        ]
+        return pd.concat(rows) if rows else meta
 
     def __dask_tokenize__(self) -> object:
         """Name what is read, alike in every process."""
@@ -169,3 +236,52 @@ class _PickledReader:
 
     def __call__(self, task: FileGroupTask) -> pd.DataFrame:
         return PartitionReader(*pickle.loads(self._pickled))(task)
+
+
+def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Give rows the columns and types of ``meta``, where nothing is lost by it."""
+    if not len(rows):
+        return meta
+    index = rows.index
+    same = set(rows.columns) == set(meta.columns) and index.names == meta.index.names
+    if same and rows.dtypes.equals(meta.dtypes) and index.dtype == meta.index.dtype:
+        return rows
+    try:
+        if not same:
+            raise TypeError("other columns")
+        if index.dtype != meta.index.dtype:
+            index = pd.Index(_cast(index.to_series(), meta.index.dtype), name=index.name)
+        columns = {column: _cast(rows[column], meta[column].dtype) for column in meta.columns}
+        return pd.DataFrame(columns, columns=meta.columns).set_axis(index)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise SchemaError(
+            f"rows of {name} have {_tell_types(rows)}, where meta has {_tell_types(meta)} "
+            f"({error}): leave meta out to have it from the first images, or give what the "
+            "function returns"
+        ) from None
+
+
+def _cast(column: pd.Series, dtype: Any) -> pd.Series:
+    if column.dtype == dtype:
+        return column
+    if isinstance(dtype, pd.ArrowDtype) and is_object_dtype(column.dtype):
+        array = pd.arrays.ArrowExtensionArray(to_array(column).cast(dtype.pyarrow_dtype))
+        return pd.Series(array, index=column.index, name=column.name)
+    cast = column.astype(dtype)
+    if is_object_dtype(dtype):
+        lost = not isinstance(column.dtype, pd.StringDtype)
+    elif dtype.kind == column.dtype.kind == "f":
+        lost = False  # of another precision
+    else:
+        lost = not ((cast == column) | column.isna()).fillna(False).all()
+    if lost:
+        raise TypeError(f"column {column.name!r} is {column.dtype}, not {dtype}")
+    return cast
+
+
+def _tell_types(rows: pd.DataFrame) -> str:
+    index = [
+        f"{name}: {rows.index.get_level_values(level).dtype} (index)"
+        for level, name in enumerate(rows.index.names)
+    ]
+    return ", ".join(index + [f"{name}: {dtype}" for name, dtype in rows.dtypes.items()])

@@ -226,7 +226,8 @@ def hold_share(share: float) -> Iterator[None]:
         return
     if share > capacity:
         raise RuntimeError(
-            f"a reader asks for {share} of a GPU, but its worker declares only {capacity}"
+            f"a reader asks for {share} of a GPU, but its worker declares only {capacity}: "
+            "let it declare more, or ask for less with num_gpus_per_worker"
         )
     shares = _shares[worker.id if worker is not None else ""]
     thread = threading.get_ident()  # a generator may be closed by another one

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,19 @@ from distributed.scheduler import KilledWorker
 from dask_imgread.batches import ReadError
 from dask_imgread.cluster import connect_client
 from dask_imgread.folder import SCHEMA, Count, JobFolder, OtherJobError
-from dask_imgread.frame import BatchFunction
 from dask_imgread.partition import Division
-from dask_imgread.parts import (
-    PartWriter,
-    SchemaError,
-    describe_batch,
-    name_function,
-    to_table,
-)
+from dask_imgread.parts import PartWriter, describe_batch
 from dask_imgread.plan import iterate_tasks, prepare_plan
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reader import ImageReaderStage
+from dask_imgread.rows import (
+    INFERRED_BATCH,
+    INFERRED_TASKS,
+    BatchFunction,
+    SchemaError,
+    name_function,
+    to_table,
+)
 from dask_imgread.shards import Paths, Shard, find_shards, is_local, resolve_path
 from dask_imgread.storage import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch
@@ -43,7 +44,6 @@ logger = logging.getLogger("dask_imgread")
 
 _SMALLEST_WINDOW = 16  # counts are all that tasks return
 _MOST_ERRORS = 20  # partitions that could not be done, until a job is given up
-_INFERRED_BATCH, _INFERRED_TASKS = 8, 10  # images, in one of so many partitions
 
 
 class JobError(RuntimeError):
@@ -58,21 +58,32 @@ class Summary:
     ----------
     images, failed
         Images in the whole output that were read, and that could not be.
+    function_failed
+        Those of the failed that could be read, but for which the function raised.
     partitions
         How many there are.
     new_images, new_failed, new_partitions
         The same of this run alone.
     seconds
         How long this run took, from finding the shards on.
+    images_per_second
+        The images of this run, those that failed too, in a second of the time in which it read
+        partitions; 0 if there was nothing left to do.
+    decoded
+        Whether pixels were decoded. If not, only headers were read, and images that seem fine
+        may be broken.
     """
 
     images: int
     failed: int
+    function_failed: int
     partitions: int
     new_images: int
     new_failed: int
     new_partitions: int
     seconds: float
+    images_per_second: float
+    decoded: bool
 
 
 def run_job(
@@ -110,8 +121,10 @@ def run_job(
     out
         A folder, or a URL that fsspec can write to.
     fn
-        Takes an ``ImageBatch`` and returns a DataFrame, as for ``map_images``. If it raises,
-        the batch's images are recorded as failed. If not given, the rows are the images'
+        Takes an ``ImageBatch`` and returns rows, as for ``map_images``; arrays of one shape
+        become lists of a fixed size. If it raises, it is run again on each image of the batch
+        as a batch of its own, and those for which it raises again are recorded as failed, with
+        the cause ``function failed``. If not given, the rows are the images'
         metadata, with the columns of ``dask_imgread.tasks.COLUMNS``, and ``sidecars``, as
         JSON, if the reader reads them.
     client
@@ -190,28 +203,33 @@ def run_job(
     )
     job = replace(job, job_id=job_id, retrying=retry_failed)
     done, before = _find_done(job, partitions)
-    count = Count()
+    count, rate = Count(), 0.0
     if sum(done) < partitions:
         tasks = _Tasks(job.folder, job_id, shards, options, bytearray(not mark for mark in done))
         with (
             nullcontext(client)
             if client is not None
-            else _connect(job.reader, scheduler, scheduler_file, n_workers) as used,
-            choose_progress(partitions, sum(done), hidden=not progress) as shown,
-        ):
+            else _connect(job.reader, scheduler, scheduler_file, n_workers)
+        ) as used:
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
-            count = _run(used, job, tasks, retries, shown)
+            with choose_progress(partitions, sum(done), hidden=not progress) as shown:
+                count = _run(used, job, tasks, retries, shown)
+                rate = shown.tell_rate()
     if not all(job.folder.mark_done(partitions)):
-        raise JobError(f"what workers wrote is not in {name_url(job.folder.url)}: is it shared?")
+        raise JobError(
+            f"what workers wrote is not in {name_url(job.folder.url)}: give a folder that client "
+            "and workers share"
+        )
     job.folder.tidy()
     return Summary(
-        images=before.images + count.images,
-        failed=before.failed + count.failed,
+        **asdict(before + count),
         partitions=partitions,
         new_images=count.images,
         new_failed=count.failed,
         new_partitions=partitions - sum(done),
         seconds=time.monotonic() - start,
+        images_per_second=round(rate, 1),
+        decoded=job.reader.decode,
     )
 
 
@@ -243,7 +261,7 @@ def _find_done(job: PartWriter, partitions: int) -> tuple[bytearray, Count]:
         if footer is None or footer.job != job.job_id or (job.retrying and footer.failed):
             done[number] = 0
         else:
-            total += Count(footer.images, footer.failed)
+            total += footer.count()
     return done, total
 
 
@@ -296,7 +314,7 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
             if isinstance(result, ReadError | OtherJobError):
                 raise result
             if isinstance(result, SchemaError):
-                raise JobError(f"{result}. Give all columns and types with meta") from None
+                raise JobError(str(result)) from None
             if isinstance(result, Exception):
                 reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
                 errors.append(f"partition {number}, {task!r}: {reason}")
@@ -307,9 +325,12 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
                 total += result
             progress.update(done - len(errors), total.images, total.failed)
     except CancelledError:
-        raise JobError("the scheduler was lost") from None
+        raise JobError("the scheduler was lost; the same call goes on from there") from None
     if errors:
-        raise JobError(f"{len(errors)} partitions could not be done, such as {errors[0]}")
+        raise JobError(
+            f"{len(errors)} partitions could not be done, such as {errors[0]}. The same call tries "
+            "them again"
+        )
     return total
 
 
@@ -346,9 +367,9 @@ def _infer_schema(
     """Run the function on a few images, on a worker; keep the types that are known."""
     assert job.fn is not None
     name = name_function(job.fn)
-    small = replace(job, reader=replace(job.reader, dali_batch_size=_INFERRED_BATCH))
+    small = replace(job, reader=replace(job.reader, dali_batch_size=INFERRED_BATCH))
     options = job.reader.annotations(client)
-    for _, task in islice(tasks, _INFERRED_TASKS):
+    for _, task in islice(tasks, INFERRED_TASKS):
         try:
             schemas = _infer_schemas(client, small, task, options)
         except Exception as error:
@@ -357,7 +378,7 @@ def _infer_schema(
         if schemas:
             return _unify(schemas, known, name)
     raise JobError(
-        f"no image of the first {_INFERRED_TASKS} partitions could be read, to tell the columns "
+        f"no image of the first {INFERRED_TASKS} partitions could be read, to tell the columns "
         f"of {name} by: give them with meta"
     )
 

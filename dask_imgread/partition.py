@@ -111,7 +111,7 @@ class Division:
             _check_positive(name, number)
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} can't be given together: they divide differently"
+                f"{' and '.join(given)} can't be given together: they divide differently; give one"
             )
 
 

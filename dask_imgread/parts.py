@@ -6,11 +6,13 @@ import json
 import logging
 import time
 from base64 import b64encode
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -18,18 +20,21 @@ import pyarrow as pa
 from dask.base import tokenize
 
 from dask_imgread.folder import Count, Footer, JobFolder
-from dask_imgread.frame import BatchFunction
 from dask_imgread.reader import ImageReaderStage
 from dask_imgread.records import UNREACHABLE, describe_lost_shards
+from dask_imgread.rows import (
+    INFERRED_BATCHES,
+    BatchFunction,
+    SchemaError,
+    make_rows_singly,
+    name_function,
+    to_table,
+)
 from dask_imgread.storage import StorageError, hide_secrets
-from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame
+from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject, make_frame
 from dask_imgread.worker import find_worker
 
 logger = logging.getLogger("dask_imgread")
-
-
-class SchemaError(ValueError):
-    """A function's rows have other columns or types than those of the other parts."""
 
 
 # What of a reader decides on the rows. The rest is how fast they come.
@@ -37,7 +42,7 @@ _DECISIVE = (
     *("decode", "sidecars", "on_error", "max_pixels", "resize", "output"),
     *("decoder", "scaled_decoding", "relative_to"),
 )
-_INFERRED_BATCHES = 4  # whose rows tell the types of a function's columns
+_LOGGED_PER_BATCH = 5  # failures of a function; all are in the records
 
 
 def _describe_more(reader: ImageReaderStage) -> dict[str, Any]:
@@ -129,16 +134,26 @@ class PartWriter:
         count = Count()
         for batch in self.reader.read(task):
             _check_reached(batch)
+            given = batch.num_items
             rows.append(self._make_rows(batch))
             records.append(to_table(batch.to_frame()))
-            count += Count(batch.num_items, len(batch.failed) + batch.skipped)
+            failed = len(batch.failed) + batch.skipped
+            count += Count(batch.num_items, failed, given - batch.num_items)
         return self._write(number, pa.concat_tables(rows), pa.concat_tables(records), count, began)
 
     def infer_schemas(self, task: FileGroupTask) -> list[pa.Schema]:
         """Return the columns that the function gives for the first images of a partition."""
         assert self.fn is not None
         batches = (batch for batch in self.reader.read(task) if batch.data)
-        return [to_table(self.fn(batch)).schema for batch in islice(batches, _INFERRED_BATCHES)]
+        schemas: list[pa.Schema] = []
+        first: Exception | None = None
+        for batch in islice(batches, INFERRED_BATCHES):
+            rows, failures = make_rows_singly(self.fn, batch)
+            schemas += [to_table(each).schema for each in rows]
+            first = first or next((error for _, error in failures), None)
+        if first is not None and not schemas:
+            raise first
+        return schemas
 
     def write_lost(self, number: int, task: FileGroupTask, error: Exception) -> Count:
         """Write a row for each shard of a partition that could not be run."""
@@ -155,18 +170,38 @@ class PartWriter:
         if self.fn is None:
             return to_table(describe_batch(batch, self.reader.sidecars))
         assert self.schema is not None
-        try:
-            rows = to_table(self.fn(batch))
-        except Exception as error:
+        with_ids = "image_id" in self.schema.names
+        rows, failures = make_rows_singly(self.fn, batch, with_ids)
+        if failures:
             if self.reader.on_error == "raise":
-                raise
-            logger.exception("%s failed", name_function(self.fn))
-            _fail_batch(batch, error, self.reader.on_error == "skip")
-            return self._no_rows()
+                raise failures[0][1]
+            self._fail_images(batch, failures)
         try:
-            return _conform(rows, self.schema)
+            tables = [_conform(to_table(each), self.schema) for each in rows]
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise SchemaError(f"rows of {name_function(self.fn)}: {error}") from None
+            raise SchemaError(
+                f"rows of {name_function(self.fn)}: {error}. Give all columns and types with meta"
+            ) from None
+        return pa.concat_tables([self._no_rows(), *tables])
+
+    def _fail_images(
+        self, batch: ImageBatch, failures: Sequence[tuple[ImageObject, Exception]]
+    ) -> None:
+        """Count the images that the function raises for as failed."""
+        assert self.fn is not None
+        logger.error("%s failed", name_function(self.fn), exc_info=failures[0][1])
+        for number, (image, error) in enumerate(failures):
+            image.image_data = None
+            image.error = hide_secrets(f"function failed: {type(error).__name__}: {error}")
+            if number < _LOGGED_PER_BATCH:
+                logger.warning("%s: %s", image.image_path, image.error)
+        if len(failures) > _LOGGED_PER_BATCH:
+            logger.warning("and %d more of its batch", len(failures) - _LOGGED_PER_BATCH)
+        batch.data = [image for image in batch.data if image.error is None]
+        if self.reader.on_error == "skip":
+            batch.skipped += len(failures)
+        else:
+            batch.failed += [image for image, _ in failures]
 
     def _write(
         self, number: int, rows: pa.Table, records: pa.Table, count: Count, began: float
@@ -177,28 +212,12 @@ class PartWriter:
                 "partition %d: %d images could be read before, and %d now: its rows stay",
                 *(number, earlier.images, count.images),
             )
-            return Count(earlier.images, earlier.failed)
+            return earlier.count()
         worker = find_worker()
         name = worker.address if worker is not None else "client"
-        footer = Footer(self.job_id, count.images, count.failed, began, time.time(), name)
+        footer = Footer(self.job_id, **asdict(count), began=began, ended=time.time(), worker=name)
         self.folder.write_part(number, rows, records if self.fn is not None else None, footer)
         return count
-
-
-def name_function(fn: BatchFunction) -> str:
-    """Return ``module:function``."""
-    if isinstance(fn, partial):  # its arguments may be secret
-        return f"{name_function(fn.func)} with {tokenize(fn.args, fn.keywords)[:8]}"
-    name = getattr(fn, "__qualname__", type(fn).__qualname__)
-    return f"{fn.__module__}:{name}"
-
-
-def to_table(rows: pd.DataFrame) -> pa.Table:
-    """Return rows as Arrow holds them, their index as a column if it has a name."""
-    if not isinstance(rows, pd.DataFrame):
-        raise TypeError(f"a DataFrame is expected, not {type(rows).__name__}")
-    # An index without a name only numbers the rows.
-    return pa.Table.from_pandas(rows, preserve_index=any(n is not None for n in rows.index.names))
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -239,20 +258,21 @@ def describe_batch(batch: ImageBatch, sidecars: bool) -> pd.DataFrame:
 
 def _to_json(sidecars: dict[str, Any]) -> str:
     # ASCII: a lone surrogate, which JSON may hold, is no UTF-8.
-    return json.dumps(sidecars, default=lambda content: {"base64": b64encode(content).decode()})
+    dump = partial(json.dumps, default=lambda content: {"base64": b64encode(content).decode()})
+    try:
+        return dump(sidecars, allow_nan=False)
+    except ValueError:
+        return dump(_drop_non_finite(sidecars))
+
+
+def _drop_non_finite(value: Any) -> Any:
+    """Return what Python's own JSON holds with null for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _drop_non_finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_drop_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _no_records() -> pa.Table:
     return to_table(make_frame([]))
-
-
-def _fail_batch(batch: ImageBatch, error: Exception, skip: bool) -> None:
-    """Count a batch's images as failed."""
-    reason = hide_secrets(f"function failed: {type(error).__name__}: {error}")
-    for image in batch.data:
-        image.image_data, image.error = None, reason
-    if skip:
-        batch.skipped += len(batch.data)
-    else:
-        batch.failed += batch.data
-    batch.data = []

@@ -83,12 +83,14 @@ def prepare_plan(
         if differences:
             raise OtherJobError(
                 f"{name_url(folder.url)} holds the output of another job: "
-                f"{'; '.join(differences)}. Give another folder, or overwrite it"
+                f"{'; '.join(differences)}. Give another folder, or overwrite it (--overwrite)"
             )
         return str(earlier["id"]), int(earlier["partitions"])
     plan = _make_table(divide_shards(shards, division, storage_options), shards)
     if folder.read_job() != earlier:  # planning can take long
-        raise OtherJobError(f"{name_url(folder.url)}: another job has begun there meanwhile")
+        raise OtherJobError(
+            f"{name_url(folder.url)}: another job has begun there meanwhile: give another folder"
+        )
     folder.clear()
     job |= {"id": uuid.uuid4().hex, "partitions": plan.num_rows}
     folder.write_table(SHARDS, _list_shards(shards))
@@ -105,7 +107,7 @@ def iterate_tasks(
     number = 0
     plan = folder.read_table(PLAN)
     if plan.schema.metadata[_ID].decode() != job_id:
-        raise OtherJobError(f"{name_url(folder.url)} has become another job's")
+        raise OtherJobError(f"{name_url(folder.url)} has become another job's: give another folder")
     for batch in plan.to_batches(_ROWS):
         for row in batch.to_pylist():
             if wanted[number]:
@@ -184,7 +186,7 @@ def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
     differences = []
     for what, paths in found.items():
         if paths:
-            more = ", ..." if len(paths) > _SHOWN else ""
+            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
             number = "1 shard is" if len(paths) == 1 else f"{len(paths)} shards are"
             differences.append(f"{number} {what}: {', '.join(paths[:_SHOWN])}{more}")
     return differences or ["the shards are in another order, or their URLs in what is not shown"]

@@ -40,6 +40,7 @@ from dask_imgread.tar import ByteSource
 _THREADS = 4  # that load pictures
 _NEIGHBOURS = 6  # failures that are shown between their neighbours
 _THUMBNAIL = 220  # pixels
+_HEADERS_ONLY = "only headers were read: pixels were not checked"
 _MAX_PIXELS = 1 << 28
 
 
@@ -100,7 +101,9 @@ def write_report(
     folder = JobFolder(resolve_path(out), options)
     job = folder.read_job()
     if job is None:
-        raise FileNotFoundError(f"no batch job in {name_url(out)}: no {JOB} there")
+        raise FileNotFoundError(
+            f"no batch job in {name_url(out)}: no {JOB} there; give the folder that a job writes to"
+        )
     fs, root = folder.connect()
     names = folder.list_parts()
     if job["command"] == "apply":
@@ -187,9 +190,10 @@ def _compose(
     times = np.array(tally.times).reshape(-1, 3).T
     times[2:] = times[2:].clip(times[1] + 1e-3)
     divs, script, bokeh = embed_plots(tally, times)
+    decoded = job.get("options", {}).get("decode", True)
     if tally.images or tally.failed:
         sections = [
-            _show_failures(tally, neighbours, pictures, divs),
+            _show_failures(decoded, tally, neighbours, pictures, divs),
             _show_samples(tally, pictures),
             _show_spreads(tally, divs),
             _show_rate(divs),
@@ -203,19 +207,28 @@ def _compose(
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
         title=escape(posixpath.basename(out.rstrip("/"))),
-        status=f'<span class="badge {"good" if done else "warn"}">{status}</span>',
+        status=_show_badge(status, done)
+        + (
+            "" if decoded else _show_badge("only headers were read: pixels were not checked", False)
+        ),
         made=escape(" · ".join(filter(None, made))),
-        cards=_show_cards(job, parts, tally, times),
+        cards=_show_cards(job, decoded, parts, tally, times),
         sections="".join(sections),
         bokeh=bokeh,
         script=script,
     )
 
 
-def _show_cards(job: Mapping[str, Any], parts: int, tally: Tally, times: Floats) -> str:
+def _show_badge(text: str, good: bool) -> str:
+    return f'<span class="badge {"good" if good else "warn"}">{text}</span>'
+
+
+def _show_cards(
+    job: Mapping[str, Any], decoded: bool, parts: int, tally: Tally, times: Floats
+) -> str:
     images, rows = tally.images, tally.images + tally.failed
     cards = [
-        ("Images read", f"{images:,}", f"of {rows:,}"),
+        ("Images read" if decoded else "Headers read", f"{images:,}", f"of {rows:,}"),
         ("Failed", f"{tally.failed:,}", f"{tally.failed / rows:.2%}" if rows else ""),
         ("Shards", f"{job['shards']:,}", f"{len(tally.shards):,} with failures"),
         ("Partitions", f"{parts:,}", f"of {job['partitions']:,}"),
@@ -224,11 +237,10 @@ def _show_cards(job: Mapping[str, Any], parts: int, tally: Tally, times: Floats)
         mean = f"{say(total / images, unit)} an image" if images else ""
         cards.append((title, say(total, unit), mean))
     if times.size:
-        began, ended = times[1].min(), times[2].max()
-        speed = say(times[0].sum() / (ended - began))
-        cards.append(
-            ("Time", str(timedelta(seconds=ceil(ended - began))), f"from {tell_time(began)} UTC")
-        )
+        seconds = _count_seconds(times)
+        speed = say(times[0].sum() / seconds)
+        began = f"from {tell_time(times[1].min())} UTC"
+        cards.append(("Time", str(timedelta(seconds=ceil(seconds))), began))
         cards.append(("Images per second", speed, f"workers: {len(tally.workers):,}"))
     alarming = "Failed" if tally.failed else None
     return "".join(
@@ -238,14 +250,28 @@ def _show_cards(job: Mapping[str, Any], parts: int, tally: Tally, times: Floats)
     )
 
 
+def _count_seconds(times: Floats) -> float:
+    """Return how long parts were being read; not the time between a job's runs."""
+    _, began, ended = times[:, times[1].argsort()]
+    reached = np.maximum.accumulate(ended)
+    pauses = (began[1:] - reached[:-1]).clip(0)
+    return float(reached[-1] - began[0] - pauses.sum())
+
+
 def _show_failures(
+    decoded: bool,
     tally: Tally,
     neighbours: Sequence[Trio],
     pictures: Mapping[str, str],
     divs: Mapping[str, str],
 ) -> str:
     if not tally.failed:
-        return _show_section("Failures", _show_banner("None: every image could be read.", "good"))
+        none = "None: every image could be read."
+        if not decoded:
+            none = (
+                "None seen in the headers. Decoding finds the broken images that seem fine there."
+            )
+        return _show_section("Failures", _show_banner(none, "good" if decoded else "warn"))
     listed = tally.list_failures()[:LISTED]
     lines = "".join(f"<tr>{_show_cell(row.image_id)}{_show_cell(row.error)}</tr>" for row in listed)
     table = f"<table><tr><th>image_id</th><th>error</th></tr>{lines}</table>"
@@ -257,7 +283,10 @@ def _show_failures(
     trios = [_show_trio(trio, pictures) for trio in neighbours]
     return _show_section(
         "Failures", _show_grid("halves", [_show_grid("", causes), shards])
-    ) + _show_section("Failures between their neighbours", _show_grid("halves", trios))
+    ) + _show_section(
+        f"Failures between their neighbours, {len(trios):,} of {tally.failed:,}",
+        _show_grid("halves", trios),
+    )
 
 
 def _show_cell(text: str) -> str:
@@ -283,7 +312,8 @@ def _show_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
 def _show_samples(tally: Tally, pictures: Mapping[str, str]) -> str:
     rows = sorted(tally.samples.rows, key=lambda row: (row.part, row.offset))
     tiles = [_show_image(row, pictures) for row in rows]
-    return _show_section("Samples, drawn at random", _show_grid("sheet", tiles))
+    title = f"Samples, drawn at random, {len(tiles):,} of {tally.images:,}"
+    return _show_section(title, _show_grid("sheet", tiles))
 
 
 def _show_image(row: Row, pictures: Mapping[str, str]) -> str:
@@ -308,7 +338,7 @@ def _show_spreads(tally: Tally, divs: Mapping[str, str]) -> str:
 def _show_rate(divs: Mapping[str, str]) -> str:
     if "rate" not in divs:
         return ""
-    note = "images read, each part's spread evenly over the time it took"
+    note = "read or failed, each part's images spread evenly over the time it took"
     return _show_section("Throughput", _show_panel("Images per second", note, divs["rate"]))
 
 

@@ -142,7 +142,9 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
         try:
             info = with_retries(fs.info, path, root)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no such shard or folder: {name_url(path)}") from None
+            raise FileNotFoundError(
+                f"no such shard or folder: {name_url(path)}; check the path"
+            ) from None
         # A web server's folders are pages: only the slash tells.
         if info["type"] != "directory" and not path.endswith("/"):
             return [_make_shard(fs, root, info)]
@@ -157,7 +159,7 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     if not shards:
         if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
             with_retries(fs.cat_file, path, root.partition("*")[0])
-        raise FileNotFoundError(f"{kind} {name_url(path)}")
+        raise FileNotFoundError(f"{kind} {name_url(path)}; give the path of shards")
     return shards
 
 

@@ -176,7 +176,7 @@ class Tally:
 
     def note(self, footer: Footer) -> None:
         """Note when and where a part was made."""
-        self.times.extend((footer.images, footer.began, footer.ended))
+        self.times.extend((footer.images + footer.failed, footer.began, footer.ended))
         self.workers.add(footer.worker)
 
     def add(self, other: Tally) -> None:

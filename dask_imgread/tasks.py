@@ -222,12 +222,17 @@ class ImageBatch:
 def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:
     """Return one row per image with the columns of ``COLUMNS``, indexed by ``image_id``."""
     images = list(images)
-    index = pd.Index([image.image_id for image in images], dtype="string[pyarrow]", name="image_id")
     columns = {
         name: pd.array([getattr(image, name) for image in images], dtype=dtype)
         for name, dtype in COLUMNS.items()
     }
-    return pd.DataFrame(columns, index=index)
+    return pd.DataFrame(columns, index=make_index(images))
+
+
+def make_index(images: Iterable[ImageObject]) -> pd.Index:
+    """Return the images' ids, as the index of their rows."""
+    ids = [image.image_id for image in images]
+    return pd.Index(ids, dtype="string[pyarrow]", name="image_id")
 
 
 def _sizeof_record(image: ImageObject) -> int:

@@ -13,7 +13,7 @@ from dask.system import CPU_COUNT
 from distributed.scheduler import KilledWorker
 
 from dask_imgread.partition import PathsOrTasks, list_tasks
-from dask_imgread.progress import ProgressBar
+from dask_imgread.progress import choose_progress
 from dask_imgread.reader import ImageReaderStage
 from dask_imgread.records import describe_lost_shards
 from dask_imgread.shards import resolve_path
@@ -103,7 +103,7 @@ def verify_shards(
     client
         The cluster to work on; the threads of this process if not given.
     progress
-        Show a bar on stderr.
+        Show it on stderr: a bar on a terminal, else a line every ten seconds.
     **partitioning
         Options of ``partition_shards``, for paths.
 
@@ -123,11 +123,11 @@ def verify_shards(
     tasks = list_tasks(paths_or_tasks, **partitioning)
     good: Counter[str] = Counter()
     bad: list[ImageObject] = []
-    with ProgressBar(len(tasks), hidden=not progress) as bar:
+    with choose_progress(len(tasks), hidden=not progress) as shown:
         for done, tally in enumerate(_run(verify, tasks, client), 1):
             good.update(tally.good)  # a Counter's update adds
             bad += tally.bad
-            bar.update(done, good.total(), len(bad))
+            shown.update(done, good.total(), len(bad))
     bad.sort(key=lambda image: (image.shard, image.offset))
     return Verification(make_frame(bad), _make_table(good, bad))
 

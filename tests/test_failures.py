@@ -608,11 +608,12 @@ def test_verify(tmp_path):
     assert str(verify_shards(good)) == "1 good images in 1 shards: all good"
 
 
-def test_verify_on_the_command_line(tmp_path, client, capsys):
+def test_verify_on_the_command_line(tmp_path, client, capsys, monkeypatch):
     import pandas as pd
 
     from dask_imgread.cli import main
 
+    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", JPEG), ("b.jpg", JPEG[:500])])
     out = str(tmp_path / "bad.parquet")
     assert main(["verify", shard, "--out", out, "--workers", "1", "--device", "cpu"]) == 1

@@ -21,6 +21,7 @@ import pytest
 from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, plan, run_job
 from dask_imgread.cli import main
 from dask_imgread.folder import Footer, JobFolder
+from dask_imgread.report import write_report
 from dask_imgread.testing import make_shards
 
 MODULE = """
@@ -243,18 +244,57 @@ def test_only_failures_again(folder, client, shards):
 
     options = {"client": client, "reader": DECODING, "images_per_partition": 100}
     first = run_job(shards, "out", fail, **options)
-    assert (first.images, first.failed) == (1897, 103)
-    records = read_records("out")
-    causes = records["error"].dropna().str.split(":").str[0].value_counts()
-    assert causes.to_dict() == {"function failed": 100, "truncated": 3}
-    assert "RuntimeError: the store has closed" in records["error"].dropna().iloc[50]
+    assert (first.images, first.failed, first.function_failed) == (1996, 4, 1)
+    errors = read_records("out")["error"].dropna()
+    function_failed = errors[errors.str.startswith("function failed")]
+    assert function_failed.index.str[-10:].tolist() == ["000501.jpg"]
+    assert "RuntimeError: the store has closed" in function_failed.iloc[0]
     flag.unlink()
-    assert run_job(shards, "out", fail, **options).failed == 103
+    again = run_job(shards, "out", fail, **options)
+    assert (again.new_partitions, again.failed, again.function_failed) == (0, 4, 1)
     again = run_job(shards, "out", fail, retry_failed=True, **options)
-    assert (again.images, again.failed) == (1997, 3)
+    assert (again.images, again.failed, again.function_failed) == (1997, 3, 0)
     assert 2 <= again.new_partitions <= 4
     assert len(pd.read_parquet("out")) == 1997
     assert read_records("out")["error"].notna().sum() == 3
+
+
+def test_a_function_fails_only_for_the_images_that_it_raises_for(folder, client, shards):
+    """Though the first of them is among those that tell the columns."""
+
+    def measure(batch):
+        for image in batch.data:
+            if image.key in {"000000", "000007", "000042", "000600"}:
+                raise ZeroDivisionError(image.key)
+        if len(batch.data) > 40:
+            raise MemoryError("too many at a time")  # and no image's fault
+        return {"width": [image.width for image in batch.data]}
+
+    summary = run_job(shards[:2], "out", measure, client=client, reader=DECODING)
+    records = read_records("out")
+    failed = records[records["error"].fillna("").str.startswith("function failed")]
+    assert failed["key"].tolist() == ["000000", "000007", "000042", "000600"]
+    assert failed["error"].iloc[3] == "function failed: ZeroDivisionError: 000600"
+    assert (summary.function_failed, summary.failed) == (4, records["error"].notna().sum())
+    assert len(pd.read_parquet("out")) == summary.images == 1000 - summary.failed
+
+
+def test_failures_of_a_function_have_an_exit_status_of_their_own(folder, shards):
+    (folder / "picky.py").write_text(
+        "def measure(batch):\n"
+        "    return [{'n': 6 / (int(image.key) - 20)} for image in batch.data]\n"
+    )
+    job = ["apply", "picky:measure", shards[0], "--out", "out", "--workers", 1, *PARTS]
+    status, out, _ = run(*job)
+    assert status == 4
+    assert ", 1 of them in the function" in out
+    assert "failed: " in out
+    assert "function failed: ZeroDivisionError" in out
+    status, out, _ = run(*job, "--log-format", "json")
+    assert (status, json.loads(out)["function_failed"]) == (4, 1)
+    assert len(read_records("out")) == 500
+    broken_only = ["metadata", *shards, "--out", "rows", "--decode", "--workers", 1, *PARTS]
+    assert run(*broken_only)[0] == 0
 
 
 def test_columns_are_the_same_in_every_part(folder, client, shards):
@@ -317,12 +357,38 @@ def test_exit_statuses_and_what_goes_where(folder, shards):
     assert status == 1
     result = json.loads(out)
     assert (result["images"], result["failed"], result["out"]) == (1997, 3, "out")
+    assert result["decoded"]
     lines = [json.loads(line) for line in err.splitlines()]
+    assert lines[-1]["images_per_second"] == pytest.approx(result["images_per_second"], rel=0.5)
     assert {"partitions_done", "images_per_second", "seconds_left"} <= lines[-1].keys()
     assert sum("truncated" in line["message"] for line in lines) == 3
     status, out, err = run(*job)
     assert (status, out) == (2, "")
     assert "decode was True, and is False" in json.loads(err)["message"]
+
+
+def test_headers_only_does_not_look_verified(folder, shards):
+    """On the terminal, in the summary and on the page."""
+    told = "pixels were not checked"
+    job = ["metadata", *shards[:1], "--workers", 1, "--device", "cpu", "--out"]
+    headers, decoded = run(*job, "headers"), run(*job, "decoded", "--decode")
+    assert headers[0] == decoded[0] == 0
+    assert told in headers[1]
+    assert told not in decoded[1]
+    again = json.loads(run(*job, "headers", "--log-format", "json")[1])
+    assert not again["decoded"]
+    pages = [Path(write_report(out)).read_text() for out in ("headers", "decoded")]
+    assert [told in page for page in pages] == [True, False]
+    assert "every image could be read" not in pages[0]
+
+
+@pytest.mark.parametrize("size", ["64", "16x24"])
+def test_to_resize_what_is_not_decoded_is_refused(folder, capsys, shards, size):
+    (folder / "job.toml").write_text(f'resize = "{size}"')
+    for given in (["--resize", size], ["--config", "job.toml"]):
+        assert main(["metadata", *map(str, shards), "--out", "out", *given]) == 2
+        assert "add --decode, or leave --resize out" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_a_configuration_file(folder, shards):
@@ -347,7 +413,11 @@ def test_a_configuration_file(folder, shards):
     assert options["images_per_partition"] == 500
     (folder / "job.toml").write_text("shard = 1")
     status, out, err = run("apply", "--config", "job.toml")
-    assert (status, out, err) == (2, "", "dask-imgread: job.toml: no such option: shard\n")
+    assert (status, out, err) == (
+        2,
+        "",
+        "dask-imgread: job.toml: no such option: shard; do you mean shards?\n",
+    )
 
 
 def test_a_bar_on_a_terminal(folder, shards):

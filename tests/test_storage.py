@@ -104,7 +104,7 @@ def test_folders_and_globs_of_a_web_server(folder):
     [
         (
             *("nope.tar", FileNotFoundError),
-            *("no such shard or folder: {url}/nope.tar", "unreadable shard"),
+            *("no such shard or folder: {url}/nope.tar; check the path", "unreadable shard"),
         ),
         (
             *("secret/a.tar", PermissionError),
@@ -220,6 +220,7 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
     first, again = (json.loads(run.stdout) for run in done)
     assert (first["images"], first["failed"]) == (218, 2)
     assert again | {"seconds": 0} == first | {
+        "images_per_second": 0,
         "new_images": 0,
         "new_failed": 0,
         "new_partitions": 0,

@@ -1,0 +1,83 @@
+"""A few rows of any table, cut to what a terminal shows."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_WIDEST = 32  # characters of a cell
+_LISTED = 3  # values of a list
+
+
+def show_rows(rows: pd.DataFrame, width: int | None = None) -> str:
+    """Return rows as text, with the columns that fit; the last line names those that do not.
+
+    Parameters
+    ----------
+    rows
+        Few, and of any types.
+    width
+        Characters in a line; the terminal's if not given.
+
+    Examples
+    --------
+    >>> rows = pd.DataFrame({"key": ["a"], "photo": [bytes(9000)], "vector": [np.arange(512)]})
+    >>> print(show_rows(rows, 50))
+    key          photo                       vector
+      a <9,000 bytes> [0, 1, 2, and 509 more]
+    >>> print(show_rows(rows, 30))
+    key          photo
+      a <9,000 bytes>
+    and 1 more column: vector
+    """
+    width = width or shutil.get_terminal_size().columns
+    cells = pd.DataFrame(
+        {name: [_cut(_say(value)) for value in column] for name, column in rows.items()},
+        columns=rows.columns,
+    )
+    shown = len(cells.columns)
+    while shown > 1 and _measure(cells.iloc[:, :shown]) > width:
+        shown -= 1
+    text = cells.iloc[:, :shown].to_string(index=False) if len(rows) else "no rows"
+    lines = [line[:width].rstrip() for line in text.splitlines()]
+    hidden = [str(name) for name in rows.columns[shown:]] if len(rows) else []
+    if hidden:
+        names = f"and {len(hidden)} more column{'s' if len(hidden) > 1 else ''}: "
+        lines += textwrap.wrap(names + ", ".join(hidden), width)
+    return "\n".join(lines)
+
+
+def _measure(cells: pd.DataFrame) -> int:
+    return max(map(len, cells.to_string(index=False).splitlines()))
+
+
+def _say(value: Any) -> str:
+    """Return a value in a few characters."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value):,} bytes>"
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        told = [_say(item) for item in value[:_LISTED]]
+        if len(value) > _LISTED:
+            told.append(f"and {len(value) - _LISTED:,} more")
+        return f"[{', '.join(told)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_say(item)}' for name, item in value.items())}}}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # A terminal obeys control characters, which names in a shard may hold.
+    return "".join(char if char.isprintable() else "?" for char in str(value))
+
+
+def _cut(text: str) -> str:
+    """Leave out the middle of a text that is too long: paths differ at the end."""
+    if len(text) <= _WIDEST:
+        return text
+    head = _WIDEST // 3
+    return f"{text[:head]}...{text[head + 3 - _WIDEST :]}"

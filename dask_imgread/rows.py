@@ -1,0 +1,211 @@
+"""What a function makes of a batch of images, as rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from dask.base import tokenize
+from pandas.api.extensions import ExtensionArray
+from pandas.api.types import is_object_dtype
+
+from dask_imgread.tasks import ImageBatch, ImageObject, make_index
+
+Rows: TypeAlias = pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+BatchFunction: TypeAlias = Callable[[ImageBatch], Rows]
+
+INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10  # images that tell columns and types
+
+logger = logging.getLogger("dask_imgread")
+
+
+class SchemaError(ValueError):
+    """What a function returns is no rows, or has other columns or types than other rows."""
+
+
+def name_function(fn: BatchFunction) -> str:
+    """Return ``module:function``."""
+    if isinstance(fn, partial):  # its arguments may be secret
+        return f"{name_function(fn.func)} with {tokenize(fn.args, fn.keywords)[:8]}"
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{fn.__module__}:{name}"
+
+
+def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd.DataFrame:
+    """Run a function on a batch, and return its rows as a DataFrame.
+
+    A dict of arrays and a list of dicts have one entry for each image of ``batch.data``, and
+    get the images' ids as their index. So does a DataFrame with one row for each image, unless
+    it has an index with a name, or the ids in a column.
+
+    Parameters
+    ----------
+    fn
+        The function.
+    batch
+        What it is given; its lists are copied, so that ``fn`` may empty them.
+    with_ids
+        Whether the index of a DataFrame may be set.
+
+    Raises
+    ------
+    SchemaError
+        If what it returns is nothing of these.
+
+    Examples
+    --------
+    >>> batch = ImageBatch([ImageObject(image_id="s/a.jpg"), ImageObject(image_id="s/b.jpg")])
+    >>> make_rows(lambda batch: {"mean": np.array([0.5, 1.5])}, batch)
+              mean
+    image_id
+    s/a.jpg    0.5
+    s/b.jpg    1.5
+    """
+    ids = make_index(batch.data)
+    try:
+        made = fn(replace(batch, data=list(batch.data), failed=list(batch.failed)))
+    except Exception as error:
+        if batch.data:
+            raise
+        # Such as np.stack of nothing: there is no image that it could be the failure of.
+        logger.warning(
+            "%s fails on a batch of which no image could be read: %s: %s",
+            *(name_function(fn), type(error).__name__, error),
+        )
+        return pd.DataFrame()
+    if made is None and not batch.data:
+        return pd.DataFrame()
+    if isinstance(made, pd.DataFrame):
+        return _set_ids(made, ids) if with_ids else made
+    if isinstance(made, Mapping):
+        columns = {
+            name: _to_column(f"{name_function(fn)}: column {name!r}", values, len(ids))
+            for name, values in made.items()
+        }
+        rows = pd.DataFrame(columns, index=range(len(ids)))
+    elif isinstance(made, list | tuple) and all(isinstance(row, Mapping) for row in made):
+        _check_count(f"{name_function(fn)}: a list of dicts", len(made), len(ids))
+        rows = pd.DataFrame(list(made))
+    else:
+        raise SchemaError(
+            f"{name_function(fn)}: a DataFrame, a dict of arrays or a list of dicts is expected, "
+            f"not {type(made).__name__}"
+        )
+    return rows.set_index("image_id") if "image_id" in rows else rows.set_axis(ids)
+
+
+def make_rows_singly(
+    fn: BatchFunction, batch: ImageBatch, with_ids: bool = True
+) -> tuple[list[pd.DataFrame], list[tuple[ImageObject, Exception]]]:
+    """Run a function on a batch; if it raises, on each image as a batch of its own.
+
+    Returns
+    -------
+    rows, failures
+        The images for which the function raises, each with the error, have no rows.
+    """
+    try:
+        return [make_rows(fn, batch, with_ids)], []
+    except SchemaError:  # no image's failure
+        raise
+    except Exception as error:
+        if len(batch.data) == 1 and not batch.failed:
+            return [], [(batch.data[0], error)]
+        logger.warning(
+            "%s fails on a batch of %d images, and is run again image by image: %s: %s",
+            *(name_function(fn), len(batch.data), type(error).__name__, error),
+        )
+    rows: list[pd.DataFrame] = []
+    failures: list[tuple[ImageObject, Exception]] = []
+    for single in _split(batch):
+        more, failed = make_rows_singly(fn, single, with_ids)
+        rows += more
+        failures += failed
+    return rows, failures
+
+
+def _split(batch: ImageBatch) -> Iterator[ImageBatch]:
+    """Yield a batch for each image, and one for those that could not be read."""
+    for image in batch.data:
+        yield replace(batch, data=[image], failed=[], skipped=0)
+    if batch.failed or batch.skipped:
+        yield replace(batch, data=[])
+
+
+def _set_ids(rows: pd.DataFrame, ids: pd.Index) -> pd.DataFrame:
+    """Index rows by their images' ids, where there is one for each image and no other index."""
+    named = any(name is not None for name in rows.index.names)
+    if named or "image_id" in rows or not len(rows):
+        return rows
+    if rows.index.isin(ids).all():
+        return rows.rename_axis("image_id")
+    numbered = rows.index.dtype.kind == "i" and sorted(rows.index) == list(range(len(ids)))
+    return rows.set_axis(ids.take(rows.index)) if numbered else rows  # sorted rows, too
+
+
+def _to_column(what: str, values: Any, count: int) -> Any:
+    """Return one value for each image; of an array with more dimensions, an array."""
+    if isinstance(values, pd.Series):
+        values = values.array  # its own index is not to be looked at
+    elif hasattr(values, "__array__") and not isinstance(values, ExtensionArray):
+        values = np.asarray(values)
+    dimensions = getattr(values, "ndim", 1)
+    if not dimensions or not isinstance(values, list | tuple | np.ndarray | ExtensionArray):
+        raise SchemaError(f"{what}: an array or a list is expected, not {values!r:.40}")
+    _check_count(what, len(values), count)
+    return list(values) if dimensions > 1 else values
+
+
+def _check_count(what: str, entries: int, images: int) -> None:
+    if entries != images:
+        raise SchemaError(f"{what} has {entries} entries for {images} images")
+
+
+def to_table(rows: pd.DataFrame) -> pa.Table:
+    """Return rows as Arrow holds them, their index as a column if it has a name.
+
+    Arrays of one shape become a column of lists of a fixed size.
+    """
+    packed = {name: array for name, column in rows.items() if (array := _pack(column)) is not None}
+    # An index without a name only numbers the rows.
+    named = any(name is not None for name in rows.index.names)
+    # pandas does not read a file that says that its lists are Arrow's: these come by themselves.
+    rest = rows.copy(deep=False)
+    for name in packed:
+        rest[name] = None
+    table = pa.Table.from_pandas(rest, preserve_index=named)
+    for name, array in packed.items():
+        table = table.set_column(table.column_names.index(str(name)), str(name), array)
+    return table
+
+
+def to_array(column: pd.Series) -> pa.Array:
+    """Return a column as Arrow holds it."""
+    packed = _pack(column)
+    return pa.array(column, from_pandas=True) if packed is None else packed
+
+
+def _pack(column: pd.Series) -> pa.Array | None:
+    """Return a column of lists or of arrays of one shape as Arrow's; None if it is another."""
+    if isinstance(column.dtype, pd.ArrowDtype):
+        return pa.array(column) if pa.types.is_nested(column.dtype.pyarrow_dtype) else None
+    if not is_object_dtype(column.dtype) or not all(
+        isinstance(value, np.ndarray) for value in column
+    ):
+        return None
+    kinds = {(value.shape, value.dtype) for value in column}
+    if len(kinds) != 1:
+        return None
+    shape, dtype = kinds.pop()
+    if not shape or 0 in shape or dtype.hasobject:  # empty arrays are lists of any size
+        return None
+    packed = pa.array(np.stack(list(column)).ravel())
+    for size in reversed(shape):
+        packed = pa.FixedSizeListArray.from_arrays(packed, size)
+    return packed
