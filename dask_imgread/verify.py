@@ -12,6 +12,7 @@ import pandas as pd
 from dask.system import CPU_COUNT
 from distributed.scheduler import KilledWorker
 
+from dask_imgread.cluster import wait_for_workers
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.progress import ProgressBar
 from dask_imgread.reader import ImageReaderStage
@@ -137,6 +138,7 @@ def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> 
         with ThreadPoolExecutor(CPU_COUNT) as pool:
             yield from pool.map(verify, tasks)
         return
+    wait_for_workers(client)
     options = verify.reader.annotations(client)
     for task, result in run_tasks(client, verify, tasks, pure=False, **options):
         if isinstance(result, _Tally):
