@@ -154,15 +154,16 @@ def wait_for_workers(client: Client, count: int = 1) -> None:
     if len(client.nthreads()) >= count:
         return
     patience = choose_patience(client)
+    workers = "1 worker" if count == 1 else f"{count} workers"
     # An adaptive cluster starts workers for work alone, one for five seconds of it. What is left
     # of it when they are there is dropped with the futures.
     work = client.map(time.sleep, [0.5] * 10 * count, pure=False, key="wait-for-workers")
-    with _announce(f"{count} workers of {client.scheduler.address}", patience):
+    with _announce(f"{workers} of {client.scheduler.address}", patience):
         try:
             client.wait_for_workers(count, timeout=patience)
         except TimeoutError:
             raise NoWorkersError(
-                f"waited {patience:.0f} s for {count} workers: "
+                f"waited {patience:.0f} s for {workers}: "
                 f"{client.scheduler.address} has {len(client.nthreads())}"
             ) from None
     del work

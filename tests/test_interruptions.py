@@ -127,7 +127,7 @@ def test_columns_are_not_waited_for_without_workers(folder, shards, impatient):
         threading.Timer(1, local.scale, (0,)).start()
         with pytest.raises(JobError, match="the cluster has had no workers for 1 s"):
             run_job(shards, "out", leave, client=client)
-        with pytest.raises(NoWorkersError, match=r"waited 1 s for 1 workers: tcp://.* has 0"):
+        with pytest.raises(NoWorkersError, match=r"waited 1 s for 1 worker: tcp://.* has 0"):
             verify_shards(shards, client=client)
 
 
