@@ -237,7 +237,8 @@ def test_nobody_reads_its_output(folder, shards):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, "as it would be with a reader"
     assert "ipe" not in err
-    process = start("metadata", *shards, "--out", "out", stdout=writing, stderr=writing)
+    job = ["metadata", *shards, "--workers", 1, "--out", "out"]
+    process = start(*job, stdout=writing, stderr=writing)
     assert process.wait(60) == 0
     os.close(writing)
     assert len(pd.read_parquet("bad.parquet")) == 1
@@ -268,6 +269,7 @@ print(sum(map(bool, statuses)))
 """
 
 
+@pytest.mark.slow
 def test_fifty_ends_of_a_job(folder, shards, client):
     run_job(shards[:1], "out", count_slowly, client=client)
     done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True)
