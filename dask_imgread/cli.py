@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -59,6 +60,7 @@ exit status:
   2 wrong usage                  3 the job could not finish
   4 the function of apply raised for images"""
 SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
+_JOBS = ("metadata", "apply")  # go on where they stopped
 
 
 class Stopped(BaseException):
@@ -69,6 +71,36 @@ class Stopped(BaseException):
         self.signal = signal.Signals(number)
 
 
+class _StandardStream(io.FileIO):
+    """Standard output or error, of which a reader may have had enough, as ``head`` has."""
+
+    def write(self, content: Any) -> int:
+        """Write, or drop what nobody reads any more."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+@contextmanager
+def outlive_readers() -> Iterator[None]:
+    """Go on as if nothing had happened when nobody reads stdout or stderr any more."""
+    with ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
+                stream.flush()
+                patient = io.TextIOWrapper(
+                    io.BufferedWriter(_StandardStream(stream.fileno(), "w", closefd=False)),
+                    encoding=stream.encoding,
+                    errors=stream.errors,
+                    line_buffering=stream.line_buffering,
+                )
+                stack.enter_context(redirect(patient))
+                stack.callback(patient.flush)
+        yield
+
+
+@outlive_readers()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
@@ -81,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = make_parser()
     secrets: dict[str, Any] = {}
+    options = argparse.Namespace(command=None)
     try:
         with stop_on_signals():
             options = parse_arguments(parser, arguments)
@@ -88,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 secrets |= merge_pairs(getattr(options, name, None) or [])
             return int(options.run(options))
     except Stopped as stopped:
-        say_error(f"stopped by {stopped.signal.name}; what is done is kept")
+        kept = "; what is done is kept" if options.command in _JOBS else ""
+        say_error(f"stopped by {stopped.signal.name}{kept}")
         return 128 + stopped.signal
     except Exception as error:
         wrong = isinstance(error, UsageError | FileNotFoundError | PermissionError | ValueError)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal
 
 import dask
 from dask.system import CPU_COUNT
+from dask.utils import parse_timedelta
 
 from dask_imgread.gpu import DEVICE_SETTING, RESOURCE, count_gpus, explain_absence
 
@@ -23,6 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_imgread")
 
 _WAIT = 600  # seconds, for a scheduler and for workers
+_WAIT_HERE = 60  # for workers on this machine: they come back soon, or not at all
+WAIT_SETTING = "imgread.wait-for-workers"
+_LOOKED_EVERY = 5.0  # seconds, at the workers while no task ends
+
+
+class NoWorkersError(TimeoutError):
+    """A cluster has had no workers, or none that can do the work, for too long."""
 
 
 def start_cluster(
@@ -77,10 +88,11 @@ def start_cluster(
             f'device="gpu", but no GPU was found: {explain_absence()}. Give "auto" to use cores'
         )
     options = {"dashboard_address": _choose_dashboard()} | options
-    if gpus:
-        cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
-    else:
-        cluster = _start_on_cores(n_workers, options)
+    with _keep_interrupts():
+        if gpus:
+            cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
+        else:
+            cluster = _start_on_cores(n_workers, options)
     if verbose:
         print(f"Dask dashboard: {cluster.dashboard_link}")
     return cluster
@@ -102,14 +114,15 @@ def connect_client(
         The address of a scheduler, or the file that it has written; both may come to be
         within ten minutes.
     n_workers
-        Workers to wait for, as long; or to start.
+        Workers to wait for, one if not given; or to start.
     **options
         Options of ``start_cluster``.
 
     Raises
     ------
     TimeoutError
-        If there is no scheduler or too few workers after ten minutes.
+        If there is no scheduler after ten minutes, or there are too few workers for as long as
+        ``choose_patience`` says.
     """
     from distributed import Client
 
@@ -117,16 +130,146 @@ def connect_client(
         raise ValueError(f"n_workers must be at least 1, not {n_workers}")
     if scheduler is None and scheduler_file is None:
         with start_cluster(n_workers=n_workers, **options) as cluster, Client(cluster) as client:
-            yield client
+            try:
+                yield client
+            except BaseException:
+                _hush_workers(client)
+                raise
         return
-    logger.info("looking for the scheduler %s", scheduler or scheduler_file)
-    if scheduler_file is not None:
-        _wait_for_file(scheduler_file)
-    with _reach(partial(Client, scheduler, scheduler_file=scheduler_file)) as client:
-        wanted = n_workers or 1
-        logger.info("waiting for %d workers of %s", wanted, client.scheduler.address)
-        client.wait_for_workers(wanted, timeout=_WAIT)
+    with _announce(f"the scheduler {scheduler or scheduler_file}", _WAIT):
+        if scheduler_file is not None:
+            _wait_for_file(scheduler_file)
+        client = _reach(partial(Client, scheduler, scheduler_file=scheduler_file))
+    with client:
+        wait_for_workers(client, n_workers or 1)
         yield client
+
+
+def wait_for_workers(client: Client, count: int = 1) -> None:
+    """Wait until a cluster has workers, and let an adaptive one start them.
+
+    Raises
+    ------
+    NoWorkersError
+        If there are too few for as long as ``choose_patience`` says.
+    """
+    if len(client.nthreads()) >= count:
+        return
+    patience = choose_patience(client)
+    workers = "1 worker" if count == 1 else f"{count} workers"
+    # An adaptive cluster starts workers for work alone, one for five seconds of it. What is left
+    # of it when they are there is dropped with the futures.
+    work = client.map(time.sleep, [0.5] * 10 * count, pure=False, key="wait-for-workers")
+    with _announce(f"{workers} of {client.scheduler.address}", patience):
+        try:
+            client.wait_for_workers(count, timeout=patience)
+        except TimeoutError:
+            raise NoWorkersError(
+                f"waited {patience:.0f} s for {workers}: "
+                f"{client.scheduler.address} has {len(client.nthreads())}"
+            ) from None
+    del work
+
+
+def choose_patience(client: Client) -> float:
+    """Return for how many seconds a cluster may be without workers: what the setting says.
+
+    A minute if it is on this machine, else ten, if the setting says nothing.
+    """
+    from distributed import LocalCluster
+
+    default = _WAIT_HERE if isinstance(client.cluster, LocalCluster) else _WAIT
+    patience: float = parse_timedelta(dask.config.get(WAIT_SETTING, default))
+    return patience
+
+
+class WorkerWatch:
+    """Gives up a cluster that for too long has no worker that can do the work.
+
+    Parameters
+    ----------
+    client
+        A client of the cluster.
+    resources
+        What each task asks for.
+    """
+
+    def __init__(self, client: Client, resources: Mapping[str, float]) -> None:
+        self._client, self._resources = client, resources
+        self._looked = time.monotonic()
+        self._missed: float | None = None
+
+    def look(self) -> None:
+        """Look at the workers, unless the last look was a moment ago.
+
+        Raises
+        ------
+        NoWorkersError
+            If there were none for as long as ``choose_patience`` says.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOKED_EVERY:
+            return
+        self._looked = now
+        if _has_worker(self._client, self._resources):
+            self._missed = None
+            return
+        patience = choose_patience(self._client)
+        some = f"workers that declare {dict(self._resources)}" if self._resources else "workers"
+        if self._missed is None:
+            self._missed = now
+            logger.warning("the cluster has no %s: waiting up to %.0f s for some", some, patience)
+        elif now - self._missed >= patience:
+            raise NoWorkersError(f"the cluster has had no {some} for {patience:.0f} s")
+
+
+def _has_worker(client: Client, resources: Mapping[str, float]) -> bool:
+    """Return whether a cluster has a worker that can do what asks for some resources."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return any(
+        all(worker.get("resources", {}).get(name, 0) >= resources[name] for name in resources)
+        for worker in workers
+    )
+
+
+@contextmanager
+def _announce(what: str, seconds: float) -> Iterator[None]:
+    """Say what is waited for and how long, if it does not come at once."""
+    line = "waiting up to %.0f s for %s"
+    teller = threading.Timer(1, logger.warning, (line, seconds, what))
+    teller.daemon = True
+    teller.start()
+    try:
+        yield
+    finally:
+        teller.cancel()
+
+
+def _hush_workers(client: Client) -> None:
+    """Let workers log nothing of being closed amid their tasks: tracebacks that mean nothing."""
+
+    def hush() -> None:
+        with suppress(Exception):
+            client.run(logging.disable)
+
+    hushing = threading.Thread(target=hush, daemon=True)
+    hushing.start()
+    hushing.join(1)  # not every worker may answer
+
+
+@contextmanager
+def _keep_interrupts() -> Iterator[None]:
+    """Keep SIGINT from processes that are started meanwhile, and by threads started meanwhile.
+
+    A terminal sends it to all processes, as Jupyter does. Workers end when their cluster is
+    closed, and threads of a cluster start them anew as they die.
+    """
+    resource_tracker.ensure_running()  # else the first worker's start does it, and lets SIGINT in
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _reach(connect: Callable[[], Client]) -> Client:
@@ -135,9 +278,9 @@ def _reach(connect: Callable[[], Client]) -> Client:
     while True:
         try:
             return connect()
-        except OSError:
+        except OSError as error:
             if time.monotonic() > end:
-                raise
+                raise TimeoutError(f"no scheduler was reached in {_WAIT} s: {error}") from error
             time.sleep(1)
 
 
@@ -197,11 +340,13 @@ def choose_gpu_options(
 
 
 def check_resources(client: Client, asked: dict[str, float]) -> None:
-    """Raise RuntimeError if no worker of a cluster declares what tasks will ask for.
+    """Raise RuntimeError if a cluster has workers, and none declares what tasks will ask for.
 
     Dask would let the tasks wait for ever, in silence.
     """
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not workers:  # an adaptive cluster starts them for the tasks
+        return
     for name, amount in asked.items():
         declared = [worker.get("resources", {}).get(name, 0) for worker in workers]
         if max(declared, default=0) < amount:

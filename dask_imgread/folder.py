@@ -264,9 +264,9 @@ class JobFolder:
         inside = [path.rstrip("/") for path in paths if path.rstrip("/") != folder]
         return [path.rpartition("/")[2] for path in inside]
 
-    def _read(self, name: str) -> io.BytesIO:
+    def _read(self, name: str) -> pa.NativeFile:
         fs, root = self.connect()
-        return io.BytesIO(with_retries(fs.cat_file, self.url, f"{root}/{name}"))
+        return open_bytes(with_retries(fs.cat_file, self.url, f"{root}/{name}"))
 
     def _write(self, name: str, content: bytes) -> None:
         fs, root = self.connect()
@@ -276,6 +276,17 @@ class JobFolder:
 def name_records(part: str) -> str:
     """Return the file of a part's records: not ``.parquet``, which some readers go by alone."""
     return f"{IMAGES}/{part.removesuffix('.parquet')}.records"
+
+
+def open_bytes(content: bytes) -> pa.NativeFile:
+    """Return bytes as a file for Arrow to read, in memory of its own.
+
+    Threads of Arrow read files, and may be the last to hold them. One that lets go of a Python
+    object while Python exits ends the process with SIGABRT.
+    """
+    memory = pa.BufferOutputStream()
+    memory.write(content)
+    return pa.BufferReader(memory.getvalue())
 
 
 def _read_footer(fs: fsspec.AbstractFileSystem, path: str) -> Footer | None:

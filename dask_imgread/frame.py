@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -70,9 +69,9 @@ def read_metadata(
     >>> len(frame), int(frame.width.max().compute(scheduler="sync"))
     (6, 128)
     """
-    reader = replace(reader or ImageReaderStage(), decode=decode)
+    reader = (reader or ImageReaderStage()).with_options(decode=decode)
     if not decode:
-        reader = replace(reader, sidecars=False)
+        reader = reader.with_options(sidecars=False)
     return map_images(to_rows, paths_or_tasks, reader=reader, meta=make_frame([]), **partitioning)
 
 
@@ -148,7 +147,7 @@ def _infer_meta(
     reader: ImageReaderStage, fn: BatchFunction, tasks: list[FileGroupTask]
 ) -> pd.DataFrame:
     """Run the function on a few images, where Dask computes; return no rows of their types."""
-    small = replace(reader, dali_batch_size=INFERRED_BATCH)
+    small = reader.with_options(dali_batch_size=INFERRED_BATCH)
     for task in tasks[:INFERRED_TASKS]:
         look = functools.partial(_infer_from_task, small, fn, task)
         meta: pd.DataFrame | None = dask.delayed(look, pure=False)().compute()

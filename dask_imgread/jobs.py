@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import pyarrow as pa
 from distributed.scheduler import KilledWorker
 
 from dask_imgread.batches import ReadError
-from dask_imgread.cluster import connect_client
+from dask_imgread.cluster import NoWorkersError, connect_client, wait_for_workers
 from dask_imgread.folder import SCHEMA, Count, JobFolder, OtherJobError
 from dask_imgread.partition import Division
 from dask_imgread.parts import PartWriter, describe_batch
@@ -35,7 +35,7 @@ from dask_imgread.rows import (
 from dask_imgread.shards import Paths, Shard, find_shards, is_local, resolve_path
 from dask_imgread.storage import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch
-from dask_imgread.window import run_tasks
+from dask_imgread.window import run_one, run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -134,7 +134,7 @@ def run_job(
         it has written. If neither is given, a cluster on this machine is started, if there
         is anything left to do.
     n_workers
-        Workers to start; or to wait for, ten minutes at most.
+        Workers to start; or to wait for.
     reader
         The reader. If not given, ``ImageReaderStage()`` for a function, and for metadata one
         that reads headers alone.
@@ -175,7 +175,9 @@ def run_job(
     ReadError
         If an image can't be read, under ``on_error="raise"``.
     JobError
-        If partitions could not be done, or the scheduler is lost.
+        If partitions could not be done, the scheduler is lost, or the cluster has no workers
+        for ten minutes; for one if it is on this machine. Dask's setting
+        ``imgread.wait-for-workers`` says otherwise.
 
     Examples
     --------
@@ -195,7 +197,7 @@ def run_job(
     options = storage_options or {}
     job = _make_job(fn, reader, _open_folder(str(out), options, out_options))
     if relative_to is not None:
-        job = job.rooted(relative_to)
+        job = replace(job, reader=job.reader.with_options(relative_to=relative_to))
     division = Division(files_per_partition, images_per_partition, blocksize)
     shards = find_shards(paths, options)
     job_id, partitions = prepare_plan(
@@ -207,10 +209,14 @@ def run_job(
     if sum(done) < partitions:
         tasks = _Tasks(job.folder, job_id, shards, options, bytearray(not mark for mark in done))
         with (
-            nullcontext(client)
-            if client is not None
-            else _connect(job.reader, scheduler, scheduler_file, n_workers)
-        ) as used:
+            _tell_lost_cluster(),
+            (
+                nullcontext(client)
+                if client is not None
+                else _connect(job.reader, scheduler, scheduler_file, n_workers)
+            ) as used,
+        ):
+            wait_for_workers(used)  # what they declare decides on what tasks ask for
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
             with choose_progress(partitions, sum(done), hidden=not progress) as shown:
                 count = _run(used, job, tasks, retries, shown)
@@ -279,6 +285,17 @@ def _connect(
     )
 
 
+@contextmanager
+def _tell_lost_cluster() -> Iterator[None]:
+    """Raise JobError where the scheduler or all workers are lost."""
+    try:
+        yield
+    except CancelledError:
+        raise JobError("the scheduler was lost") from None
+    except NoWorkersError as error:
+        raise JobError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class _Tasks:
     """The partitions that are to be done, made when they are taken, as often as is asked."""
@@ -305,27 +322,22 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
     errors: list[str] = []
     options = job.reader.annotations(client) | {"pure": False, "retries": retries}
     options |= {"smallest_window": _SMALLEST_WINDOW}
-    try:
-        for done, ((number, task), result) in enumerate(
-            run_tasks(client, job, tasks, **options), 1
-        ):
-            if isinstance(result, KilledWorker):
-                result = job.write_lost(number, task, result)
-            if isinstance(result, ReadError | OtherJobError):
-                raise result
-            if isinstance(result, SchemaError):
-                raise JobError(str(result)) from None
-            if isinstance(result, Exception):
-                reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
-                errors.append(f"partition {number}, {task!r}: {reason}")
-                logger.error("%s", errors[-1])
-                if len(errors) == _MOST_ERRORS:
-                    break
-            else:
-                total += result
-            progress.update(done - len(errors), total.images, total.failed)
-    except CancelledError:
-        raise JobError("the scheduler was lost; the same call goes on from there") from None
+    for done, ((number, task), result) in enumerate(run_tasks(client, job, tasks, **options), 1):
+        if isinstance(result, KilledWorker):
+            result = job.write_lost(number, task, result)
+        if isinstance(result, ReadError | OtherJobError):
+            raise result
+        if isinstance(result, SchemaError):
+            raise JobError(str(result)) from None
+        if isinstance(result, Exception):
+            reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
+            errors.append(f"partition {number}, {task!r}: {reason}")
+            logger.error("%s", errors[-1])
+            if len(errors) == _MOST_ERRORS:
+                break
+        else:
+            total += result
+        progress.update(done - len(errors), total.images, total.failed)
     if errors:
         raise JobError(
             f"{len(errors)} partitions could not be done, such as {errors[0]}. The same call tries "
@@ -367,11 +379,13 @@ def _infer_schema(
     """Run the function on a few images, on a worker; keep the types that are known."""
     assert job.fn is not None
     name = name_function(job.fn)
-    small = replace(job, reader=replace(job.reader, dali_batch_size=INFERRED_BATCH))
+    small = replace(job, reader=job.reader.with_options(dali_batch_size=INFERRED_BATCH))
     options = job.reader.annotations(client)
     for _, task in islice(tasks, INFERRED_TASKS):
         try:
             schemas = _infer_schemas(client, small, task, options)
+        except (CancelledError, NoWorkersError):
+            raise
         except Exception as error:
             reason = hide_secrets(f"{type(error).__name__}: {error}", task.storage_options)
             raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
@@ -387,12 +401,10 @@ def _infer_schemas(
     client: Client, job: PartWriter, task: FileGroupTask, options: dict[str, Any]
 ) -> list[pa.Schema]:
     """Do so on a worker; if it dies, once more with a picture's death costing only itself."""
-    options = options | {"pure": False}
     try:
-        schemas: list[pa.Schema] = client.submit(job.infer_schemas, task, **options).result()
+        return run_one(client, job.infer_schemas, task, **options)
     except KilledWorker:
-        schemas = client.submit(job.isolated().infer_schemas, task, **options).result()
-    return schemas
+        return run_one(client, job.isolated().infer_schemas, task, **options)
 
 
 def _unify(schemas: list[pa.Schema], known: pa.Schema | None, name: str) -> pa.Schema:

@@ -7,7 +7,6 @@ import logging
 import time
 from base64 import b64encode
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -107,12 +106,6 @@ class PartWriter:
     def isolated(self) -> PartWriter:
         """Return the same writer whose reader decodes each image in a child process."""
         return replace(self, reader=self.reader.isolated())
-
-    def rooted(self, relative_to: str) -> PartWriter:
-        """Return the same writer whose reader makes ids from paths below a folder or URL."""
-        reader = copy(self.reader)
-        reader.relative_to = relative_to
-        return replace(self, reader=reader)
 
     def describe(self) -> dict[str, Any]:
         """Return all that decides on what the rows are."""

@@ -251,8 +251,13 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
 
     def isolated(self) -> ImageReaderStage:
         """Return the same reader with ``isolate``: for a task whose worker died."""
-        reader = copy(self)  # of a subclass, too, whatever it is made with
-        reader.isolate = True
+        return self.with_options(isolate=True)
+
+    def with_options(self, **options: Any) -> ImageReaderStage:
+        """Return the same reader, of a subclass too, with other options."""
+        reader = copy(self)  # a subclass may be made with other arguments than its options
+        for name, value in options.items():
+            setattr(reader, name, value)
         return reader
 
     def __dask_tokenize__(self) -> object:

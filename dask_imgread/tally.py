@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from array import array
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from operator import attrgetter
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from dask_imgread.folder import FOOTER, Footer
+from dask_imgread.folder import FOOTER, Footer, open_bytes
 from dask_imgread.storage import with_retries
 
 LISTED = 10  # failures of a cause that are kept
@@ -237,11 +236,11 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> T
     return total
 
 
-def _open_part(fs: AbstractFileSystem, path: str) -> IO[bytes]:
+def _open_part(fs: AbstractFileSystem, path: str) -> pa.NativeFile:
     """Open a local part in place; fetch any other whole."""
     if isinstance(fs, LocalFileSystem):
-        return open(path, "rb")
-    return io.BytesIO(with_retries(fs.cat_file, path, path))
+        return pa.OSFile(path)
+    return open_bytes(with_retries(fs.cat_file, path, path))
 
 
 def _read_tables(parquet: pq.ParquetFile, part: int) -> Iterator[pa.Table]:

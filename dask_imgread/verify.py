@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from dask.system import CPU_COUNT
 from distributed.scheduler import KilledWorker
 
+from dask_imgread.cluster import wait_for_workers
 from dask_imgread.partition import PathsOrTasks, list_tasks
 from dask_imgread.progress import choose_progress
 from dask_imgread.reader import ImageReaderStage
@@ -119,7 +120,8 @@ def verify_shards(
     (False, ['000004.jpg'], [4, 3])
     """
     # Sidecars are read too: one that is broken is a warning in the log.
-    verify = _Verify(replace(reader or ImageReaderStage(verbose=False), on_error="record"))
+    reader = reader or ImageReaderStage(verbose=False)
+    verify = _Verify(reader.with_options(on_error="record"))
     tasks = list_tasks(paths_or_tasks, **partitioning)
     good: Counter[str] = Counter()
     bad: list[ImageObject] = []
@@ -137,6 +139,7 @@ def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> 
         with ThreadPoolExecutor(CPU_COUNT) as pool:
             yield from pool.map(verify, tasks)
         return
+    wait_for_workers(client)
     options = verify.reader.annotations(client)
     for task, result in run_tasks(client, verify, tasks, pure=False, **options):
         if isinstance(result, _Tally):

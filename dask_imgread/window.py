@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed.scheduler import KilledWorker
 
-from dask_imgread.cluster import check_resources
+from dask_imgread.cluster import WorkerWatch, check_resources
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, as_completed
 
 _LOOKED_EVERY = 5.0  # seconds, at the number of threads
 
@@ -69,6 +69,8 @@ def map_windowed(
     ------
     RuntimeError
         If no worker declares the ``resources`` that are asked for.
+    NoWorkersError
+        If the cluster has no workers for too long; a TimeoutError.
 
     Examples
     --------
@@ -114,7 +116,7 @@ def _map(
     looked = time.monotonic()
     submit(limit)
     while running:
-        future = next(ended)
+        future = _take_ended(client, ended, options.get("resources") or {})
         item = running.pop(future)
         yield item, future
         future.release()
@@ -123,6 +125,29 @@ def _map(
         # Several at a time: one by one, telling the scheduler costs more than the scheduling.
         if limit - len(running) >= max(1, limit // 4):
             submit(limit - len(running))
+
+
+def _take_ended(client: Client, ended: as_completed, resources: dict[str, float]) -> Future:
+    """Return the next future that ends, as long as there are workers to end it."""
+    watch = WorkerWatch(client, resources)
+    while not ended.has_ready():
+        with ended.thread_condition:
+            ended.thread_condition.wait(0.1)  # as Dask does: it may be told too early
+        watch.look()
+    return next(ended)
+
+
+def run_one(client: Client, fn: Callable[[Item], Result], item: Item, **options: Any) -> Result:
+    """Return what a function makes of one item on a worker, or raise what it raises there.
+
+    Raises
+    ------
+    NoWorkersError
+        If the cluster has no workers for too long.
+    """
+    _, future = next(_map(client, fn, [item], 1, 1, options | {"pure": False}))
+    result: Result = future.result()
+    return result
 
 
 def _look_up_window(client: Client, smallest: int) -> int:
@@ -143,6 +168,8 @@ def run_tasks(
     ------
     CancelledError
         If the scheduler is lost.
+    NoWorkersError
+        If the cluster has no workers for too long.
     """
     for item, future in map_windowed(client, fn, items, **options):
         try:
