@@ -196,6 +196,7 @@ class WorkerWatch:
 
     def __init__(self, client: Client, resources: Mapping[str, float]) -> None:
         self._client, self._resources = client, resources
+        self.interval = _LOOKED_EVERY
         self._looked = time.monotonic()
         self._missed: float | None = None
 
@@ -208,7 +209,7 @@ class WorkerWatch:
             If there were none for as long as ``choose_patience`` says.
         """
         now = time.monotonic()
-        if now - self._looked < _LOOKED_EVERY:
+        if now - self._looked < self.interval:
             return
         self._looked = now
         if _has_worker(self._client, self._resources):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed.scheduler import KilledWorker
 
-from dask_imgread.cluster import WorkerWatch, check_resources
+from dask_imgread.cluster import NoWorkersError, WorkerWatch, check_resources
 
 if TYPE_CHECKING:
     from distributed import Client, Future, as_completed
@@ -146,8 +146,24 @@ def run_one(client: Client, fn: Callable[[Item], Result], item: Item, **options:
         If the cluster has no workers for too long.
     """
     _, future = next(_map(client, fn, [item], 1, 1, options | {"pure": False}))
-    result: Result = future.result()
+    result: Result = _fetch(client, future, options.get("resources") or {})
     return result
+
+
+def _fetch(client: Client, future: Future, resources: dict[str, float]) -> Any:
+    """Return the result of a task that has ended, as long as there are workers.
+
+    The worker that has it may go before it gives it: then the task runs again.
+    """
+    watch = WorkerWatch(client, resources)
+    seconds = watch.interval
+    while future.status != "error":
+        try:
+            return future.result(timeout=seconds)
+        except TimeoutError:
+            watch.look()
+            seconds *= 2  # what is large takes its time
+    return future.result()
 
 
 def _look_up_window(client: Client, smallest: int) -> int:
@@ -173,8 +189,8 @@ def run_tasks(
     """
     for item, future in map_windowed(client, fn, items, **options):
         try:
-            result = future.result()
-        except CancelledError:
+            result = _fetch(client, future, options.get("resources") or {})
+        except (CancelledError, NoWorkersError):
             raise
         except Exception as error:
             result = error

@@ -164,6 +164,7 @@ def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, monkeypatch
 def test_a_wrong_scheduler_is_told_at_once(
     folder, shards, monkeypatch, caplog, capsys, option, where
 ):
+    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
     monkeypatch.setattr(cluster, "_WAIT", 2)
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         assert main(["verify", *shards, option, where]) == 3
