@@ -471,7 +471,7 @@ class _Stream:
         missing = _BLOCK_BYTES
         while missing:
             try:
-                piece = stream.read(min(_PIECE_BYTES, missing))
+                piece = stream.read(min(_PIECE_BYTES, missing) if self.compressed else missing)
             except StorageError:
                 raise
             except OSError as error:  # cut or damaged: what came before stands

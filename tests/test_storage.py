@@ -62,15 +62,21 @@ def read(paths, **options):
     return frame
 
 
+NAMES = ["00000.tar", "00001.tar.gz", "00002.tar", "large/00000.tar"]
+
+
+@pytest.fixture(scope="module")
+def from_disk(folder):
+    return read([folder / name for name in NAMES], images_per_partition=30)
+
+
 @pytest.mark.parametrize("ranges", [True, False, "none"])
 @pytest.mark.parametrize("faults", [None, Faults(every=3, kinds=("503", "cut", "reset", "500"))])
-def test_a_web_server_gives_what_the_disk_gives(folder, ranges, faults):
-    names = ["00000.tar", "00001.tar.gz", "00002.tar", "large/00000.tar"]
+def test_a_web_server_gives_what_the_disk_gives(folder, from_disk, ranges, faults):
     with serve_http(folder, ranges=ranges, faults=faults) as server:
-        there = read([f"{server.url}/{name}" for name in names], images_per_partition=30)
-    here = read([folder / name for name in names], images_per_partition=30)
-    pd.testing.assert_frame_equal(there, here)
-    assert here["error"].notna().sum() == 2
+        there = read([f"{server.url}/{name}" for name in NAMES], images_per_partition=30)
+    pd.testing.assert_frame_equal(there, from_disk)
+    assert from_disk["error"].notna().sum() == 2
     if faults is not None:
         assert faults.injected.total() > 3
 
