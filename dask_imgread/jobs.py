@@ -29,6 +29,7 @@ from dask_imgread.rows import (
     INFERRED_TASKS,
     BatchFunction,
     SchemaError,
+    describe_failure,
     name_function,
     to_table,
 )
@@ -387,7 +388,7 @@ def _infer_schema(
         except (CancelledError, NoWorkersError):
             raise
         except Exception as error:
-            reason = hide_secrets(f"{type(error).__name__}: {error}", task.storage_options)
+            reason = hide_secrets(describe_failure(error), task.storage_options)
             raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
         if schemas:
             return _unify(schemas, known, name)

@@ -25,11 +25,12 @@ from dask_imgread.rows import (
     INFERRED_BATCHES,
     BatchFunction,
     SchemaError,
+    describe_failure,
     make_rows_singly,
     name_function,
     to_table,
 )
-from dask_imgread.storage import StorageError, hide_secrets
+from dask_imgread.storage import StorageError
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject, make_frame
 from dask_imgread.worker import find_worker
 
@@ -185,7 +186,7 @@ class PartWriter:
         logger.error("%s failed", name_function(self.fn), exc_info=failures[0][1])
         for number, (image, error) in enumerate(failures):
             image.image_data = None
-            image.error = hide_secrets(f"function failed: {type(error).__name__}: {error}")
+            image.error = f"function failed: {describe_failure(error)}"
             if number < _LOGGED_PER_BATCH:
                 logger.warning("%s: %s", image.image_path, image.error)
         if len(failures) > _LOGGED_PER_BATCH:

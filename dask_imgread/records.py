@@ -49,10 +49,11 @@ def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
     )
 
 
-def describe_lost(path: str, shard_id: str, reason: str) -> ImageObject:
-    """Make the record of a whole shard that can't be read."""
+def describe_lost(path: str, shard_id: str, start: int, reason: str) -> ImageObject:
+    """Make the record of a shard that can't be read, or of its part from an offset on."""
     shown = name_url(path)
-    return ImageObject(shown, f"{shard_id}/", shard=shown, error=reason)
+    part = f"@{start}" if start else ""
+    return ImageObject(shown, f"{shard_id}/{part}", shard=shown, offset=start, error=reason)
 
 
 def explain_lost(error: Exception, path: str) -> str:
@@ -76,7 +77,8 @@ def describe_lost_shards(
     """Make a record for each shard of a task that could not be run."""
     reason = hide_secrets(f"killed its worker: {error}", task.storage_options)
     shards = name_shards(task, relative_to)
-    return [describe_lost(path, shard_id, reason) for path, shard_id in shards.items()]
+    start = task.byte_range[0] if task.byte_range else 0
+    return [describe_lost(path, shard_id, start, reason) for path, shard_id in shards.items()]
 
 
 def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
@@ -104,6 +106,7 @@ class SidecarReader:
         self._members: Sequence[tuple[str, Member]] = ()
         self._values: dict[str, Any] = {}
         self._problems: list[str] = []
+        self._parsed: dict[int, Any] = {}  # of the last sample, by offset: some share sidecars
 
     def attach(self, members: Sequence[tuple[str, Member]], image: ImageObject) -> int:
         """Put sidecars into the record of an image; what went wrong with one is a warning.
@@ -121,6 +124,7 @@ class SidecarReader:
 
     def _read(self, members: Sequence[tuple[str, Member]]) -> int:
         self._members, self._values, self._problems = members, {}, []
+        before, self._parsed = self._parsed, {}
         size = 0
         for extension, member in members:
             try:
@@ -128,11 +132,15 @@ class SidecarReader:
                     raise ValueError(member.problem)
                 if member.size > MAX_SIDECAR_BYTES:
                     raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
-                content = self._source.read_at(member.offset, member.size)
-                if len(content) < member.size:
-                    raise ValueError("truncated")
-                value = self._values[extension] = parse_sidecar(extension, content)
-                size += len(content) * (_PARSED_GROWTH if isinstance(value, dict | list) else 1)
+                if member.offset in before:
+                    value = before[member.offset]
+                else:
+                    content = self._source.read_at(member.offset, member.size)
+                    if len(content) < member.size:
+                        raise ValueError("truncated")
+                    value = parse_sidecar(extension, content)
+                    size += len(content) * (_PARSED_GROWTH if isinstance(value, dict | list) else 1)
+                self._values[extension] = self._parsed[member.offset] = value
             except (ValueError, OSError) as error:
                 self._problems.append(f"sidecar {member.name}: {error}")
         return size

@@ -15,12 +15,15 @@ from dask.base import tokenize
 from pandas.api.extensions import ExtensionArray
 from pandas.api.types import is_object_dtype
 
+from dask_imgread.storage import hide_secrets
 from dask_imgread.tasks import ImageBatch, ImageObject, make_index
 
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 BatchFunction: TypeAlias = Callable[[ImageBatch], Rows]
 
 INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10  # images that tell columns and types
+
+_LONGEST_TEXT = 2000  # characters of an exception
 
 logger = logging.getLogger("dask_imgread")
 
@@ -75,8 +78,8 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
             raise
         # Such as np.stack of nothing: there is no image that it could be the failure of.
         logger.warning(
-            "%s fails on a batch of which no image could be read: %s: %s",
-            *(name_function(fn), type(error).__name__, error),
+            "%s fails on a batch of which no image could be read: %s",
+            *(name_function(fn), describe_failure(error)),
         )
         return pd.DataFrame()
     if made is None and not batch.data:
@@ -100,6 +103,16 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
     return rows.set_index("image_id") if "image_id" in rows else rows.set_axis(ids)
 
 
+def describe_failure(error: Exception) -> str:
+    """Return what a function has raised as text that can be written: whole, short, no secrets."""
+    try:
+        text = str(error)
+    except Exception:  # even that may raise
+        text = "(no text)"
+    text = text[:_LONGEST_TEXT].encode("utf-8", "backslashreplace").decode()
+    return hide_secrets(f"{type(error).__name__}: {text}")
+
+
 def make_rows_singly(
     fn: BatchFunction, batch: ImageBatch, with_ids: bool = True
 ) -> tuple[list[pd.DataFrame], list[tuple[ImageObject, Exception]]]:
@@ -118,8 +131,8 @@ def make_rows_singly(
         if len(batch.data) == 1 and not batch.failed:
             return [], [(batch.data[0], error)]
         logger.warning(
-            "%s fails on a batch of %d images, and is run again image by image: %s: %s",
-            *(name_function(fn), len(batch.data), type(error).__name__, error),
+            "%s fails on a batch of %d images, and is run again image by image: %s",
+            *(name_function(fn), len(batch.data), describe_failure(error)),
         )
     rows: list[pd.DataFrame] = []
     failures: list[tuple[ImageObject, Exception]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ MAX_JSON_DEPTH = 100
 _MACOS_FOLDER = "/__MACOSX/"  # in archives made by the Finder: resource forks, no images
 _MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
 _MOST_DOTS = 16  # that are looked at, from the right
+_MOST_LINKS = 40  # one after the other, as Linux follows
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -109,13 +111,13 @@ class _Sample:
 
     key: str
     images: list[Member] = field(default_factory=list)
-    sidecars: list[tuple[str, Member]] = field(default_factory=list)
+    sidecars: dict[str, Member] = field(default_factory=dict)  # by extension
     again: bool = False  # an earlier sample has the same key
 
     def can_take(self, other: _Sample) -> bool:
         """Say whether another's sidecars are no second ones."""
-        own = {extension for extension, _ in self.sidecars}
-        return own.isdisjoint(extension for extension, _ in other.sidecars)
+        few, many = sorted((self.sidecars, other.sidecars), key=len)
+        return not any(extension in many for extension in few)
 
 
 def index_members(members: Iterable[Member]) -> ShardIndex:
@@ -125,22 +127,25 @@ def index_members(members: Iterable[Member]) -> ShardIndex:
     come first, belong to the nearest sample of their key and archive that has none of the kind.
     """
     index = ShardIndex()
-    archives = _list_archives(members, index)
     keys: set[str] = set()
     names: set[str] = set()
-    for archive in archives:
+    for archive in _list_archives(members, index):
         for sample in _join_samples(archive, index):
             sample.again = sample.key in keys
             index.scattered |= sample.again
             keys.add(sample.key)
-            for entry in _list_entries(sample, index):
-                entry.repeated = entry.member.name in names
-                names.add(entry.member.name)
-                index.scattered |= entry.repeated
-                index.images.append(entry)
-    repeated = [entry.member.name for entry in index.images if entry.repeated]
-    if repeated:
-        index.notes.append(f"{len(repeated)} duplicate names, such as {repeated[0]}")
+            sidecars = tuple(sample.sidecars.items())
+            warning = None
+            if sample.again:
+                warning = f"key again: an earlier sample of the shard has the key {sample.key}"
+            for member in sample.images:
+                repeated = member.name in names
+                names.add(member.name)
+                index.scattered |= repeated
+                index.images.append(ImageEntry(member, sample.key, sidecars, warning, repeated))
+    repeated_names = [entry.member.name for entry in index.images if entry.repeated]
+    if repeated_names:
+        index.notes.append(f"{len(repeated_names)} duplicate names, such as {repeated_names[0]}")
     return index
 
 
@@ -153,7 +158,10 @@ def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Me
         elif member.problem is not None:
             index.broken.append(member)
         else:
+            if not index.scattered:
+                index.notes.append(f"an archive ends at offset {member.start}, and another follows")
             archives.append([])
+            index.scattered = True
     for files in archives:
         if any(member.link is not None for member in files):
             index.scattered = True
@@ -164,25 +172,52 @@ def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Me
 def resolve_links(members: list[Member]) -> list[Member]:
     """Return members in which links have the bytes of what they stand for.
 
-    One that leads out of the archive, to nothing or in a circle has a ``problem``.
+    A hard link stands for the last member of that name before it. A link that leads out of the
+    archive, to nothing or in a circle has a ``problem``.
     """
-    by_path = {posixpath.normpath(member.name): member for member in members}
+    by_path: dict[str, Member] = {}
+    resolved = []
+    for member in members:
+        if member.hard:
+            member = _follow_hard_link(member, by_path)
+        by_path[posixpath.normpath(member.name)] = member
+        resolved.append(member)
+    return [m if m.link is None else _follow_symbolic_link(m, by_path) for m in resolved]
 
-    def resolve(member: Member) -> Member:
-        target, seen = member, {posixpath.normpath(member.name)}
-        while target.link is not None:
-            path = posixpath.normpath(target.link)
+
+def _follow_hard_link(member: Member, before: dict[str, Member]) -> Member:
+    path = posixpath.normpath(member.link or "")
+    target = before.get(path)
+    if target is None:
+        return member._replace(link=None, problem=f"broken link: no member {path} before it")
+    return target._replace(name=member.name, start=member.start)
+
+
+def _follow_symbolic_link(member: Member, by_path: dict[str, Member]) -> Member:
+    path, target = "", member
+    for _ in range(_MOST_LINKS):
+        path = posixpath.normpath(target.link or "")
+        found = by_path.get(path) or _find_behind_folder(path, by_path)
+        if found is None:
+            where = f"no member {path}"
             if path.startswith("/") or path.partition("/")[0] == "..":
-                return member._replace(problem=f"broken link: it leads out of the shard, to {path}")
-            if path in seen:
-                return member._replace(problem=f"broken link: it leads in a circle, over {path}")
-            seen.add(path)
-            if path not in by_path:
-                return member._replace(problem=f"broken link: no member {path}")
-            target = by_path[path]
-        return member._replace(offset=target.offset, size=target.size, problem=target.problem)
+                where = f"it leads out of the shard, to {path}"
+            return member._replace(link=None, problem=f"broken link: {where}")
+        target = found
+        if target.link is None:
+            return target._replace(name=member.name, start=member.start)
+    return member._replace(link=None, problem=f"broken link: it leads in a circle, over {path}")
 
-    return [member if member.link is None else resolve(member) for member in members]
+
+def _find_behind_folder(path: str, by_path: dict[str, Member]) -> Member | None:
+    """Return a link to go on with where one of a path's folders is a link, else None."""
+    folder = posixpath.dirname(path)
+    while folder.strip("/"):
+        member = by_path.get(folder)
+        if member is not None and member.link is not None:
+            return member._replace(link=posixpath.join(member.link, path[len(folder) + 1 :]))
+        folder = posixpath.dirname(folder)
+    return None
 
 
 def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
@@ -190,18 +225,19 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}  # of each key, the sample that has images
     waiting: dict[str, _Sample] = {}  # of each key, the sidecars before its images
-    for sample in _list_neighbours(members):
+    stems = _find_dotted_keys(members, index)
+    for sample in _list_neighbours(members, stems):
         before, apart = latest.get(sample.key), waiting.get(sample.key)
         index.scattered |= before is not None or apart is not None
         if sample.images:
             if apart is not None and sample.can_take(apart):
-                sample.sidecars[:0] = waiting.pop(sample.key).sidecars
+                sample.sidecars = waiting.pop(sample.key).sidecars | sample.sidecars
             samples.append(sample)
             latest[sample.key] = sample
         elif before is not None and before.can_take(sample):
-            before.sidecars += sample.sidecars
+            before.sidecars |= sample.sidecars
         elif apart is not None and apart.can_take(sample):
-            apart.sidecars += sample.sidecars
+            apart.sidecars |= sample.sidecars
         else:
             waiting[sample.key] = sample
     again = [key for key in waiting if key in latest]
@@ -209,16 +245,57 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
         index.notes.append(
             f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
         )
+    # What belongs to none of a dotted key's images belongs to all, unless there is much of it.
+    shared = {key: waiting[key].sidecars for key in stems if key in waiting}
+    for sample in samples if shared else ():
+        more = shared.get(split_name(f"{sample.key}.")[0], {})
+        if len(more) <= _MOST_VIEWS:
+            sample.sidecars = more | sample.sidecars
     return samples
 
 
-def _list_neighbours(members: Iterable[Member]) -> Iterator[_Sample]:
+def _find_dotted_keys(members: list[Member], index: ShardIndex) -> dict[str, set[str]]:
+    """Return the keys of too many images to be views of one sample, each with their stems.
+
+    Their names have dots. A stem ends at the last one.
+    """
+    images = [member.name for member in members if is_image(split_name(member.name)[1])]
+    counts = Counter(split_name(name)[0] for name in images)
+    dotted: dict[str, set[str]] = {k: set() for k, n in counts.items() if n > _MOST_VIEWS}
+    for name in images if dotted else ():
+        key = split_name(name)[0]
+        if key in dotted:
+            dotted[key].add(name.rpartition(".")[0])
+    dotted = {key: names for key, names in dotted.items() if len(names) > _MOST_VIEWS}
+    if dotted:
+        index.scattered = True
+        key, names = next(iter(dotted.items()))
+        index.notes.append(
+            f"{len(names)} images have the key {key}, as keys end at the first dot: each is taken "
+            f"for a sample whose key ends at the last one ({len(dotted)} such keys)"
+        )
+    return dotted
+
+
+def _split_dotted(member: Member, key: str, stems: set[str]) -> tuple[str, str]:
+    """Split the name of one of many images, or of a sidecar behind its stem."""
+    stem = member.name
+    for _ in range(_MOST_DOTS):
+        stem = stem.rpartition(".")[0]
+        if stem in stems:
+            return stem, member.name[len(stem) + 1 :].lower()
+    return key, member.name[len(key) + 1 :].lower()
+
+
+def _list_neighbours(members: Iterable[Member], stems: dict[str, set[str]]) -> Iterator[_Sample]:
     """Yield members of one key that stand together, none of them twice."""
     sample, extensions = _Sample(""), set[str]()
     for member in members:
         key, extension = split_name(member.name)
         if not extension or _MACOS_FOLDER in f"/{key}":
             continue
+        if key in stems:
+            key, extension = _split_dotted(member, key, stems[key])
         if key != sample.key or extension in extensions:
             if extensions:
                 yield sample
@@ -227,52 +304,9 @@ def _list_neighbours(members: Iterable[Member]) -> Iterator[_Sample]:
         if is_image(extension):
             sample.images.append(member)
         else:
-            sample.sidecars.append((extension, member))
+            sample.sidecars[extension] = member
     if extensions:
         yield sample
-
-
-def _list_entries(sample: _Sample, index: ShardIndex) -> Iterator[ImageEntry]:
-    """Yield the images of a sample; of many each by itself, since then their names have dots."""
-    warning = None
-    if sample.again:
-        warning = f"key again: an earlier sample of the shard has the key {sample.key}"
-    if len(sample.images) <= _MOST_VIEWS:
-        sidecars = tuple(sample.sidecars)
-        for member in sample.images:
-            yield ImageEntry(member, sample.key, sidecars, warning)
-        return
-    index.scattered = True
-    index.notes.append(
-        f"{len(sample.images)} images have the key {sample.key}, as keys end at the first dot: "
-        "each is taken for a sample whose key ends at the last one"
-    )
-    sidecars_of = _pair_by_stem(sample)
-    for member in sample.images:
-        stem = member.name.rpartition(".")[0]
-        yield ImageEntry(member, stem, sidecars_of[stem], warning)
-
-
-def _pair_by_stem(sample: _Sample) -> dict[str, tuple[tuple[str, Member], ...]]:
-    """Return the sidecars of each image: those whose names go on behind its own, and a few others.
-
-    What belongs to none belongs to all, unless there is much of it.
-    """
-    own: dict[str, list[tuple[str, Member]]] = {}
-    for member in sample.images:
-        own[member.name.rpartition(".")[0]] = []
-    others = []
-    for extension, member in sample.sidecars:
-        stem = member.name
-        for _ in range(_MOST_DOTS):
-            stem = stem.rpartition(".")[0]
-            if stem in own:
-                own[stem].append((member.name[len(stem) + 1 :].lower(), member))
-                break
-        else:
-            others.append((extension, member))
-    shared = others if len(others) <= _MOST_VIEWS else []
-    return {stem: (*shared, *found) for stem, found in own.items()}
 
 
 def cut_at_samples(index: ShardIndex, images_per_part: int) -> Iterator[tuple[int, int | None]]:

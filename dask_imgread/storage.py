@@ -27,7 +27,7 @@ _PERMANENT = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError
 _BROKEN = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteRead"}
 _UNTRUSTED = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
 
-_URL = re.compile(r"[\w+.-]+://[^\s'\"<>]+")
+_URL = re.compile(r"(?<![\w+.-])[\w+.-]{1,32}://[^\s'\"<>]+")
 _USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 _SECRET_NAME = re.compile(r"secret|passw|token|credential|signature|auth|cookie|key|^pass$", re.I)
 # How S3, Google and Azure sign a URL: all of it changes whenever the URL is signed anew.

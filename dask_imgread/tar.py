@@ -16,8 +16,7 @@ import numpy as np
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-# What writers fill up to behind the mark of an archive's end: 10,240 bytes, and what tapes took.
-_RECORDS = (10_240, *(1 << n for n in range(15, 21)))
+_RECORD = 10_240  # bytes: what writers fill up to behind the mark of an archive's end
 _FIRST_LOOK, _FAR_LOOK = 16 << 10, 4 << 20  # bytes at a time, where a header is looked for
 _MAX_EXTENDED_HEADER = 1 << 20  # a real one holds a path; more is an attack on memory
 _FARTHEST = 1 << 62  # past any file's end, and still an offset that the system takes
@@ -25,6 +24,8 @@ _FARTHEST = 1 << 62  # past any file's end, and still an offset that the system 
 _FILES = b"0\0007"  # regular file, regular file before POSIX, contiguous file
 _GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE = b"L", b"K", b"S"
 _PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"x", b"g", b"X"
+_PAX_KINDS = (_PAX, _PAX_GLOBAL, _PAX_SOLARIS)
+_PAX_TELLING = frozenset(("path", "linkpath", "size", "GNU.sparse.name", "GNU.sparse.major"))
 _EXTENDED = (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS)
 _HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
 
@@ -62,7 +63,8 @@ class Member(NamedTuple):
     that is whole. A problem that belongs to no file has an empty ``name``. Where one
     archive ends and another begins, put together with `cat`, there is neither.
 
-    Of a link ``link`` is the path in the archive that it stands for.
+    Of a link ``link`` is the path in the archive that it stands for; a ``hard`` one stands for
+    a member before it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Member(NamedTuple):
     size: int
     problem: str | None = None
     link: str | None = None
+    hard: bool = False
 
 
 def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) -> Iterator[Member]:
@@ -102,6 +105,7 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
     long_link: str | None = None
     attributes: dict[str, str] = {}
     shared: dict[str, str] = {}
+    archive = 0  # where this one begins, of several put together with `cat`
     previous: Member | None = None  # held back until it is known that its bytes are there
 
     read_at = source.read_at
@@ -127,14 +131,17 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
                 position = body + (size + 511 & -512)
                 continue
             text = _read_extended(source, body, size) if kind in _EXTENDED else b""
+            pax = _parse_pax(text) if kind in _PAX_KINDS else {}
         except ValueError as error:
             if position == 0 and header.strip(b"\0"):
                 raise NotTarError(f"not a tar archive: {error}") from None
-            found, damage = _cross_gap(source, position, str(error))
+            found, damage = _cross_gap(source, position, str(error), archive)
             if damage is not None:
                 yield damage
             if found is None:
                 return
+            if damage is not None and damage.problem is None:
+                archive = found
             position, begin, long_name, long_link, attributes = found, None, None, None, {}
             continue
 
@@ -146,10 +153,12 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             elif kind == _GNU_LONG_LINK:
                 long_link = _decode(_cut_text(text))
             elif kind == _PAX_GLOBAL:
-                shared.update(_parse_pax(text))
+                shared.update(pax)
                 begin = None
+                if shared.keys() & _PAX_TELLING:  # of what follows no part is whole without it
+                    yield Member("", position, position, 0)
             else:
-                attributes = _parse_pax(text)
+                attributes = pax
             position = body + _padded(size)
             continue
 
@@ -162,7 +171,7 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             target = attributes.get("linkpath") or long_link or _decode(_cut_text(header[157:257]))
             if kind == _SYMBOLIC_LINK:
                 target = posixpath.join(posixpath.dirname(name), target)
-            previous = Member(name, begin, body, 0, link=target)
+            previous = Member(name, begin, body, 0, link=target, hard=kind == _HARD_LINK)
         elif kind in _FILES or kind == _GNU_SPARSE:
             sparse = kind == _GNU_SPARSE or any(key.startswith("GNU.sparse") for key in attributes)
             if not name.endswith("/"):
@@ -202,12 +211,14 @@ def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> 
 
 def _read_extended(source: ByteSource, offset: int, size: int) -> bytes:
     text = source.read_at(offset, size) if size <= _MAX_EXTENDED_HEADER else b""
-    if len(text) < size:
+    if len(text) < size or (size and not text.strip(b"\0")):
         raise ValueError(f"extended header of {size} bytes")
     return text
 
 
-def _cross_gap(source: ByteSource, start: int, problem: str) -> tuple[int | None, Member | None]:
+def _cross_gap(
+    source: ByteSource, start: int, problem: str, archive: int
+) -> tuple[int | None, Member | None]:
     """Return where the next header lies, if there is one, and a record of what lies before it.
 
     Zeros are the mark of an archive's end, and fill its last record. All else is damage; of zeros,
@@ -230,22 +241,28 @@ def _cross_gap(source: ByteSource, start: int, problem: str) -> tuple[int | None
             break
         position, size = position + size, min(4 * size, _FAR_LOOK)
     end = source.end() if found is None else found
-    if zeros and _is_end_mark(start, end, more=found is not None):
+    # Behind what ends in zeros they are more of the same.
+    hole = found is not None and start and not source.read_at(start - BLOCK, BLOCK).strip(b"\0")
+    if zeros and not hole and _is_end_mark(start, end, archive, more=found is not None):
         # One archive behind the other: their samples have nothing to do with each other.
         return found, Member("", end, end, 0) if found is not None else None
+    problem = "zeros (a hole, or padding for tapes)" if zeros else problem
     text = f"damaged archive: {problem} at offset {start}, no header in {end - start} bytes"
     if found is None and source.problem:
         text += f": {source.problem}"
     return found, Member("", start, start, 0, text)
 
 
-def _is_end_mark(start: int, end: int, *, more: bool) -> bool:
-    """Say whether zeros can be the end of an archive, with or without another one behind it."""
+def _is_end_mark(start: int, end: int, archive: int, *, more: bool) -> bool:
+    """Say whether zeros can be the end of an archive, with or without another one behind it.
+
+    That is two blocks, and what fills a record of the usual size. Of larger ones, for tapes, it
+    can't be told from a hole.
+    """
     if start == 0:
-        return not more and end <= _RECORDS[0]  # an archive of nothing
-    if end - start == 2 * BLOCK or (not more and end - start <= _RECORDS[0] + BLOCK):
-        return True
-    return any(end % record == 0 and end - start <= record + BLOCK for record in _RECORDS)
+        return not more and 2 * BLOCK <= end <= _RECORD  # an archive of nothing
+    fills = end - start < _RECORD + 2 * BLOCK
+    return end - start == 2 * BLOCK or (fills and (not more or (end - archive) % _RECORD == 0))
 
 
 def is_header(block: bytes) -> bool:
@@ -301,15 +318,26 @@ def _parse_name(header: bytes) -> str:
 
 
 def _parse_pax(text: bytes) -> dict[str, str]:
-    """Parse PAX records, ``<length> <key>=<value>`` lines; stop at the first that is not one."""
-    attributes = {}
-    while text:
-        length, space, _ = text.partition(b" ")
-        if not space or not length.isdigit() or not len(length) < int(length) <= len(text):
+    """Parse PAX records, ``<length> <key>=<value>`` lines; stop at the first that is not one.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    attributes: dict[str, str] = {}
+    position = 0
+    while position < len(text):
+        space = text.find(b" ", position, position + 9)
+        length = text[position:space] if space > 0 else b""
+        end = position + int(length) if length.isdigit() else 0
+        if end <= space + 2 or end > len(text):
             break
-        key, _, value = text[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+        key, _, value = text[space + 1 : end].rstrip(b"\n").partition(b"=")
         attributes[_decode(key)] = _decode(value)
-        text = text[int(length) :]
+        position = end
+    if text and not attributes:
+        raise ValueError(f"extended header of {len(text)} bytes")
     return attributes
 
 

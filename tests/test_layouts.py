@@ -91,7 +91,7 @@ def test_links_that_lead_nowhere_are_recorded(tmp_path):
         add(tar, "good.txt", kind=HARD, target="gone.txt")
     good, failed = read(tmp_path / "s.tar")
     assert [image.key for image in good] == ["good"]
-    assert good[0].warning == "sidecar good.txt: broken link: no member gone.txt"
+    assert good[0].warning == "sidecar good.txt: broken link: no member gone.txt before it"
     assert {image.cause for image in failed} == {"broken link"}
     errors = {image.key: image.error.removeprefix("broken link: ") for image in failed}
     assert errors == {
@@ -103,6 +103,42 @@ def test_links_that_lead_nowhere_are_recorded(tmp_path):
         "ring2": "it leads in a circle, over ring2.png",
         "dir": "no member folder",
     }
+
+
+def test_hard_links_stand_for_what_was_before_them(tmp_path):
+    """A member that was replaced later, and one that is packed twice."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        add(tar, "a.png", PNGS[0])
+        add(tar, "b.png", kind=HARD, target="a.png")
+        add(tar, "a.png", kind=HARD, target="a.png")
+        add(tar, "c.png", kind=SYMBOLIC, target="a.png")
+        add(tar, "a.png", PNGS[1])
+    good, failed = read(tmp_path / "s.tar")
+    assert failed == []
+    contents = [PNGS[0], PNGS[0], PNGS[0], PNGS[1], PNGS[1]]
+    for image, content in zip(good, contents, strict=True):
+        np.testing.assert_array_equal(image.image_data, read_with_pillow(content))
+
+
+def test_links_with_whole_paths_and_over_folders(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        add(tar, "/srv/set/a.png", PNGS[0])
+        add(tar, "/srv/set/b.png", kind=SYMBOLIC, target="/srv/set/a.png")
+        add(tar, "/srv/latest", kind=SYMBOLIC, target="set")
+        add(tar, "/srv/c.png", kind=SYMBOLIC, target="latest/a.png")
+    good, failed = read(tmp_path / "s.tar")
+    assert (len(good), failed) == (3, [])
+
+
+def test_long_chains_of_links_take_no_time(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for n in range(5000):
+            add(tar, f"{n}.png", kind=SYMBOLIC, target=f"{n + 1}.png")
+        add(tar, "5000.png", PNGS[0])
+    shard = FileGroupTask(data=[str(tmp_path / "s.tar")])
+    batches = ImageReaderStage(device="cpu", decode=False).process(shard)
+    assert sum(batch.num_items for batch in batches) == 41
+    assert sum(len(batch.failed) for batch in batches) == 4960
 
 
 def test_a_link_to_what_is_cut_off(tmp_path):
@@ -238,6 +274,34 @@ def test_names_with_dots(tmp_path, caplog, stem, count):
     caplog.clear()
     ImageReaderStage(device="cpu").process(FileGroupTask(data=[shard]))
     assert sum("keys end at the first dot" in record for record in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("order", ["shuffled pairs", "shuffled", "images first"])
+def test_names_with_dots_in_any_order(tmp_path, order, caplog):
+    """As cat.17.png and dog.4.png: each has its own sidecar, and no warning."""
+    stems = [f"{kind}.{n}" for kind in ("cat", "dog") for n in range(60)]
+    rng = np.random.default_rng(3)
+    rng.shuffle(stems)
+    pairs = [((f"{s}.png", PNGS[0]), (f"{s}.txt", s.encode())) for s in stems]
+    members = [member for pair in pairs for member in pair]
+    if order == "shuffled":
+        members = [members[n] for n in rng.permutation(len(members))]
+    elif order == "images first":
+        members = [image for image, _ in pairs] + [text for _, text in pairs]
+    good, failed = read(write_shard(tmp_path / "s.tar", members))
+    assert (len(good), failed) == (120, [])
+    assert all(image.metadata == {"txt": image.key} for image in good)
+    assert all(image.warning is None for image in good)
+
+
+def test_keys_that_alternate_take_no_time():
+    from dask_imgread.samples import index_members
+    from dask_imgread.tar import Member
+
+    names = [f"{'ab'[n % 2]}.{n}.txt" for n in range(40_000)]
+    names[:0] = ["a.png", "b.png"]
+    index = index_members(Member(name, n, n, 1) for n, name in enumerate(names))
+    assert [len(entry.sidecars) for entry in index.images] == [20_000] * 2
 
 
 def test_a_few_images_are_views_of_one_sample(tmp_path):

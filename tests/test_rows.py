@@ -252,3 +252,36 @@ def test_a_batch_without_a_good_image_has_no_rows(imgread_client, tmp_path, monk
     assert len(map_images(thumbnail, shards, reader=READER).compute()) == 1
     summary = run_job(shards, "out", thumbnail, client=imgread_client, reader=READER)
     assert (summary.images, summary.failed, summary.function_failed) == (1, 1, 0)
+
+
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("\ud800 bad"), r"ValueError: \ud800 bad"),
+        (ValueError("m" * 1_000_000), "ValueError: mmmm"),
+        (ValueError("http://me:secret@host/"), "ValueError: http://host/"),
+        (UnspeakableError(), "UnspeakableError: (no text)"),
+    ],
+)
+def test_whatever_a_function_raises_can_be_written(error, said):
+    from dask_imgread.rows import describe_failure
+
+    text = describe_failure(error)
+    assert text.startswith(said)
+    assert len(text) < 3000
+    text.encode()
+
+
+def test_lost_parts_of_a_shard_have_ids_of_their_own(tmp_path):
+    from dask_imgread import partition_shards
+    from dask_imgread.records import describe_lost_shards
+    from dask_imgread.testing import make_shards
+
+    tasks = partition_shards(make_shards(tmp_path, shards=2), images_per_partition=2)
+    lost = [i for task in tasks for i in describe_lost_shards(task, None, ValueError("gone"))]
+    assert len({image.image_id for image in lost}) == len(lost) == 8

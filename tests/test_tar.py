@@ -93,7 +93,7 @@ def write_stones(path, size=5000, count=12):
         for number in range(count):
             info = tarfile.TarInfo(f"{number:02d}.jpg")
             info.size = size
-            tar.addfile(info, io.BytesIO(bytes([1 + number]) * size))
+            tar.addfile(info, io.BytesIO(bytes([1 + number % 200]) * size))
     with tarfile.open(path) as tar:
         return [member.offset for member in tar]
 
@@ -142,19 +142,84 @@ def test_holes_at_the_ends(tmp_path):
         assert [m.start for m in members if m.problem] == [start]
 
 
+@pytest.mark.parametrize("hole", [1024, 4096, 16 << 10, 32 << 10, 1 << 20])
+def test_holes_of_round_sizes_at_round_places(tmp_path, hole):
+    """As downloads in pieces leave them: at a header, and up to one, or up to the end."""
+    path = tmp_path / "s.tar"
+    sizes = 3584 if hole > 1024 else 512  # with their headers 4096, and 1024
+    headers = write_stones(path, sizes, count=600 if hole > 1024 else 80)
+    end = path.stat().st_size
+    round_ones = [n for n in headers[1:] if n % hole == 0 and n + hole < headers[-1]]
+    for start in [*round_ones[:8], end - hole]:
+        write_stones(path, sizes, count=len(headers))
+        overwrite(path, start, bytes(hole))
+        members = walk(path)
+        lost = sum(start <= header < start + hole for header in headers)
+        assert len([m for m in members if m.name]) == len(headers) - lost
+        # What ends an archive, and fills its record, looks the same where another one follows.
+        alike = hole == 1024 or (hole < 10_240 and (start + hole) % 10_240 == 0)
+        marks = [m.problem is None for m in members if not m.name]
+        assert not lost or marks == [alike] or (alike and start + hole == end)
+
+
 def test_an_end_of_archive_is_no_damage(tmp_path):
-    """Of whatever record size, one archive or several, and one of nothing."""
+    """With a record that is filled and without, one archive or several, and one of nothing."""
     parts = []
-    for number, record in enumerate((512, 10_240, 65_536, 1 << 20)):
+    for number, record in enumerate((512, 10_240)):
         one = make_tar(tmp_path / f"{number}.tar", [f"{number}.jpg"]).read_bytes()[:512]
         one += bytes(1024)
         parts.append(one + bytes(-len(one) % record))
         (tmp_path / "one.tar").write_bytes(parts[-1])
         assert [m.problem for m in walk(tmp_path / "one.tar")] == [None]
-    (tmp_path / "two.tar").write_bytes(parts[1] * 3 + parts[0])
-    assert [m.problem for m in walk(tmp_path / "two.tar")] == [None] * 7
+    for order in (parts[1:] * 3 + parts[:1], parts[:1] * 2 + parts[1:] * 2):
+        (tmp_path / "two.tar").write_bytes(b"".join(order))
+        assert [m.problem for m in walk(tmp_path / "two.tar")] == [None] * 7
     tarfile.open(tmp_path / "empty.tar", "w").close()
     assert walk(tmp_path / "empty.tar") == []
+    (tmp_path / "five.tar").write_bytes(bytes(5))
+    assert walk(tmp_path / "five.tar")[0].problem.startswith("damaged archive")
+
+
+def test_records_for_tapes_are_not_told_from_holes(tmp_path):
+    """But nothing of the archive is lost, and it is said what they may be."""
+    content = make_tar(tmp_path / "1.tar", ["a.jpg", "b.jpg"]).read_bytes()
+    (tmp_path / "2.tar").write_bytes(content + bytes((1 << 20) - len(content)))
+    *members, padding = walk(tmp_path / "2.tar")
+    assert [m.name for m in members] == ["a.jpg", "b.jpg"]
+    assert "zeros (a hole, or padding for tapes)" in padding.problem
+
+
+def pax_header(text):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(text)
+    return info.tobuf(tarfile.USTAR_FORMAT) + text + bytes(-len(text) % 512)
+
+
+@pytest.mark.parametrize(
+    "text",
+    {
+        "digits without end": b"9" * 5000 + b" path=a.jpg\n",
+        "records of two bytes": b"2 " * (1 << 19),
+        "zeros": bytes(600),
+        "words": b"no records at all\n" * 40,
+        "a length of nothing": b"0 path=a.jpg\n",
+    }.values(),
+)
+def test_hostile_extended_headers(tmp_path, text):
+    """Each is damage, in no time, and what follows is read."""
+    content = make_tar(tmp_path / "1.tar", ["b.jpg"]).read_bytes()
+    (tmp_path / "2.tar").write_bytes(content[:512] + pax_header(text) + content)
+    members = walk(tmp_path / "2.tar")
+    assert [m.name for m in members if m.name] == ["b.jpg", "b.jpg"]
+    assert "extended header of" in members[1].problem
+
+
+def test_a_long_name_that_is_lost(tmp_path):
+    path = make_tar(tmp_path / "s.tar", ["a.jpg", "y" * 300 + ".jpg", "b.jpg"], tarfile.GNU_FORMAT)
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[1].offset
+    overwrite(path, start + 512, bytes(512))
+    assert "extended header of 305 bytes" in walk(path)[1].problem
 
 
 def test_parts_of_a_damaged_shard_add_up(tmp_path):
