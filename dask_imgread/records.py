@@ -94,8 +94,9 @@ def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Heade
 
 def is_dropping(source: ByteSource, member: Member) -> bool:
     """Say whether a member is what macOS puts beside each file (AppleDouble, RFC 1740)."""
-    name = posixpath.basename(member.name)
-    return name.startswith("._") and source.read_at(member.offset, 4) in _APPLE_FILES
+    if "._" not in member.name or not posixpath.basename(member.name).startswith("._"):
+        return False
+    return source.read_at(member.offset, 4) in _APPLE_FILES
 
 
 class SidecarReader:

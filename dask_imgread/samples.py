@@ -7,11 +7,12 @@ webdataset's (its documentation, "The WebDataset Format").
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ IMAGE_EXTENSIONS = frozenset(
 )
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_JSON_DEPTH = 100
-_MACOS_FOLDER = "/__MACOSX/"  # in archives made by the Finder: resource forks, no images
+_MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no images
 _MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
 _MOST_DOTS = 16  # that are looked at, from the right
 _MOST_LINKS = 40  # one after the other, as Linux follows
@@ -42,6 +43,7 @@ def split_name(name: str) -> tuple[str, str]:
     return name[:dot], name[dot + 1 :].lower()
 
 
+@functools.lru_cache(1024)
 def is_image(extension: str) -> bool:
     """Say whether members with this extension are images."""
     return extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS
@@ -151,6 +153,9 @@ def index_members(members: Iterable[Member]) -> ShardIndex:
 
 def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Member]]:
     """Return the files of each archive in a shard, links resolved."""
+    members = list(members)
+    if all(member[0] and member[5] is None for member in members):  # names, and no links
+        return [members]
     archives: list[list[Member]] = [[]]
     for member in members:
         if member.name:
@@ -222,11 +227,16 @@ def _find_behind_folder(path: str, by_path: dict[str, Member]) -> Member | None:
 
 def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
     """Group an archive's members by key and neighbourhood; then find sidecars that stand apart."""
+    neighbours = list(_list_neighbours(members, {}))
+    stems = _find_dotted_keys(neighbours, index)
+    if stems:
+        neighbours = list(_list_neighbours(members, stems))
+    elif len({sample.key for sample in neighbours}) == len(neighbours):  # as in most shards
+        return [sample for sample in neighbours if sample.images]
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}  # of each key, the sample that has images
     waiting: dict[str, _Sample] = {}  # of each key, the sidecars before its images
-    stems = _find_dotted_keys(members, index)
-    for sample in _list_neighbours(members, stems):
+    for sample in neighbours:
         before, apart = latest.get(sample.key), waiting.get(sample.key)
         index.scattered |= before is not None or apart is not None
         if sample.images:
@@ -254,19 +264,19 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
     return samples
 
 
-def _find_dotted_keys(members: list[Member], index: ShardIndex) -> dict[str, set[str]]:
+def _find_dotted_keys(samples: Sequence[_Sample], index: ShardIndex) -> dict[str, set[str]]:
     """Return the keys of too many images to be views of one sample, each with their stems.
 
     Their names have dots. A stem ends at the last one.
     """
-    images = [member.name for member in members if is_image(split_name(member.name)[1])]
-    counts = Counter(split_name(name)[0] for name in images)
-    dotted: dict[str, set[str]] = {k: set() for k, n in counts.items() if n > _MOST_VIEWS}
-    for name in images if dotted else ():
-        key = split_name(name)[0]
-        if key in dotted:
-            dotted[key].add(name.rpartition(".")[0])
-    dotted = {key: names for key, names in dotted.items() if len(names) > _MOST_VIEWS}
+    counts: Counter[str] = Counter()
+    for sample in samples:
+        counts[sample.key] += len(sample.images)
+    stems: dict[str, set[str]] = {key: set() for key, n in counts.items() if n > _MOST_VIEWS}
+    for sample in samples if stems else ():
+        if sample.key in stems:
+            stems[sample.key].update(m.name.rpartition(".")[0] for m in sample.images)
+    dotted = {key: names for key, names in stems.items() if len(names) > _MOST_VIEWS}
     if dotted:
         index.scattered = True
         key, names = next(iter(dotted.items()))
@@ -292,7 +302,7 @@ def _list_neighbours(members: Iterable[Member], stems: dict[str, set[str]]) -> I
     sample, extensions = _Sample(""), set[str]()
     for member in members:
         key, extension = split_name(member.name)
-        if not extension or _MACOS_FOLDER in f"/{key}":
+        if not extension or (_MACOS_FOLDER in key and _MACOS_FOLDER in f"/{key}".split("/")):
             continue
         if key in stems:
             key, extension = _split_dotted(member, key, stems[key])
