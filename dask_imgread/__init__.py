@@ -6,64 +6,61 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dask_imgread.bag import read_bag
-    from dask_imgread.batches import ReadError
-    from dask_imgread.cluster import start_cluster
-    from dask_imgread.folder import OtherJobError
-    from dask_imgread.frame import map_images, read_metadata
-    from dask_imgread.jobs import JobError, Summary, run_job
-    from dask_imgread.partition import partition_shards
-    from dask_imgread.reader import ImageReaderStage
-    from dask_imgread.stage import ProcessingStage, Resources
-    from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
-    from dask_imgread.verify import verify_shards
-    from dask_imgread.window import map_windowed
+if TYPE_CHECKING:  # the second list of the public names, for type checkers
+    from dask_imgread.cluster.start import start_cluster as start_cluster
+    from dask_imgread.cluster.window import map_windowed as map_windowed
+    from dask_imgread.collections import map_images as map_images
+    from dask_imgread.collections import read_bag as read_bag
+    from dask_imgread.collections import read_metadata as read_metadata
+    from dask_imgread.errors import JobError as JobError
+    from dask_imgread.errors import NoWorkersError as NoWorkersError
+    from dask_imgread.errors import OtherJobError as OtherJobError
+    from dask_imgread.errors import ReadError as ReadError
+    from dask_imgread.errors import SchemaError as SchemaError
+    from dask_imgread.errors import StorageError as StorageError
+    from dask_imgread.jobs.run import Summary as Summary
+    from dask_imgread.jobs.run import run_job as run_job
+    from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
+    from dask_imgread.report.page import write_report as write_report
+    from dask_imgread.shards.partition import partition_shards as partition_shards
+    from dask_imgread.stage import ProcessingStage as ProcessingStage
+    from dask_imgread.stage import Resources as Resources
+    from dask_imgread.tasks import FileGroupTask as FileGroupTask
+    from dask_imgread.tasks import ImageBatch as ImageBatch
+    from dask_imgread.tasks import ImageObject as ImageObject
+    from dask_imgread.verify import verify_shards as verify_shards
 
 __version__ = version("dask-imgread")
 
-__all__ = [
-    "FileGroupTask",
-    "ImageBatch",
-    "ImageObject",
-    "ImageReaderStage",
-    "JobError",
-    "OtherJobError",
-    "ProcessingStage",
-    "ReadError",
-    "Resources",
-    "Summary",
-    "map_images",
-    "map_windowed",
-    "partition_shards",
-    "read_bag",
-    "read_metadata",
-    "run_job",
-    "start_cluster",
-    "verify_shards",
-]
-
-_HOMES = {
-    "bag": ["read_bag"],
-    "cluster": ["start_cluster"],
-    "folder": ["OtherJobError"],
-    "frame": ["map_images", "read_metadata"],
-    "jobs": ["JobError", "Summary", "run_job"],
-    "partition": ["partition_shards"],
-    "batches": ["ReadError"],
-    "reader": ["ImageReaderStage"],
+_PUBLIC = {  # by the module that they live in
+    "cluster.start": ["start_cluster"],
+    "cluster.window": ["map_windowed"],
+    "collections": ["map_images", "read_bag", "read_metadata"],
+    "errors": [
+        *("JobError", "NoWorkersError", "OtherJobError", "ReadError", "SchemaError"),
+        "StorageError",
+    ],
+    "jobs.run": ["Summary", "run_job"],
+    "reading.reader": ["ImageReaderStage"],
+    "report.page": ["write_report"],
+    "shards.partition": ["partition_shards"],
     "stage": ["ProcessingStage", "Resources"],
     "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],
     "verify": ["verify_shards"],
-    "window": ["map_windowed"],
 }
+_HOMES = {name: home for home, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: Dask and pandas take a second to load."""
-    for home, names in _HOMES.items():
-        if name in names:
-            value = getattr(importlib.import_module(f"dask_imgread.{home}"), name)
-            globals()[name] = value
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dask_imgread.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from dask_imgread.samples import IMAGE_EXTENSIONS
+from dask_imgread.shards.samples import IMAGE_EXTENSIONS
 
 _PILLOW_FORMATS = {
     "jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000", "ppm": "PPM", "pgm": "PPM", "pbm": "PPM"
@@ -97,7 +97,7 @@ def make_shards(
         How many.
     extensions
         Extensions of the images, used in turn: any of
-        ``dask_imgread.samples.IMAGE_EXTENSIONS``.
+        ``dask_imgread.shards.samples.IMAGE_EXTENSIONS``.
     sidecars
         Which of ``json``, ``txt`` and ``cls`` each sample has.
     size

@@ -15,7 +15,8 @@ from dask.base import tokenize
 from pandas.api.extensions import ExtensionArray
 from pandas.api.types import is_object_dtype
 
-from dask_imgread.storage import hide_secrets
+from dask_imgread.errors import SchemaError
+from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.tasks import ImageBatch, ImageObject, make_index
 
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -26,10 +27,6 @@ INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10  # images that tell 
 _LONGEST_TEXT = 2000  # characters of an exception
 
 logger = logging.getLogger("dask_imgread")
-
-
-class SchemaError(ValueError):
-    """What a function returns is no rows, or has other columns or types than other rows."""
 
 
 def name_function(fn: BatchFunction) -> str:

@@ -14,8 +14,9 @@ from dask.sizeof import sizeof
 
 from dask_imgread.decoding.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
-from dask_imgread.shards import resolve_path, split_list, stat_shard
-from dask_imgread.storage import name_url
+from dask_imgread.shards.find import split_list, stat_shard
+from dask_imgread.storage.filesystems import resolve_path
+from dask_imgread.storage.redaction import name_url
 
 COLUMNS = {
     "image_path": "string[pyarrow]",

@@ -12,15 +12,15 @@ import pandas as pd
 from dask.system import CPU_COUNT
 from distributed.scheduler import KilledWorker
 
-from dask_imgread.cluster import wait_for_workers
-from dask_imgread.partition import PathsOrTasks, list_tasks
+from dask_imgread.cluster.start import wait_for_workers
+from dask_imgread.cluster.window import run_tasks
 from dask_imgread.progress import choose_progress
-from dask_imgread.reader import ImageReaderStage
-from dask_imgread.records import describe_lost_shards
-from dask_imgread.shards import resolve_path
-from dask_imgread.storage import name_url
+from dask_imgread.reading.reader import ImageReaderStage
+from dask_imgread.reading.records import describe_lost_shards
+from dask_imgread.shards.partition import PathsOrTasks, list_tasks
+from dask_imgread.storage.filesystems import resolve_path
+from dask_imgread.storage.redaction import name_url
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
-from dask_imgread.window import run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dask_imgread.cli import find_free, main
+from dask_imgread.cli.commands import find_free, main
 
 
 def run(*arguments, cwd):

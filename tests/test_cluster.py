@@ -8,8 +8,8 @@ import pytest
 from dask.sizeof import sizeof
 
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, start_cluster
-from dask_imgread.cluster import choose_gpu_options
-from dask_imgread.window import map_windowed
+from dask_imgread.cluster.start import choose_gpu_options
+from dask_imgread.cluster.window import map_windowed
 
 
 def test_client_map(client, photo_shards):
@@ -100,7 +100,7 @@ def test_what_dask_cuda_is_given_is_what_it_takes():
 
 
 def test_a_gpu_cluster_without_dask_cuda_says_what_to_install(monkeypatch):
-    from dask_imgread import cluster
+    from dask_imgread.cluster import start as cluster
 
     monkeypatch.setattr(cluster, "count_gpus", lambda: 1)
     monkeypatch.setitem(sys.modules, "dask_cuda", None)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dask_imgread import FileGroupTask, ImageReaderStage, gpu
+from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.cluster import gpu
 from dask_imgread.decoding import dali, faults
 from dask_imgread.decoding.buffers import _Lease
 from dask_imgread.decoding.stderr import _find_descriptor
@@ -341,7 +342,8 @@ def test_what_is_kept_is_not_dalis_memory(on_gpu, photo_shards):
 
 COUNT_FAULTS = """
 import resource, sys
-from dask_imgread import FileGroupTask, ImageReaderStage, gpu
+from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.cluster import gpu
 from dask_imgread.decoding import dali
 dali.PLACES["gpu"] = dali.PLACES["cpu"]
 gpu.count_gpus = lambda: 1

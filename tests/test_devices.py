@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from dask_imgread import FileGroupTask, ImageReaderStage, gpu, start_cluster
+from dask_imgread import FileGroupTask, ImageReaderStage, start_cluster
+from dask_imgread.cluster import gpu
 from dask_imgread.testing import make_shards
 
 A, B, C, D = (f"GPU-{letter * 8}-0f2f-01ac-6b05-8da14d6e9005" for letter in "abcd")
@@ -190,7 +191,7 @@ def __getattr__(name):
 START = """
 import json, sys
 from dask_imgread import start_cluster
-from dask_imgread.gpu import count_gpus
+from dask_imgread.cluster.gpu import count_gpus
 if __name__ == "__main__":
     with start_cluster(device=sys.argv[1], n_workers=1, verbose=False) as cluster:
         with cluster.get_client() as client:

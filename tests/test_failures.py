@@ -379,7 +379,7 @@ def test_compressed_shards(tmp_path, ending, photo_shards):
 
 
 def test_a_compressed_shard_larger_than_what_is_kept(tmp_path, monkeypatch):
-    from dask_imgread import shards
+    from dask_imgread.shards import sources as shards
 
     monkeypatch.setattr(shards, "_BLOCK_BYTES", 2048)
     monkeypatch.setattr(shards, "_CACHE_BYTES", 4096)
@@ -611,7 +611,7 @@ def test_verify(tmp_path):
 def test_verify_on_the_command_line(tmp_path, client, capsys, monkeypatch):
     import pandas as pd
 
-    from dask_imgread.cli import main
+    from dask_imgread.cli.commands import main
 
     monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", JPEG), ("b.jpg", JPEG[:500])])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, read_metadata
-from dask_imgread.shards import find_shards
+from dask_imgread.shards.find import find_shards
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 
 PNGS = [encode_picture(draw_picture(n, (48, 32)), "png") for n in range(6)]

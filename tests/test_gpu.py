@@ -25,8 +25,8 @@ from dask_imgread import (
     read_bag,
     start_cluster,
 )
+from dask_imgread.cluster.gpu import ask_driver, count_gpus
 from dask_imgread.decoding.dali import DECODERS
-from dask_imgread.gpu import ask_driver, count_gpus
 from dask_imgread.testing import write_shard
 from tests.conftest import encode, members_of, read_with_pillow
 from tests.test_failures import variants

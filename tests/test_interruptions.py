@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_imgread import JobError, cluster, run_job, start_cluster, verify_shards
-from dask_imgread.cli import main
-from dask_imgread.cluster import NoWorkersError
-from dask_imgread.folder import JobFolder
-from dask_imgread.report import write_report
+from dask_imgread import JobError, run_job, start_cluster, verify_shards
+from dask_imgread.cli.commands import main
+from dask_imgread.cluster import start as cluster
+from dask_imgread.cluster.window import run_one
+from dask_imgread.errors import NoWorkersError
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
-from dask_imgread.window import run_one
 
 MODULE = """
 import time
@@ -250,7 +251,7 @@ def test_nobody_reads_its_output(folder, shards):
 
 AT_EXIT = """
 import os, sys, threading
-from dask_imgread.folder import JobFolder
+from dask_imgread.jobs.folder import JobFolder
 
 def spin():
     while True:

@@ -22,7 +22,7 @@ from dask_imgread import (
     run_job,
     verify_shards,
 )
-from dask_imgread.frame import to_rows
+from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import read_with_pillow

@@ -18,10 +18,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, plan, run_job
-from dask_imgread.cli import main
-from dask_imgread.folder import Footer, JobFolder
-from dask_imgread.report import write_report
+from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, run_job
+from dask_imgread.cli.commands import main
+from dask_imgread.jobs import plan
+from dask_imgread.jobs.folder import Footer, JobFolder
+from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
 
 MODULE = """

@@ -295,8 +295,8 @@ def test_names_with_dots_in_any_order(tmp_path, order, caplog):
 
 
 def test_keys_that_alternate_take_no_time():
-    from dask_imgread.samples import index_members
-    from dask_imgread.tar import Member
+    from dask_imgread.shards.samples import index_members
+    from dask_imgread.shards.tar import Member
 
     names = [f"{'ab'[n % 2]}.{n}.txt" for n in range(40_000)]
     names[:0] = ["a.png", "b.png"]
@@ -321,8 +321,8 @@ def test_many_images_share_what_belongs_to_none_of_them(tmp_path):
 @pytest.mark.parametrize("count", [2000, 4000])
 def test_the_work_is_linear_whatever_the_names(tmp_path, count):
     """Reads of the shard are counted: no image has the sidecars of others."""
-    from dask_imgread.samples import index_members
-    from dask_imgread.tar import Member
+    from dask_imgread.shards.samples import index_members
+    from dask_imgread.shards.tar import Member
 
     names = [f"{'a.' * 40}{n}.{e}" for n in range(count) for e in ("png", "json", "b.c.txt")]
     index = index_members(Member(name, n, n, 1) for n, name in enumerate(names))
@@ -330,7 +330,7 @@ def test_the_work_is_linear_whatever_the_names(tmp_path, count):
 
 
 def test_a_samples_sidecars_are_read_once_and_shared(tmp_path, monkeypatch):
-    from dask_imgread import records
+    from dask_imgread.reading import records
 
     parsed = []
     parse = records.parse_sidecar

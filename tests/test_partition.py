@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards
-from dask_imgread.shards import expand_braces, find_shards
+from dask_imgread.shards.find import expand_braces, find_shards
 from dask_imgread.testing import make_shards, write_shard
 
 

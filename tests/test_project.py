@@ -118,7 +118,7 @@ def list_files():
 
 
 def test_imports_run_one_way():
-    assert {"reader", "decoding.decode"} <= {name_module(path) for path in list_files()}
+    assert {"reading.reader", "decoding.decode"} <= {name_module(path) for path in list_files()}
     assert find_circle(list_files()) == {}
 
 
@@ -129,6 +129,12 @@ def test_a_circle_would_be_seen(monkeypatch, tmp_path):
     (package / "b.py").write_text("from dask_imgread.room.a import thing")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert set(find_circle(list_files())) == {"room.a", "room.b"}
+
+
+def test_every_file_is_in_the_list_of_contributing():
+    table = re.findall(r"^\| `.*", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    listed = {n.replace("/", ".") for line in table for n in re.findall(r"`([\w/]+)\.py`", line)}
+    assert listed == {name_module(path) for path in list_files()}
 
 
 def test_only_one_file_runs_dali():

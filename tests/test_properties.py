@@ -13,8 +13,8 @@ from dask_imgread import ImageReaderStage, partition_shards
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend
 from dask_imgread.decoding.header import ImageError, read_header
-from dask_imgread.samples import index_members
-from dask_imgread.tar import NotTarError, walk_members
+from dask_imgread.shards.samples import index_members
+from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import both_decoders, count_fuzz_inputs, encode, read_with_pillow
 

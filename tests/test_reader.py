@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dask_imgread import FileGroupTask, ImageReaderStage, ProcessingStage, Resources
-from dask_imgread.samples import IMAGE_EXTENSIONS
+from dask_imgread.shards.samples import IMAGE_EXTENSIONS
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.conftest import members_of, read_with_pillow
 
@@ -115,7 +115,7 @@ def test_a_task_checks_its_values():
 def test_threads_are_capped_to_a_threads_cores(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from dask_imgread import worker
+    from dask_imgread.cluster import worker
 
     monkeypatch.setattr(worker, "CPU_COUNT", 16)
     assert worker.count_own_cores(0, 0.25) == 16
@@ -180,7 +180,7 @@ def test_resize(tmp_path, resize):
 
 def test_batches_decoded_ahead_are_the_same(photo_shards, tmp_path, monkeypatch):
     """What a GPU does while the batch before is in use, in the same order on the CPU."""
-    from dask_imgread import batches
+    from dask_imgread.reading import batches
 
     broken = write_shard(tmp_path / "s.tar", [("a.jpg", b""), ("b.jpg", b"no")])
     task = FileGroupTask(data=[photo_shards[0], broken, photo_shards[1]])
@@ -242,8 +242,8 @@ def test_all_that_a_reader_holds_is_in_its_keys(make):
 
 @pytest.mark.parametrize("make", [AtLeast, Slotted])
 def test_all_that_a_reader_holds_is_in_its_jobs_description(make, tmp_path):
-    from dask_imgread.folder import JobFolder
-    from dask_imgread.parts import PartWriter
+    from dask_imgread.jobs.folder import JobFolder
+    from dask_imgread.jobs.writer import PartWriter
 
     def describe(least):
         return PartWriter(make(least), None, JobFolder(str(tmp_path), {})).describe()

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dask_imgread import ImageReaderStage, partition_shards, plots, report
-from dask_imgread.report import write_report
+from dask_imgread import ImageReaderStage, partition_shards
+from dask_imgread.report import page as report
+from dask_imgread.report import plots
+from dask_imgread.report.page import write_report
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 

@@ -279,7 +279,7 @@ def test_whatever_a_function_raises_can_be_written(error, said):
 
 def test_lost_parts_of_a_shard_have_ids_of_their_own(tmp_path):
     from dask_imgread import partition_shards
-    from dask_imgread.records import describe_lost_shards
+    from dask_imgread.reading.records import describe_lost_shards
     from dask_imgread.testing import make_shards
 
     tasks = partition_shards(make_shards(tmp_path, shards=2), images_per_partition=2)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dask_imgread.samples import (
+from dask_imgread.shards.samples import (
     IMAGE_EXTENSIONS,
     cut_at_samples,
     index_members,
@@ -11,7 +11,7 @@ from dask_imgread.samples import (
     parse_sidecar,
     split_name,
 )
-from dask_imgread.tar import Member
+from dask_imgread.shards.tar import Member
 
 
 def members(*names):

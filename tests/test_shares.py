@@ -19,7 +19,7 @@ from dask_imgread import (
     read_metadata,
     verify_shards,
 )
-from dask_imgread.frame import to_rows
+from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import make_shards
 
@@ -122,7 +122,7 @@ def test_without_a_share_they_would_run_together(imgread_gpu_client, tmp_path, t
 def test_different_shares_add_up():
     from concurrent.futures import ThreadPoolExecutor
 
-    from dask_imgread.gpu import _Shares
+    from dask_imgread.cluster.gpu import _Shares
 
     shares, held, most = _Shares(), [], []
 

@@ -19,8 +19,10 @@ from dask_imgread import (
     storage,
     verify_shards,
 )
-from dask_imgread.shards import find_shards
-from dask_imgread.storage import StorageError, hide_secrets, is_transient, name_url, with_retries
+from dask_imgread.errors import StorageError
+from dask_imgread.shards.find import find_shards
+from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.retries import is_transient, with_retries
 from dask_imgread.testing import make_shards
 from tests.servers import KEY, SECRET, Faults, serve_http, serve_s3
 

@@ -4,8 +4,8 @@ import tarfile
 
 import pytest
 
-from dask_imgread.shards import open_shard
-from dask_imgread.tar import NotTarError, walk_members
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import NotTarError, walk_members
 
 
 def walk(path, *span):

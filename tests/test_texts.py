@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from dask_imgread import ImageReaderStage, __version__
-from dask_imgread.cli import main, make_parser
-from dask_imgread.options import parse_arguments
-from dask_imgread.preview import show_rows
+from dask_imgread.cli.arguments import parse_arguments
+from dask_imgread.cli.commands import main, make_parser
+from dask_imgread.cli.preview import show_rows
 from dask_imgread.testing import make_shards, write_shard
 
 MODULE = "def measure(batch):\n    return {'width': [image.width for image in batch.data]}\n"

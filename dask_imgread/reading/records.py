@@ -9,10 +9,11 @@ from typing import Any
 
 from dask_imgread.decoding.contract import Content
 from dask_imgread.decoding.header import Header, ImageError, read_header, read_header_only
-from dask_imgread.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
-from dask_imgread.shards import is_local, resolve_path
-from dask_imgread.storage import StorageError, hide_secrets, name_url
-from dask_imgread.tar import ByteSource, Member
+from dask_imgread.errors import StorageError
+from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
+from dask_imgread.shards.tar import ByteSource, Member
+from dask_imgread.storage.filesystems import is_local, resolve_path
+from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
 UNREACHABLE = "unreachable"  # the cause where a store did not give what it has

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from distributed.scheduler import KilledWorker
 
-from dask_imgread.cluster import NoWorkersError, WorkerWatch, check_resources
+from dask_imgread.cluster.start import WorkerWatch, check_resources
+from dask_imgread.errors import NoWorkersError
 
 if TYPE_CHECKING:
     from distributed import Client, Future, as_completed

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask_imgread.storage import drop_signature, name_url
-from dask_imgread.tar import Member
+from dask_imgread.shards.tar import Member
+from dask_imgread.storage.redaction import drop_signature, name_url
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff jp2 ppm pgm pbm gif avif".split()  # noqa: SIM905

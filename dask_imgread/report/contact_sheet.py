@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from dask_imgread.decoding.contract import Pixels
-from dask_imgread.reader import ImageReaderStage
+from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.tasks import FileGroupTask
 
 _TILE, _LABEL, _GAP = 160, 16, 8

@@ -21,11 +21,9 @@ from PIL import Image
 from dask_imgread.decoding.geometry import resize
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.folder import JOB, JobFolder, name_records, write_whole
-from dask_imgread.plots import TOP, embed_plots, say, tell_time
-from dask_imgread.shards import connect, open_shard, resolve_path
-from dask_imgread.storage import hide_secrets, name_url, with_retries
-from dask_imgread.tally import (
+from dask_imgread.jobs.folder import JOB, JobFolder, name_records, write_whole
+from dask_imgread.report.plots import TOP, embed_plots, say, tell_time
+from dask_imgread.report.statistics import (
     LISTED,
     MEASURES,
     Floats,
@@ -35,7 +33,11 @@ from dask_imgread.tally import (
     count_parts,
     find_neighbours,
 )
-from dask_imgread.tar import ByteSource
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import ByteSource
+from dask_imgread.storage.filesystems import connect, resolve_path
+from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.retries import with_retries
 
 _THREADS = 4  # that load pictures
 _NEIGHBOURS = 6  # failures that are shown between their neighbours

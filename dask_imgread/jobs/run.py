@@ -16,27 +16,27 @@ import pandas as pd
 import pyarrow as pa
 from distributed.scheduler import KilledWorker
 
-from dask_imgread.batches import ReadError
-from dask_imgread.cluster import NoWorkersError, connect_client, wait_for_workers
-from dask_imgread.folder import SCHEMA, Count, JobFolder, OtherJobError
-from dask_imgread.partition import Division
-from dask_imgread.parts import PartWriter, describe_batch
-from dask_imgread.plan import iterate_tasks, prepare_plan
+from dask_imgread.cluster.start import connect_client, wait_for_workers
+from dask_imgread.cluster.window import run_one, run_tasks
+from dask_imgread.errors import JobError, NoWorkersError, OtherJobError, ReadError, SchemaError
+from dask_imgread.jobs.folder import SCHEMA, Count, JobFolder
+from dask_imgread.jobs.plan import iterate_tasks, prepare_plan
+from dask_imgread.jobs.writer import PartWriter, describe_batch
 from dask_imgread.progress import Progress, choose_progress
-from dask_imgread.reader import ImageReaderStage
+from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import (
     INFERRED_BATCH,
     INFERRED_TASKS,
     BatchFunction,
-    SchemaError,
     describe_failure,
     name_function,
     to_table,
 )
-from dask_imgread.shards import Paths, Shard, find_shards, is_local, resolve_path
-from dask_imgread.storage import hide_secrets, name_url
+from dask_imgread.shards.find import Paths, Shard, find_shards
+from dask_imgread.shards.partition import Division
+from dask_imgread.storage.filesystems import is_local, resolve_path
+from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch
-from dask_imgread.window import run_one, run_tasks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -45,10 +45,6 @@ logger = logging.getLogger("dask_imgread")
 
 _SMALLEST_WINDOW = 16  # counts are all that tasks return
 _MOST_ERRORS = 20  # partitions that could not be done, until a job is given up
-
-
-class JobError(RuntimeError):
-    """A job could not finish. What is done is kept, and the same call goes on from there."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dask_imgread import __version__
-from dask_imgread.options import (
+from dask_imgread.cli.arguments import (
     UsageError,
     add_cluster,
     add_device,
@@ -37,10 +37,10 @@ from dask_imgread.options import (
 if TYPE_CHECKING:
     from distributed import Client
 
-    from dask_imgread.jobs import Summary
-    from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.jobs.run import Summary
+    from dask_imgread.reading.reader import ImageReaderStage
     from dask_imgread.rows import BatchFunction
-    from dask_imgread.shards import Shard
+    from dask_imgread.shards.find import Shard
     from dask_imgread.tasks import FileGroupTask
 
 logger = logging.getLogger("dask_imgread")
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job could not finish; 4 if the function of `apply` raised for an image that could be read;
     130 and 143 after SIGINT and SIGTERM.
     """
-    from dask_imgread.storage import StorageError, hide_secrets
+    from dask_imgread.errors import StorageError
+    from dask_imgread.storage.redaction import hide_secrets
 
     parser = make_parser()
     secrets: dict[str, Any] = {}
@@ -146,7 +147,7 @@ def say_error(text: str) -> None:
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """Raise Stopped at SIGTERM and SIGINT, so that clusters are closed; the second one kills."""
-    from dask_imgread.storage import GIVEN_UP
+    from dask_imgread.storage.retries import GIVEN_UP
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         for each in earlier:
@@ -255,12 +256,12 @@ def _show_examples(*examples: str) -> str:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Make shards, one of their pictures broken, read them, and draw what was read."""
-    from dask_imgread.cluster import connect_client
-    from dask_imgread.jobs import run_job
-    from dask_imgread.partition import partition_shards
+    from dask_imgread.cluster.start import connect_client
+    from dask_imgread.jobs.run import run_job
     from dask_imgread.pictures import make_shards
     from dask_imgread.progress import start_logging
-    from dask_imgread.report import write_report
+    from dask_imgread.report.page import write_report
+    from dask_imgread.shards.partition import partition_shards
 
     start_logging("text")
     if options.images < 1:
@@ -333,8 +334,8 @@ def do_job(
     options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
 ) -> Summary:
     """Run a job as the options say."""
-    from dask_imgread.jobs import run_job
-    from dask_imgread.shards import find_shards
+    from dask_imgread.jobs.run import run_job
+    from dask_imgread.shards.find import find_shards
 
     storage_options, out_options = read_storage_options(options)
     shards = find_shards(options.shards, storage_options)
@@ -361,7 +362,7 @@ def do_job(
 
 def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
     """Print what a job came to; return the exit status."""
-    from dask_imgread.storage import name_url
+    from dask_imgread.storage.redaction import name_url
 
     if options.log_format == "json":
         print(json.dumps(asdict(summary) | {"out": name_url(options.out)}))
@@ -375,10 +376,10 @@ def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Decode everything, and print what was found per shard and per cause."""
-    from dask_imgread.cluster import connect_client
-    from dask_imgread.partition import Division, divide_shards
+    from dask_imgread.cluster.start import connect_client
     from dask_imgread.progress import start_logging
-    from dask_imgread.shards import find_shards
+    from dask_imgread.shards.find import find_shards
+    from dask_imgread.shards.partition import Division, divide_shards
     from dask_imgread.verify import verify_shards
 
     require(options, "shards")
@@ -407,8 +408,8 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_report(options: argparse.Namespace) -> int:
     """Write the page of a job's output."""
-    from dask_imgread.report import write_report
-    from dask_imgread.storage import name_url
+    from dask_imgread.report.page import write_report
+    from dask_imgread.storage.redaction import name_url
 
     storage_options, out_options = read_storage_options(options)
     page = write_report(
@@ -420,9 +421,9 @@ def run_report(options: argparse.Namespace) -> int:
 
 def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> None:
     """Raise UsageError if not one shard is a tar: a wrong path, rather than a broken shard."""
-    from dask_imgread.shards import open_shard
-    from dask_imgread.storage import name_url
-    from dask_imgread.tar import NotTarError, walk_members
+    from dask_imgread.shards.sources import open_shard
+    from dask_imgread.shards.tar import NotTarError, walk_members
+    from dask_imgread.storage.redaction import name_url
 
     first: Exception | None = None
     for shard in shards:
@@ -442,7 +443,7 @@ def save_contact_sheet(
     """Decode a few images of a few tasks on the cluster, and save a sheet of them."""
     from dataclasses import replace
 
-    from dask_imgread.sheet import draw_contact_sheet, make_thumbnails
+    from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
 
     chosen = tasks[:: max(1, len(tasks) // 4)][:_SHEET_IMAGES]
     small = replace(reader, decode=True, dali_batch_size=_SHEET_IMAGES)
@@ -459,9 +460,9 @@ def save_contact_sheet(
 
 def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
-    from dask_imgread.folder import JobFolder
-    from dask_imgread.preview import show_rows
-    from dask_imgread.storage import name_url
+    from dask_imgread.cli.preview import show_rows
+    from dask_imgread.jobs.folder import JobFolder
+    from dask_imgread.storage.redaction import name_url
 
     of_function = f", {summary.function_failed} of them in the function"
     told = of_function if summary.function_failed else ""

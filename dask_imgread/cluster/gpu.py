@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import dask
 
-from dask_imgread.worker import find_worker
+from dask_imgread.cluster.worker import find_worker
 
 logger = logging.getLogger("dask_imgread")
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dask.tokenize import normalize_token
 
-from dask_imgread import gpu
-from dask_imgread.batches import BatchGatherer, BatchRules, BeginDecoding
-from dask_imgread.cluster import check_resources
+from dask_imgread.cluster import gpu
+from dask_imgread.cluster.start import check_resources
+from dask_imgread.cluster.worker import count_own_cores, release_with_worker
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend, release
 from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
-from dask_imgread.records import (
+from dask_imgread.errors import StorageError
+from dask_imgread.reading.batches import BatchGatherer, BatchRules, BeginDecoding
+from dask_imgread.reading.records import (
     UNREACHABLE,
     SidecarReader,
     describe_damage,
@@ -29,13 +31,12 @@ from dask_imgread.records import (
     name_shards,
     read_encoded,
 )
-from dask_imgread.samples import ShardIndex, index_members
-from dask_imgread.shards import open_shard
+from dask_imgread.shards.samples import ShardIndex, index_members
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.stage import ProcessingStage, Resources
-from dask_imgread.storage import StorageError, hide_secrets, name_url
-from dask_imgread.tar import ByteSource, Member, NotTarError, walk_members
+from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
-from dask_imgread.worker import count_own_cores, release_with_worker
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -35,8 +35,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_imgread.shards import connect
-from dask_imgread.storage import name_url, with_retries
+from dask_imgread.errors import OtherJobError
+from dask_imgread.storage.filesystems import connect
+from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.retries import with_retries
 
 JOB, PLAN, SHARDS, SCHEMA = "_job.json", "_plan.arrow", "_shards.arrow", "_schema.arrow"
 IMAGES = "_images"
@@ -85,10 +87,6 @@ class Footer:
     def count(self) -> Count:
         """Return how many images the part is about."""
         return Count(self.images, self.failed, self.function_failed)
-
-
-class OtherJobError(ValueError):
-    """The output folder holds another job's output; the message names the difference."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
-from dask_imgread.records import name_shards
-from dask_imgread.samples import cut_at_samples, index_members
-from dask_imgread.shards import Paths, Shard, find_shards, is_local, open_shard
-from dask_imgread.tar import NotTarError, walk_members
+from dask_imgread.reading.records import name_shards
+from dask_imgread.shards.find import Paths, Shard, find_shards
+from dask_imgread.shards.samples import cut_at_samples, index_members
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import NotTarError, walk_members
+from dask_imgread.storage.filesystems import is_local
 from dask_imgread.tasks import FileGroupTask
 
 PathsOrTasks: TypeAlias = Paths | FileGroupTask | Iterable[FileGroupTask]

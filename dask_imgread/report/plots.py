@@ -19,7 +19,7 @@ from bokeh.themes import Theme
 from bokeh.transform import dodge
 from numpy.typing import NDArray
 
-from dask_imgread.tally import MEASURES, Floats, Spread, Tally
+from dask_imgread.report.statistics import MEASURES, Floats, Spread, Tally
 
 TOP = 20  # causes, shards and formats that are drawn
 _TIME_BINS = 60

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 from dask_imgread.decoding.contract import Decoded, DecoderOptions, Encoded, PendingDecoding
+from dask_imgread.errors import ReadError
 from dask_imgread.tasks import ImageBatch, ImageObject
 
 logger = logging.getLogger("dask_imgread")
@@ -15,10 +16,6 @@ logger = logging.getLogger("dask_imgread")
 _BATCHES_AHEAD = {"gpu": 1, "cpu": 0}  # that are decoded while the one before is in use
 _LOGGED_PER_BATCH = 5  # failures; all are in the batch itself
 _HEADERS_PER_BATCH = 1000  # images of a batch from which no pixel is decoded
-
-
-class ReadError(RuntimeError):
-    """An image could not be read, under ``on_error="raise"``. Names shard and member."""
 
 
 BeginDecoding: TypeAlias = Callable[[Sequence[Encoded], DecoderOptions], PendingDecoding]

@@ -18,7 +18,8 @@ import dask
 from dask.system import CPU_COUNT
 from dask.utils import parse_timedelta
 
-from dask_imgread.gpu import DEVICE_SETTING, RESOURCE, count_gpus, explain_absence
+from dask_imgread.cluster.gpu import DEVICE_SETTING, RESOURCE, count_gpus, explain_absence
+from dask_imgread.errors import NoWorkersError
 
 if TYPE_CHECKING:
     from distributed import Client, LocalCluster
@@ -30,10 +31,6 @@ _WAIT = 600  # seconds, for a scheduler and for workers
 _WAIT_HERE = 60  # for workers on this machine: they come back soon, or not at all
 WAIT_SETTING = "imgread.wait-for-workers"
 _LOOKED_EVERY = 5.0  # seconds, at the workers while no task ends
-
-
-class NoWorkersError(TimeoutError):
-    """A cluster has had no workers, or none that can do the work, for too long."""
 
 
 def start_cluster(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.reading.reader import ImageReaderStage
     from dask_imgread.rows import BatchFunction
 
 _READER = [
@@ -261,7 +261,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
 
 def make_reader(options: argparse.Namespace, **defaults: Any) -> ImageReaderStage:
     """Return the reader that the options ask for."""
-    from dask_imgread.reader import ImageReaderStage
+    from dask_imgread.reading.reader import ImageReaderStage
 
     given = {name: getattr(options, name, None) for name in _READER}
     return ImageReaderStage(

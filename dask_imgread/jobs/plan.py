@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from dask_imgread.folder import CLEARED, PLAN, SHARDS, JobFolder, OtherJobError
-from dask_imgread.partition import Division, divide_shards
-from dask_imgread.shards import Shard
-from dask_imgread.storage import drop_signature, name_url
+from dask_imgread.errors import OtherJobError
+from dask_imgread.jobs.folder import CLEARED, PLAN, SHARDS, JobFolder
+from dask_imgread.shards.find import Shard
+from dask_imgread.shards.partition import Division, divide_shards
+from dask_imgread.storage.redaction import drop_signature, name_url
 from dask_imgread.tasks import FileGroupTask
 
 _ID = b"job"

@@ -18,21 +18,20 @@ import pandas as pd
 import pyarrow as pa
 from dask.base import tokenize
 
-from dask_imgread.folder import Count, Footer, JobFolder
-from dask_imgread.reader import ImageReaderStage
-from dask_imgread.records import UNREACHABLE, describe_lost_shards
+from dask_imgread.cluster.worker import find_worker
+from dask_imgread.errors import SchemaError, StorageError
+from dask_imgread.jobs.folder import Count, Footer, JobFolder
+from dask_imgread.reading.reader import ImageReaderStage
+from dask_imgread.reading.records import UNREACHABLE, describe_lost_shards
 from dask_imgread.rows import (
     INFERRED_BATCHES,
     BatchFunction,
-    SchemaError,
     describe_failure,
     make_rows_singly,
     name_function,
     to_table,
 )
-from dask_imgread.storage import StorageError
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject, make_frame
-from dask_imgread.worker import find_worker
 
 logger = logging.getLogger("dask_imgread")
 

@@ -1,0 +1,1 @@
+"""The workers, and what of a GPU their readers hold."""

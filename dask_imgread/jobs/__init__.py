@@ -1,0 +1,1 @@
+"""Batch jobs that go on where they stopped."""

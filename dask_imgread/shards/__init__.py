@@ -1,0 +1,1 @@
+"""Tar shards: found, opened, walked and divided."""

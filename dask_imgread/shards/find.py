@@ -1,0 +1,157 @@
+"""Find shards by path, folder, glob, brace range or URL."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from dask_imgread.storage.filesystems import connect, is_local
+from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.retries import with_retries
+
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # of shards' names
+
+
+class Shard(NamedTuple):
+    """A tar shard: its absolute path or URL, its size in bytes, and a token of its content."""
+
+    path: str
+    size: int | None
+    version: str
+
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | list[Shard]
+
+
+def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> list[Shard]:
+    """List the shards that ``paths`` stand for, in the order given, each once.
+
+    Parameters
+    ----------
+    paths
+        A file, a folder (searched recursively), a glob, a brace range such as
+        ``{00000..00099}.tar``, a URL that fsspec knows, several joined by ``::``, or a list
+        of these. Shards that were found before are returned as they are.
+    storage_options
+        Options for fsspec's file system.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path, or all that a folder or a glob stands for, does not exist.
+    PermissionError
+        If a store refuses to tell.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if given and isinstance(given[0], Shard):
+        return cast("list[Shard]", given)
+    names = [name for path in given for name in split_list(os.fspath(cast("str", path)))]
+    expanded = [path for name in names for path in expand_braces(name)]
+    options = storage_options or {}
+
+    def find(path: str) -> list[Shard]:
+        return _find(path, options)
+
+    if all(is_local(path) for path in expanded):
+        found = [find(path) for path in expanded]
+    else:  # each look is a request
+        with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(find, expanded))
+    return list({shard.path: shard for shards in found for shard in shards}.values())
+
+
+def split_list(path: str) -> list[str]:
+    """Split ``a.tar::b.tar``, webdataset's way to join shards; not fsspec's chains of URLs.
+
+    >>> split_list("a.tar::s3://bucket/{00..09}.tar")
+    ['a.tar', 's3://bucket/{00..09}.tar']
+    >>> split_list("simplecache::s3://bucket/a.tar")
+    ['simplecache::s3://bucket/a.tar']
+    """
+    parts = path.split("::")
+    chained = any(part.startswith(("tar://", "zip://", "libarchive://")) for part in parts)
+    return parts if not chained and all(part.endswith(ENDINGS) for part in parts) else [path]
+
+
+def expand_braces(path: str) -> list[str]:
+    """Expand ``{a,b}`` and ``{000..010}`` as a shell does, zero padding kept.
+
+    >>> expand_braces("s-{08..10}.tar")
+    ['s-08.tar', 's-09.tar', 's-10.tar']
+    """
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", path)
+    if match is None:
+        return [path]
+    first, last, names = match.groups()
+    if names is not None:
+        choices = names.split(",")
+    else:
+        step = 1 if int(first) <= int(last) else -1
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
+    head, tail = path[: match.start()], path[match.end() :]
+    return [head + choice + rest for choice in choices for rest in expand_braces(tail)]
+
+
+def _find(path: str, options: dict[str, Any]) -> list[Shard]:
+    fs, root = connect(path, options)
+    if isinstance(fs, LocalFileSystem) and os.path.isfile(root):
+        return [stat_shard(root, {})]
+    marks = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # in a URL a query begins with ?
+    if any(mark in path for mark in marks) and not with_retries(fs.exists, path, root):
+        found = with_retries(fs.glob, path, root, detail=True)
+        kind = "no shard matches"
+    else:
+        try:
+            info = with_retries(fs.info, path, root)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no such shard or folder: {name_url(path)}; check the path"
+            ) from None
+        # A web server's folders are pages: only the slash tells.
+        if info["type"] != "directory" and not path.endswith("/"):
+            return [_make_shard(fs, root, info)]
+        found = with_retries(fs.find, path, root, detail=True)
+        kind = f"no {' or '.join(ENDINGS)} in the folder"
+    shards = [
+        _make_shard(fs, name, info)
+        for name, info in sorted(found.items())
+        if name.endswith(ENDINGS)
+        and (info["type"] == "file" or (info.get("islink") and not os.path.isdir(name)))
+    ]
+    if not shards:
+        if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
+            with_retries(fs.cat_file, path, root.partition("*")[0])
+        raise FileNotFoundError(f"{kind} {name_url(path)}; give the path of shards")
+    return shards
+
+
+def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) -> Shard:
+    if info.get("islink"):
+        with suppress(OSError):  # one that leads nowhere can't be opened, and is recorded then
+            status = os.stat(name)
+            info = info | {"size": status.st_size, "mtime": status.st_mtime}
+    marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+    version = "-".join(str(info[mark]) for mark in ("size", *marks) if info.get(mark) is not None)
+    # One spelling for one file: what is given in two would be read twice.
+    path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
+    return Shard(path, info.get("size"), version)
+
+
+def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
+    """Look one shard up: its size and the token of its content.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    fs, name = connect(path, storage_options)
+    return _make_shard(fs, name, with_retries(fs.info, path, name))
