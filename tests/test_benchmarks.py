@@ -25,7 +25,7 @@ def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd):
     out = tmp_path / "gpu.json"
     assert measure_gpu(["--rehearse", "--minutes", "0.1", "--out", str(out)]) == 0
     table = json.loads(out.read_text())
-    assert len(table["rows"]) == 9
+    assert len(table["rows"]) == 10
     assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])
     assert len(table["uses"]) == 12
     printed = capfd.readouterr()
