@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import dask.bag as db
-from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
-
-from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.shards.partition import PathsOrTasks, list_tasks
-from dask_imgread.tasks import FileGroupTask, ImageBatch
-
-if TYPE_CHECKING:
-    from dask.bag import Bag
-
-
 import functools
 import itertools
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask
+import dask.bag as db
 import dask.dataframe as dd
 import pandas as pd
 import pyarrow as pa
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 from distributed.protocol import pickle
 from pandas.api.types import is_object_dtype
 
 from dask_imgread.errors import SchemaError
+from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import (
     INFERRED_BATCH,
     INFERRED_BATCHES,
@@ -39,9 +29,11 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.tasks import make_frame, make_index
+from dask_imgread.shards.partition import PathsOrTasks, list_tasks
+from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame, make_index
 
 if TYPE_CHECKING:
+    from dask.bag import Bag
     from dask.dataframe import DataFrame
 
 
