@@ -15,6 +15,7 @@ from dask.sizeof import sizeof
 from dask_imgread.decoding.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards.find import split_list, stat_shard
+from dask_imgread.shards.samples import make_shard_id
 from dask_imgread.storage.filesystems import resolve_path
 from dask_imgread.storage.redaction import name_url
 
@@ -94,6 +95,18 @@ class FileGroupTask:
     def relative_to(self) -> str | None:
         """The folder or URL below which the shards' paths make their ids; None for whole paths."""
         return self.reader_config.get("relative_to")
+
+    def name_shards(self, relative_to: str | None = None) -> dict[str, str]:
+        """Return the id of each shard, by its path; ``relative_to`` is the reader's, if any.
+
+        Raises
+        ------
+        ValueError
+            If a shard does not lie below ``relative_to``.
+        """
+        base = self.relative_to or relative_to
+        base = base and resolve_path(base)
+        return {path: make_shard_id(path, base) for path in map(resolve_path, self.data)}
 
     def __repr__(self) -> str:
         """Return what Dask writes into its logs when the task fails."""

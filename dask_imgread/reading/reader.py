@@ -28,7 +28,6 @@ from dask_imgread.reading.records import (
     describe_lost,
     explain_lost,
     is_dropping,
-    name_shards,
     read_encoded,
 )
 from dask_imgread.shards.samples import ShardIndex, index_members
@@ -273,7 +272,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
 
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         options = self._choose_decoder()
-        shards = name_shards(task, self.relative_to)
+        shards = task.name_shards(self.relative_to)
         batches = 0
         images = failures = 0
         with self._open_decoder() as begin:

@@ -10,9 +10,9 @@ from typing import Any
 from dask_imgread.decoding.contract import Content
 from dask_imgread.decoding.header import Header, ImageError, read_header, read_header_only
 from dask_imgread.errors import StorageError
-from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, ImageEntry, make_shard_id, parse_sidecar
+from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, ImageEntry, parse_sidecar
 from dask_imgread.shards.tar import ByteSource, Member
-from dask_imgread.storage.filesystems import is_local, resolve_path
+from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
@@ -65,19 +65,12 @@ def explain_lost(error: Exception, path: str) -> str:
     return f"unreadable shard: {error}"
 
 
-def name_shards(task: FileGroupTask, relative_to: str | None) -> dict[str, str]:
-    """Return the id of each shard of a task, by its path; ``relative_to`` is the reader's."""
-    base = task.relative_to or relative_to
-    base = base and resolve_path(base)
-    return {path: make_shard_id(path, base) for path in map(resolve_path, task.data)}
-
-
 def describe_lost_shards(
     task: FileGroupTask, relative_to: str | None, error: BaseException
 ) -> list[ImageObject]:
     """Make a record for each shard of a task that could not be run."""
     reason = hide_secrets(f"killed its worker: {error}", task.storage_options)
-    shards = name_shards(task, relative_to)
+    shards = task.name_shards(relative_to)
     start = task.byte_range[0] if task.byte_range else 0
     return [describe_lost(path, shard_id, start, reason) for path, shard_id in shards.items()]
 

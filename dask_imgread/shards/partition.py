@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
-from dask_imgread.reading.records import name_shards
 from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.samples import cut_at_samples, index_members
 from dask_imgread.shards.sources import open_shard
@@ -94,7 +93,7 @@ def partition_shards(
         task.dataset_name = dataset_name
         if relative_to is not None:
             task.reader_config = task.reader_config | {"relative_to": os.fspath(relative_to)}
-            name_shards(task, None)
+            task.name_shards()  # or raise, here and now
     return chosen
 
 
