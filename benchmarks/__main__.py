@@ -34,6 +34,7 @@ class Size:
 
     images: int = 2000
     rounds: int = 5
+    kinds: int = 3  # of pictures, by size
     long: int = 20_000
 
 
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=Size.images)
     parser.add_argument("--long", type=int, default=Size.long, help="images of the longest run")
     parser.add_argument("--rounds", type=int, default=Size.rounds)
+    parser.add_argument("--kinds", type=int, default=Size.kinds, help="sizes of pictures")
     parser.add_argument("--only", metavar="WORD", default="", help="rows whose name has the word")
     options = parser.parse_args(arguments)
-    size = Size(options.images, options.rounds, options.long)
+    size = Size(options.images, options.rounds, options.kinds, options.long)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
@@ -83,7 +85,7 @@ def measure_decoding(folder: Path, size: Size) -> list[Row]:
     }
     targets = {"0.2 MP": 0.97, "3 MP": 0.97, "12 MP": 1.0}
     rows = []
-    for name, paths in shards.items():
+    for name, paths in list(shards.items())[: size.kinds]:
         contenders = {
             "ours": ("stream", paths, 1),
             "floor": ("floor", paths, 1),
@@ -105,7 +107,7 @@ def measure_resizing(folder: Path, size: Size) -> list[Row]:
     """Compare ``resize=224`` on one core with what decodes at the same scale, and with peers."""
     rows = []
     cases = ((1024, 768, 2, 10), (2048, 1536, 4, 33), (4000, 3000, 8, 80))
-    for width, height, scale, share in cases:
+    for width, height, scale, share in cases[: size.kinds]:
         name = f"resize=224 of {width} x {height}"
         images = max(2, size.images // share)
         paths = make_large_shard(folder / f"{width}", (width, height), images)

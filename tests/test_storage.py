@@ -16,11 +16,11 @@ from dask_imgread import (
     JobError,
     partition_shards,
     run_job,
-    storage,
     verify_shards,
 )
 from dask_imgread.errors import StorageError
 from dask_imgread.shards.find import find_shards
+from dask_imgread.storage import retries
 from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.storage.retries import is_transient, with_retries
 from dask_imgread.testing import make_shards
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_what_is_final_is_said_at_once(folder, path, kind, match, cause):
 
 
 def test_a_server_that_stays_broken_is_given_up(folder, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     with serve_http(folder, faults=Faults(every=1, kinds=("503",))) as server:
         with pytest.raises(StorageError, match=r"00000.tar: HTTP 503: .*, and so 3 times in 0 s"):
             partition_shards(f"{server.url}/00000.tar")
@@ -144,7 +144,7 @@ def test_a_server_that_stays_broken_is_given_up(folder, monkeypatch):
 
 
 def test_blocks_that_can_not_be_had_cost_their_images_alone(folder, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
     with serve_http(folder) as server:
         (task,) = partition_shards(f"{server.url}/large/00000.tar")
         batches = READER.stream(task)
