@@ -92,6 +92,11 @@ class FileGroupTask:
         return options
 
     @property
+    def start(self) -> int:
+        """The offset of the first header to read, in the one shard of a part or in each."""
+        return self.byte_range[0] if self.byte_range else 0
+
+    @property
     def relative_to(self) -> str | None:
         """The folder or URL below which the shards' paths make their ids; None for whole paths."""
         return self.reader_config.get("relative_to")

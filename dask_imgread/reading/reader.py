@@ -348,8 +348,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
                     yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
-            start = task.byte_range[0] if task.byte_range else 0
-            yield from gathered.add(describe_lost(path, shard_id, start, reason), None)
+            yield from gathered.add(describe_lost(path, shard_id, task.start, reason), None)
         yield from gathered.empty()
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> ShardIndex:

@@ -71,8 +71,7 @@ def describe_lost_shards(
     """Make a record for each shard of a task that could not be run."""
     reason = hide_secrets(f"killed its worker: {error}", task.storage_options)
     shards = task.name_shards(relative_to)
-    start = task.byte_range[0] if task.byte_range else 0
-    return [describe_lost(path, shard_id, start, reason) for path, shard_id in shards.items()]
+    return [describe_lost(path, shard_id, task.start, reason) for path, shard_id in shards.items()]
 
 
 def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
