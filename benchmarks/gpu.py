@@ -185,7 +185,7 @@ def run_tests(seconds: float) -> str:
         "gpu",
         "-q",
         "--no-header",
-        "tests/test_gpu.py",
+        "tests/integration/test_gpu.py",
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)

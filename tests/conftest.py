@@ -1,17 +1,15 @@
 """Real photographs in real shards, and a real cluster of worker processes."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dask_imgread.testing import write_shard
+from tests.helpers.images import encode
 
 pytest_plugins = ["pytester"]
-
-both_decoders = pytest.mark.parametrize("decoder", ["auto", "dali"])
 
 
 @pytest.fixture(scope="session")
@@ -54,26 +52,6 @@ def photo_shards(photographs, tmp_path_factory):
 @pytest.fixture
 def client(imgread_client):
     return imgread_client
-
-
-def encode(image, format, /, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def read_with_pillow(content):
-    """What every 8-bit image must come out as."""
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def members_of(path):
-    """What Python's own tarfile sees in a shard."""
-    import tarfile
-
-    with tarfile.open(path) as tar:
-        return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
 
 
 FUZZED = {}

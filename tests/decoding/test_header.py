@@ -12,8 +12,8 @@ from dask_imgread import FileGroupTask, ImageReaderStage, read_metadata
 from dask_imgread.decoding.header import HEAD_BYTES, ImageError, read_header, read_header_only
 from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.testing import write_shard
-from tests.conftest import both_decoders, encode, read_with_pillow
-from tests.odd_headers import chunk, exif_segment, part, riff, segment, turned, vp8x
+from tests.helpers.images import both_decoders, encode, read_with_pillow
+from tests.helpers.odd_headers import chunk, exif_segment, part, riff, segment, turned, vp8x
 
 NOISE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (96, 128, 3), np.uint8))
 JPEG, PNG, WEBP = (encode(NOISE, codec) for codec in ("JPEG", "PNG", "WEBP"))

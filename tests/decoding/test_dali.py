@@ -18,8 +18,15 @@ from dask_imgread.decoding import dali, faults
 from dask_imgread.decoding.buffers import _Lease
 from dask_imgread.decoding.stderr import _find_descriptor
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import encode, members_of, read_with_pillow
-from tests.test_failures import BROKEN, JPEG, PICTURE, break_table
+from tests.helpers.images import (
+    BROKEN,
+    JPEG,
+    PICTURE,
+    break_table,
+    encode,
+    members_of,
+    read_with_pillow,
+)
 
 CRITICAL = """Critical error in pipeline:
 Critical error in pipeline:

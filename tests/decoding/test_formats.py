@@ -11,8 +11,8 @@ from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.testing import draw_picture, write_shard
-from tests.conftest import both_decoders, encode, read_with_pillow
-from tests.odd_headers import segment
+from tests.helpers.images import both_decoders, encode, read_with_pillow
+from tests.helpers.odd_headers import segment
 
 NAMED = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF"}
 PICTURE = draw_picture(4, (64, 48))

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dask_imgread.testing import draw_picture, write_shard
-from tests.conftest import both_decoders, encode
-from tests.odd_headers import BROKEN_ENTRY, exif_segment, make_exif
+from tests.helpers.images import both_decoders, encode
+from tests.helpers.odd_headers import BROKEN_ENTRY, exif_segment, make_exif
 
 # `look` tells of all that an import or a call might change; libraries that we use are there before.
 LOOK = """

@@ -24,7 +24,7 @@ from dask_imgread.storage import retries
 from dask_imgread.storage.redaction import hide_secrets, name_url
 from dask_imgread.storage.retries import is_transient, with_retries
 from dask_imgread.testing import make_shards
-from tests.servers import KEY, SECRET, Faults, serve_http, serve_s3
+from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False)
 PLACES = ["image_path", "shard"]

@@ -30,13 +30,7 @@ from dask_imgread import (
 )
 from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-
-META = pd.DataFrame({"total": pd.Series(dtype="int64")}).rename_axis("image_id")
-
-
-def add_up(batch):
-    ids = pd.Index([image.image_id for image in batch.data], dtype="str", name="image_id")
-    return pd.DataFrame({"total": [int(i.image_data.sum()) for i in batch.data]}, index=ids)
+from tests.helpers.workers import META, add_up
 
 
 def start(**options):

@@ -10,7 +10,7 @@ import pytest
 
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, read_metadata
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import read_with_pillow
+from tests.helpers.images import read_with_pillow
 
 PNGS = [encode_picture(draw_picture(n, (24, 16)), "png") for n in range(4)]
 

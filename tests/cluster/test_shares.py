@@ -1,11 +1,6 @@
 """Shares of a GPU hold on every path, seen on CPU workers that declare the resource."""
 
-import json
-import os
 import time
-import uuid
-from dataclasses import dataclass
-from pathlib import Path
 
 import dask
 import pytest
@@ -22,36 +17,7 @@ from dask_imgread import (
 from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import make_shards
-
-TASKS = 16
-
-
-@dataclass
-class WatchedReader(ImageReaderStage):
-    """Notes when each of its readers began and ended, and where."""
-
-    notes: str = ""
-
-    def stream(self, task):
-        begun = time.time()
-        time.sleep(0.05)
-        yield from super().stream(task)
-        note = {"worker": os.getpid(), "begun": begun, "ended": time.time()}
-        Path(self.notes, uuid.uuid4().hex).write_text(json.dumps(note))
-
-
-def count_most_at_once(notes):
-    """Return the largest number of readers seen running at one moment on one worker."""
-    ran = [json.loads(path.read_text()) for path in Path(notes).iterdir()]
-    assert len(ran) >= TASKS
-    most = 0
-    for one in ran:
-        at = one["begun"]
-        together = [
-            r for r in ran if r["worker"] == one["worker"] and r["begun"] <= at < r["ended"]
-        ]
-        most = max(most, len(together))
-    return most
+from tests.helpers.workers import TASKS, WatchedReader, count_most_at_once
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import fsspec
 import pytest
 
-from tests.servers import KEY, SECRET, Faults, serve_http, serve_s3
+from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
 CONTENT = bytes(range(256)) * 1000
 SIZE = len(CONTENT)

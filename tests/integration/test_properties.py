@@ -16,7 +16,8 @@ from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.shards.samples import index_members
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import both_decoders, count_fuzz_inputs, encode, read_with_pillow
+from tests.conftest import count_fuzz_inputs
+from tests.helpers.images import both_decoders, encode, read_with_pillow
 
 PICTURES = [draw_picture(n, size) for n, size in enumerate([(40, 30), (31, 47), (1, 1), (64, 9)])]
 EXTENSIONS = ["jpg", "png", "webp", "gif", "tif", "bmp", "jp2", "avif", "pgm"]

@@ -25,7 +25,7 @@ from dask_imgread import (
 from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import read_with_pillow
+from tests.helpers.images import read_with_pillow
 
 # No picture is known that kills libjpeg-turbo. So processes that find this module beside theirs
 # die, and truly, of one that has a mark in it.

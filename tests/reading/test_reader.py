@@ -9,7 +9,7 @@ import pytest
 from dask_imgread import FileGroupTask, ImageReaderStage, ProcessingStage, Resources
 from dask_imgread.shards.samples import IMAGE_EXTENSIONS
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import members_of, read_with_pillow
+from tests.helpers.images import members_of, read_with_pillow
 
 
 def test_the_stage_has_curators_shape():

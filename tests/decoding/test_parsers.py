@@ -17,8 +17,9 @@ from dask_imgread.decoding.decode import Decoding, choose_backend
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.parsers import is_whole
 from dask_imgread.testing import write_shard
-from tests import odd_headers
-from tests.conftest import count_fuzz_inputs, read_with_pillow
+from tests.conftest import count_fuzz_inputs
+from tests.helpers import odd_headers
+from tests.helpers.images import read_with_pillow
 
 CPU = DecoderOptions("cpu", 1, 100, decoder="dali")
 GPU = DecoderOptions("gpu", 1, 100)
@@ -110,7 +111,7 @@ def test_tables_are_looked_through_once():
 
 
 def run_child(*arguments, timeout=100):
-    command = [sys.executable, "-m", "tests.test_soundness", *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.decoding.test_parsers", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, encoding="latin-1", timeout=timeout)
 
 
@@ -133,7 +134,7 @@ def test_one_odd_picture_costs_one_picture(tmp_path, decoder):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["dali", "auto"])
 def test_fuzz_headers(decoder):
-    """More by hand: ``python -m tests.test_soundness fuzz dali SEED SECONDS BATCHES``."""
+    """More by hand: ``python -m tests.decoding.test_parsers fuzz dali SEED SECONDS BATCHES``."""
     done = run_child("fuzz", decoder, random.randrange(1 << 30), 2, 100_000)
     assert done.returncode == 0, (done.stdout[-300:], done.stderr[-3000:])
     batches, pictures = map(int, done.stdout.split()[-2:])

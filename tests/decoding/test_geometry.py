@@ -10,7 +10,7 @@ from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.conftest import both_decoders, encode, read_with_pillow
+from tests.helpers.images import both_decoders, encode, read_with_pillow
 
 
 def read(path, contents, **options):

@@ -28,10 +28,8 @@ from dask_imgread import (
 from dask_imgread.cluster.gpu import ask_driver, count_gpus
 from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import write_shard
-from tests.conftest import encode, members_of, read_with_pillow
-from tests.test_failures import variants
-from tests.test_robustness import META, add_up
-from tests.test_shares import WatchedReader, count_most_at_once
+from tests.helpers.images import BROKEN, encode, members_of, read_with_pillow, variants
+from tests.helpers.workers import META, WatchedReader, add_up, count_most_at_once
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,7 +185,6 @@ def test_damaged_scans_fail_as_on_the_cpu(photo_shards, tmp_path):
 
 
 def test_one_bad_image_costs_one_image(tmp_path, photo_shards):
-    from tests.test_failures import BROKEN
 
     members = {n: c for n, c in members_of(photo_shards[0]).items() if n.endswith("jpg")}
     good, failed = read({"bad.jpg": BROKEN} | members, tmp_path)
@@ -240,7 +237,7 @@ def run_child(function, *arguments, **environment):
     """Run a function of this file in a process of its own; return what it returned."""
     code = f"""
 import json, sys
-from tests import test_gpu
+from tests.integration import test_gpu
 print(json.dumps(test_gpu.{function}(*sys.argv[1:])))"""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
