@@ -17,7 +17,7 @@ from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards.find import split_list, stat_shard
 from dask_imgread.shards.samples import make_shard_id
 from dask_imgread.storage.filesystems import resolve_path
-from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.redaction import redact_url
 
 COLUMNS = {
     "image_path": "string[pyarrow]",
@@ -115,7 +115,7 @@ class FileGroupTask:
 
     def __repr__(self) -> str:
         """Return what Dask writes into its logs when the task fails."""
-        data = [name_url(path) for path in self.data]
+        data = [redact_url(path) for path in self.data]
         return f"FileGroupTask({self.task_id!r}, data={data}, byte_range={self.byte_range})"
 
     def __dask_tokenize__(self) -> object:

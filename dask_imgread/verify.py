@@ -19,7 +19,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.reading.records import describe_lost_shards
 from dask_imgread.shards.partition import PathsOrTasks, list_tasks
 from dask_imgread.storage.filesystems import resolve_path
-from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Verify:
         return _Verify(self.reader.isolated())
 
     def __call__(self, task: FileGroupTask) -> _Tally:
-        good = Counter({name_url(resolve_path(path)): 0 for path in task.data})
+        good = Counter({redact_url(resolve_path(path)): 0 for path in task.data})
         bad: list[ImageObject] = []
         for batch in self.reader.read(task):
             good.update(image.shard for image in batch.data)

@@ -362,10 +362,10 @@ def do_job(
 
 def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
     """Print what a job came to; return the exit status."""
-    from dask_imgread.storage.redaction import name_url
+    from dask_imgread.storage.redaction import redact_url
 
     if options.log_format == "json":
-        print(json.dumps(asdict(summary) | {"out": name_url(options.out)}))
+        print(json.dumps(asdict(summary) | {"out": redact_url(options.out)}))
     else:
         storage_options, out_options = read_storage_options(options)
         print_summary(summary, options.out, out_options or storage_options)
@@ -409,13 +409,13 @@ def run_verify(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     """Write the page of a job's output."""
     from dask_imgread.report.page import write_report
-    from dask_imgread.storage.redaction import name_url
+    from dask_imgread.storage.redaction import redact_url
 
     storage_options, out_options = read_storage_options(options)
     page = write_report(
         options.folder, options.out, storage_options=storage_options, out_options=out_options
     )
-    print(name_url(page))
+    print(redact_url(page))
     return SUCCESS
 
 
@@ -423,7 +423,7 @@ def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> 
     """Raise UsageError if not one shard is a tar: a wrong path, rather than a broken shard."""
     from dask_imgread.shards.sources import open_shard
     from dask_imgread.shards.tar import NotTarError, walk_members
-    from dask_imgread.storage.redaction import name_url
+    from dask_imgread.storage.redaction import redact_url
 
     first: Exception | None = None
     for shard in shards:
@@ -432,7 +432,7 @@ def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> 
                 next(walk_members(source), None)
             return
         except (OSError, NotTarError) as error:
-            first = first or UsageError(f"{name_url(shard.path)}: {error}; give tar shards")
+            first = first or UsageError(f"{redact_url(shard.path)}: {error}; give tar shards")
     if first is not None:
         raise first
 
@@ -462,7 +462,7 @@ def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
     from dask_imgread.cli.preview import show_rows
     from dask_imgread.jobs.folder import JobFolder
-    from dask_imgread.storage.redaction import name_url
+    from dask_imgread.storage.redaction import redact_url
 
     of_function = f", {summary.function_failed} of them in the function"
     told = of_function if summary.function_failed else ""
@@ -483,4 +483,4 @@ def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     if len(failures) < summary.failed:
         print(f"and {summary.failed - len(failures)} more failed")
     print()
-    print(f"rows           {name_url(out)}")
+    print(f"rows           {redact_url(out)}")

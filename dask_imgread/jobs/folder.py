@@ -37,7 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.errors import OtherJobError
 from dask_imgread.storage.filesystems import connect
-from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
 JOB, PLAN, SHARDS, SCHEMA = "_job.json", "_plan.arrow", "_shards.arrow", "_schema.arrow"
@@ -114,7 +114,7 @@ class JobFolder:
         except ValueError:
             job = None
         if not isinstance(job, dict) or "format" not in job:
-            raise FileExistsError(f"{name_url(self.url)}/{JOB} is no job's: give another folder")
+            raise FileExistsError(f"{redact_url(self.url)}/{JOB} is no job's: give another folder")
         return job
 
     def write_job(self, job: dict[str, Any]) -> None:
@@ -146,11 +146,11 @@ class JobFolder:
         job = self.read_job()
         if job is None:
             raise FileNotFoundError(
-                f"{name_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
+                f"{redact_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
             )
         if job["id"] != footer.job:
             raise OtherJobError(
-                f"{name_url(self.url)} has become another job's: give another folder"
+                f"{redact_url(self.url)} has become another job's: give another folder"
             )
         marks = {FOOTER: json.dumps(asdict(footer)).encode()}
         name = f"part-{number:07d}.parquet"
@@ -228,7 +228,7 @@ class JobFolder:
         if foreign:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise FileExistsError(
-                f"{name_url(self.url)} holds what no job has written, such as {foreign[0]}"
+                f"{redact_url(self.url)} holds what no job has written, such as {foreign[0]}"
                 f"{more}: give another folder"
             )
         if has_job:  # until the last part is gone; then it is the last to go
@@ -292,7 +292,7 @@ def _read_footer(fs: fsspec.AbstractFileSystem, path: str) -> Footer | None:
         try:
             return Footer(**json.loads(pq.read_schema(file).metadata[FOOTER]))
         except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            logger.warning("%s is damaged, and is made again: %s", name_url(path), error)
+            logger.warning("%s is damaged, and is made again: %s", redact_url(path), error)
             return None
 
 

@@ -17,7 +17,7 @@ from dask_imgread.errors import OtherJobError
 from dask_imgread.jobs.folder import CLEARED, PLAN, SHARDS, JobFolder
 from dask_imgread.shards.find import Shard
 from dask_imgread.shards.partition import Division, divide_shards
-from dask_imgread.storage.redaction import drop_signature, name_url
+from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.tasks import FileGroupTask
 
 _ID = b"job"
@@ -83,14 +83,14 @@ def prepare_plan(
         differences = _compare(folder, earlier, job, shards)
         if differences:
             raise OtherJobError(
-                f"{name_url(folder.url)} holds the output of another job: "
+                f"{redact_url(folder.url)} holds the output of another job: "
                 f"{'; '.join(differences)}. Give another folder, or overwrite it (--overwrite)"
             )
         return str(earlier["id"]), int(earlier["partitions"])
     plan = _make_table(divide_shards(shards, division, storage_options), shards)
     if folder.read_job() != earlier:  # planning can take long
         raise OtherJobError(
-            f"{name_url(folder.url)}: another job has begun there meanwhile: give another folder"
+            f"{redact_url(folder.url)}: another job has begun there meanwhile: give another folder"
         )
     folder.clear()
     job |= {"id": uuid.uuid4().hex, "partitions": plan.num_rows}
@@ -108,7 +108,9 @@ def iterate_tasks(
     number = 0
     plan = folder.read_table(PLAN)
     if plan.schema.metadata[_ID].decode() != job_id:
-        raise OtherJobError(f"{name_url(folder.url)} has become another job's: give another folder")
+        raise OtherJobError(
+            f"{redact_url(folder.url)} has become another job's: give another folder"
+        )
     for batch in plan.to_batches(_ROWS):
         for row in batch.to_pylist():
             if wanted[number]:
@@ -203,7 +205,7 @@ def _digest(shards: list[Shard]) -> str:
 def _list_shards(shards: list[Shard]) -> pa.Table:
     return pa.table(
         {
-            "shard": pa.array([name_url(shard.path) for shard in shards], pa.string()),
+            "shard": pa.array([redact_url(shard.path) for shard in shards], pa.string()),
             "size": pa.array([shard.size for shard in shards], pa.int64()),
             "version": pa.array([shard.version for shard in shards], pa.string()),
         }

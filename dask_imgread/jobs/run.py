@@ -35,7 +35,7 @@ from dask_imgread.rows import (
 from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.partition import Division
 from dask_imgread.storage.filesystems import is_local, resolve_path
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def run_job(
                 rate = shown.tell_rate()
     if not all(job.folder.mark_done(partitions)):
         raise JobError(
-            f"what workers wrote is not in {name_url(job.folder.url)}: give a folder that client "
+            f"what workers wrote is not in {redact_url(job.folder.url)}: give a folder that client "
             "and workers share"
         )
     job.folder.tidy()

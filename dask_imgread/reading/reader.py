@@ -34,7 +34,7 @@ from dask_imgread.shards.samples import ShardIndex, index_members
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.stage import ProcessingStage, Resources
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         """Yield one shard's batches; what is broken in it ends in them too."""
         rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
         gathered = BatchGatherer(rules, options, begin)
-        shown = name_url(path)
+        shown = redact_url(path)
         try:
             # A compressed shard has no parts.
             plain = task.byte_range is not None

@@ -13,7 +13,7 @@ from dask_imgread.errors import StorageError
 from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, ImageEntry, parse_sidecar
 from dask_imgread.shards.tar import ByteSource, Member
 from dask_imgread.storage.filesystems import is_local
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
 UNREACHABLE = "unreachable"  # the cause where a store did not give what it has
@@ -52,7 +52,7 @@ def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:
 
 def describe_lost(path: str, shard_id: str, start: int, reason: str) -> ImageObject:
     """Make the record of a shard that can't be read, or of its part from an offset on."""
-    shown = name_url(path)
+    shown = redact_url(path)
     part = f"@{start}" if start else ""
     return ImageObject(shown, f"{shard_id}/{part}", shard=shown, offset=start, error=reason)
 

@@ -36,7 +36,7 @@ from dask_imgread.report.statistics import (
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource
 from dask_imgread.storage.filesystems import connect, resolve_path
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.storage.retries import with_retries
 
 _THREADS = 4  # that load pictures
@@ -104,7 +104,8 @@ def write_report(
     job = folder.read_job()
     if job is None:
         raise FileNotFoundError(
-            f"no batch job in {name_url(out)}: no {JOB} there; give the folder that a job writes to"
+            f"no batch job in {redact_url(out)}: no {JOB} there; give the folder that a job "
+            "writes to"
         )
     fs, root = folder.connect()
     names = folder.list_parts()
@@ -116,7 +117,7 @@ def write_report(
     neighbours = find_neighbours(fs, parts, inside[:_NEIGHBOURS])
     shown = [*tally.samples.rows, *(row for trio in neighbours for row in trio if row)]
     pictures = _load_pictures(shown, shard_options)
-    html = _compose(name_url(folder.url), job, len(parts), tally, neighbours, pictures)
+    html = _compose(redact_url(folder.url), job, len(parts), tally, neighbours, pictures)
     with_retries(write_whole, path, *connect(path, options), html.encode())
     return path
 

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.storage.filesystems import connect, is_local
-from dask_imgread.storage.redaction import name_url
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # of shards' names
@@ -113,7 +113,7 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
             info = with_retries(fs.info, path, root)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no such shard or folder: {name_url(path)}; check the path"
+                f"no such shard or folder: {redact_url(path)}; check the path"
             ) from None
         # A web server's folders are pages: only the slash tells.
         if info["type"] != "directory" and not path.endswith("/"):
@@ -129,7 +129,7 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     if not shards:
         if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
             with_retries(fs.cat_file, path, root.partition("*")[0])
-        raise FileNotFoundError(f"{kind} {name_url(path)}; give the path of shards")
+        raise FileNotFoundError(f"{kind} {redact_url(path)}; give the path of shards")
     return shards
 
 

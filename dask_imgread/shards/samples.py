@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask_imgread.shards.tar import Member
-from dask_imgread.storage.redaction import drop_signature, name_url
+from dask_imgread.storage.redaction import drop_signature, redact_url
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff jp2 ppm pgm pbm gif avif".split()  # noqa: SIM905
@@ -72,7 +72,7 @@ def make_shard_id(shard: str, relative_to: str | None = None) -> str:
         # Some stores' URLs are written with three slashes as well as with two.
         below = plain.replace(":///", "://").removeprefix(base.replace(":///", "://"))
         if len(below) == len(plain.replace(":///", "://")):
-            raise ValueError(f"{name_url(shard)} does not lie below {base}, its relative_to")
+            raise ValueError(f"{redact_url(shard)} does not lie below {base}, its relative_to")
         plain = below
     stem = posixpath.basename(plain.split("?", 1)[0]).split(".", 1)[0]
     return f"{stem}-{hashlib.blake2b(plain.encode(), digest_size=5).hexdigest()}"

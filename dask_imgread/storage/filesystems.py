@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 
 
 def resolve_path(path: str) -> str:
@@ -40,7 +40,7 @@ def connect(path: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSyst
         fs, name = url_to_fs(path, **options)
     except TypeError as error:
         reason = hide_secrets(str(error), options)
-        raise ValueError(f"{name_url(path)}: storage options that don't fit: {reason}") from None
+        raise ValueError(f"{redact_url(path)}: storage options that don't fit: {reason}") from None
     if "s3" in fs.protocol:
         fs.retries = 1
     return fs, name

@@ -33,10 +33,10 @@ def drop_signature(url: str) -> str:
     return head + mark + "&".join(kept) if kept else head
 
 
-def name_url(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return a URL as it may be shown: without its signature, and with its secrets masked.
 
-    >>> name_url("https://me:pw@host/a.tar?v=2&token=1f0c")
+    >>> redact_url("https://me:pw@host/a.tar?v=2&token=1f0c")
     'https://host/a.tar?v=2&token=***'
     """
     head, mark, query = drop_signature(url).partition("?")
@@ -56,7 +56,7 @@ def hide_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
     >>> hide_secrets("no https://me:pw@host/a.tar with s3cret", {"secret": "s3cret"})
     'no https://host/a.tar with ***'
     """
-    text = _URL.sub(lambda match: name_url(match.group()), text)
+    text = _URL.sub(lambda match: redact_url(match.group()), text)
     for secret in _list_secrets(options or {}):
         text = text.replace(secret, "***")
     return text

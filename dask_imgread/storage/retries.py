@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
 from dask_imgread.errors import StorageError
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ def with_retries(
         except Exception as error:
             if not is_transient(error):
                 raise _explain(error, url) from None  # the cause may print what is secret
-            reason = f"{name_url(url)}: {_describe(error)}"
+            reason = f"{redact_url(url)}: {_describe(error)}"
         seconds = time.monotonic() - start
         if attempt == ATTEMPTS or seconds > PATIENCE:
             break
@@ -108,12 +108,12 @@ def _explain(error: Exception, url: str) -> Exception:
     """Return a permanent error with its URL in its message, as an OSError where it was none."""
     status = _find_status(error)
     if isinstance(error, TypeError):  # some stores look at their options when they are asked
-        return ValueError(f"{name_url(url)}: storage options that don't fit: {error}")
+        return ValueError(f"{redact_url(url)}: storage options that don't fit: {error}")
     if status is None and type(error).__module__ == "builtins":
         shown = hide_secrets(str(error))
         return error if shown == str(error) else type(error)(shown)
     kind = _PERMANENT.get(status or 0, StorageError)
-    return kind(f"{name_url(url)}: {_describe(error)}")
+    return kind(f"{redact_url(url)}: {_describe(error)}")
 
 
 def _describe(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from dask_imgread import (
 from dask_imgread.errors import StorageError
 from dask_imgread.shards.find import find_shards
 from dask_imgread.storage import retries
-from dask_imgread.storage.redaction import hide_secrets, name_url
+from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.storage.retries import is_transient, with_retries
 from dask_imgread.testing import make_shards
 from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
@@ -267,7 +267,7 @@ def test_no_secret_of_a_url_is_told(folder, client, tmp_path, caplog):
         found = verify_shards(tasks, reader=READER, client=client)
         keys = client.run_on_scheduler(list_keys)
     signed_anew = [path.replace("5ec2e7", "0123ab") for path in good]
-    assert name_url(signed_anew[0]) == name_url(good[0])
+    assert redact_url(signed_anew[0]) == redact_url(good[0])
     rows = pd.read_parquet(tmp_path / "out")
     assert rows["shard"].iloc[0] == f"{server.url}/00000.tar?token=***"
     assert "HTTP 403" in found.bad["error"].iloc[0]
@@ -294,7 +294,7 @@ def list_keys(dask_scheduler):
     ],
 )
 def test_names_of_urls(text, shown):
-    assert name_url(text) == shown
+    assert redact_url(text) == shown
     assert hide_secrets(f"no {text}") == f"no {shown}"
 
 
