@@ -60,6 +60,9 @@ class FileGroupTask:
     versions
         A token for the content of each shard, so that a changed shard is read again;
         looked up when it is needed if not given.
+    sizes
+        The size of each shard's file in bytes, where it is known: a remote one is then read
+        without asking for it first.
     """
 
     dataset_name: str = ""
@@ -69,6 +72,7 @@ class FileGroupTask:
     byte_range: tuple[int, int | None] | None = None
     index_whole_shard: bool = False
     versions: tuple[str, ...] = ()
+    sizes: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -90,6 +94,10 @@ class FileGroupTask:
         """Options for fsspec's file system."""
         options: dict[str, Any] = self.reader_config.get("storage_options") or {}
         return options
+
+    def find_size(self, path: str) -> int | None:
+        """Return the size of a shard's file, if it is known."""
+        return dict(zip(self.data, self.sizes, strict=False)).get(path)
 
     @property
     def start(self) -> int:

@@ -30,7 +30,8 @@ from dask_imgread.reading.records import (
     is_dropping,
     read_encoded,
 )
-from dask_imgread.shards.samples import ShardIndex, index_members
+from dask_imgread.shards.ahead import READ_AHEAD
+from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.stage import ProcessingStage, Resources
@@ -106,6 +107,10 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         A folder or URL below which the shards lie. Their ids are then made from their paths below
         it, so that they stay the same where the set is copied, linked or uploaded. A task
         that was made with its own keeps that.
+    read_ahead
+        Bytes of a remote shard that are fetched, or of a compressed one that are inflated, while
+        what came before is decoded, at most. All readers of a process together fetch no more than
+        512 MiB in advance. A plain local shard is read in place.
     output
         ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
         objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
@@ -140,10 +145,11 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     scaled_decoding: bool = True
     isolate: bool = False
     relative_to: str | None = None
+    read_ahead: int = READ_AHEAD
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for field in ("dali_batch_size", "num_threads", "max_batch_bytes"):
+        for field in ("dali_batch_size", "num_threads", "max_batch_bytes", "read_ahead"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)!r}")
         if not 0 < self.num_gpus_per_worker <= 1:
@@ -330,37 +336,50 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         gathered = BatchGatherer(rules, options, begin)
         shown = redact_url(path)
         try:
-            # A compressed shard has no parts.
-            plain = task.byte_range is not None
-            with open_shard(path, task.storage_options, plain=plain) as source:
-                index = self._index(source, task)
-                for note in index.notes:
-                    logger.warning("%s: %s", shown, note)
+            with self._open(path, task) as source:
                 sidecars = SidecarReader(source)
-                for entry in index.images:
-                    if is_dropping(source, entry.member):
-                        continue
-                    image = describe_image(entry, shown, shard_id)
-                    more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
-                    encoded = self._load(source, entry.member, image, options)
-                    yield from gathered.add(image, encoded, more)
-                for member in index.broken:
-                    yield from gathered.add(describe_damage(member, shown, shard_id), None)
+                for index in self._index(source, task):
+                    for note in index.notes.values():
+                        logger.warning("%s: %s", shown, note)
+                    for entry in index.images:
+                        if is_dropping(source, entry.member):
+                            continue
+                        image = describe_image(entry, shown, shard_id)
+                        more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
+                        encoded = self._load(source, entry.member, image, options)
+                        yield from gathered.add(image, encoded, more)
+                    for member in index.broken:
+                        yield from gathered.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
             yield from gathered.add(describe_lost(path, shard_id, task.start, reason), None)
         yield from gathered.empty()
 
-    def _index(self, source: ByteSource, task: FileGroupTask) -> ShardIndex:
-        """Walk the headers of the task's part of a shard."""
+    def _open(self, path: str, task: FileGroupTask) -> AbstractContextManager[ByteSource]:
+        return open_shard(
+            path,
+            task.storage_options,
+            start=0 if task.index_whole_shard else task.start,
+            plain=task.byte_range is not None,  # a compressed shard has no parts
+            size=task.find_size(path),
+            read_ahead=self.read_ahead,
+            skipping=not self.decode,
+        )
+
+    def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
+        """Walk the headers of the task's part of a shard; yield its samples."""
         start, stop = task.byte_range or (0, None)
-        if not task.index_whole_shard:
-            return index_members(walk_members(source, start, stop))
-        index = index_members(walk_members(source))
-        last = stop if stop is not None else 1 << 63
-        index.images = [e for e in index.images if start <= e.member.start < last]
-        index.broken = [m for m in index.broken if start <= m.start < last]
-        return index
+        if task.index_whole_shard:
+            index = index_members(walk_members(source))
+            last = stop if stop is not None else 1 << 63
+            index.images = [e for e in index.images if start <= e.member.start < last]
+            index.broken = [m for m in index.broken if start <= m.start < last]
+            yield index
+        elif source.streamed:
+            source.keep(start)
+            yield from index_stream(walk_members(source, start, stop), source.keep)
+        else:
+            yield index_members(walk_members(source, start, stop))
 
     def _load(
         self, source: ByteSource, member: Member, image: ImageObject, options: DecoderOptions

@@ -158,6 +158,7 @@ def _make_task(shards: list[Shard], config: dict[str, Any]) -> FileGroupTask:
         data=[shard.path for shard in shards],
         reader_config=config,
         versions=tuple(shard.version for shard in shards),
+        sizes=tuple(shard.size for shard in shards),
     )
 
 
@@ -182,7 +183,9 @@ def _cut(
     """Yield tasks for the parts of one shard, cut by a number of images or of bytes."""
     task = _make_task([shard], config)
     try:
-        with open_shard(shard.path, config.get("storage_options")) as source:
+        with open_shard(
+            shard.path, config.get("storage_options"), size=shard.size, skipping=True
+        ) as source:
             if source.compressed:
                 yield task
                 return
@@ -200,6 +203,7 @@ def _cut(
             byte_range=None if byte_range == (0, None) else byte_range,
             index_whole_shard=index.scattered,
             versions=task.versions,
+            sizes=task.sizes,
         )
 
 

@@ -12,9 +12,9 @@ import hashlib
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask_imgread.shards.tar import Member
 from dask_imgread.storage.redaction import drop_signature, redact_url
@@ -28,6 +28,7 @@ _MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no
 _MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
 _MOST_DOTS = 16  # that are looked at, from the right
 _MOST_LINKS = 40  # one after the other, as Linux follows
+_REACH = 2 << 20  # bytes between members of one sample, in a shard that is read once
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -104,7 +105,7 @@ class ShardIndex:
     images: list[ImageEntry] = field(default_factory=list)
     broken: list[Member] = field(default_factory=list)  # places where the archive is damaged
     scattered: bool = False
-    notes: list[str] = field(default_factory=list)  # for a log: of the whole shard
+    notes: dict[str, str] = field(default_factory=dict)  # for a log, by what they are about
 
 
 @dataclass(slots=True)
@@ -122,33 +123,175 @@ class _Sample:
         return not any(extension in many for extension in few)
 
 
-def index_members(members: Iterable[Member]) -> ShardIndex:
+class Seen(NamedTuple):
+    """The keys and names of the images that came before, in the same shard."""
+
+    keys: set[str]
+    names: set[str]
+
+
+def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardIndex:
     """Group members into samples.
 
     A sample ends where its neighbours end. Sidecars that stand by themselves, as where all images
     come first, belong to the nearest sample of their key and archive that has none of the kind.
     """
     index = ShardIndex()
-    keys: set[str] = set()
-    names: set[str] = set()
+    seen = seen or Seen(set(), set())
+    here = Seen(set(), set())
     for archive in _list_archives(members, index):
         for sample in _join_samples(archive, index):
-            sample.again = sample.key in keys
+            sample.again = sample.key in here.keys or sample.key in seen.keys
             index.scattered |= sample.again
-            keys.add(sample.key)
+            here.keys.add(sample.key)
             sidecars = tuple(sample.sidecars.items())
             warning = None
             if sample.again:
                 warning = f"key again: an earlier sample of the shard has the key {sample.key}"
             for member in sample.images:
-                repeated = member.name in names
-                names.add(member.name)
+                repeated = member.name in here.names or member.name in seen.names
+                here.names.add(member.name)
                 index.scattered |= repeated
                 index.images.append(ImageEntry(member, sample.key, sidecars, warning, repeated))
     repeated_names = [entry.member.name for entry in index.images if entry.repeated]
     if repeated_names:
-        index.notes.append(f"{len(repeated_names)} duplicate names, such as {repeated_names[0]}")
+        text = f"{len(repeated_names)} duplicate names, such as {repeated_names[0]}"
+        index.notes["duplicates"] = text
     return index
+
+
+def index_stream(members: Iterable[Member], keep: Callable[[int], object]) -> Iterator[ShardIndex]:
+    """Group members into samples while they are walked over, for bytes that come once.
+
+    Samples are yielded when the walk is some megabytes past them: members that stand no farther
+    apart are joined as ``index_members`` does. Of others sidecars are remembered until their image
+    comes, and those that come after it are recorded as damage.
+
+    Parameters
+    ----------
+    members
+        The walk. What it raises is raised when all that came before was yielded.
+    keep
+        Is told the offset from which on bytes may still be asked for.
+    """
+    stream = _SampleStream()
+    try:
+        for member in members:
+            if member.name:
+                if stream.add(member):
+                    yield stream.settle(member.start - _REACH)
+            else:
+                yield stream.settle(None)
+                yield stream.cross(member)
+            keep(stream.find_needed(member))
+    except OSError:
+        yield stream.settle(None)
+        raise
+    yield stream.settle(None)
+    yield stream.finish()
+
+
+class _SampleStream:
+    """The members of a shard that was walked over in part."""
+
+    def __init__(self) -> None:
+        self._held: list[Member] = []  # of which samples may still be made
+        self._seen = Seen(set(), set())
+        self._by_path: dict[str, Member] = {}  # for links
+        self._before: dict[str, dict[str, Member]] = {}  # sidecars whose images did not come yet
+        self._behind: list[Member] = []  # sidecars that came too late
+        self._settled = 0  # where the walk was then
+        self._noted: set[str] = set()
+
+    def add(self, member: Member) -> bool:
+        """Take one more; return whether some can be settled."""
+        if member.hard:
+            member = _follow_hard_link(member, self._by_path)
+        self._by_path[posixpath.normpath(member.name)] = member
+        if not self._held:
+            self._settled = max(self._settled, member.start - _REACH)
+        self._held.append(member)
+        return member.start - self._settled > 2 * _REACH
+
+    def cross(self, member: Member) -> ShardIndex:
+        """Return a place that is damaged, or go on to the next archive of the same file."""
+        if member.problem is not None:
+            return ShardIndex(broken=[member])
+        self._by_path.clear()
+        self._before.clear()
+        text = f"an archive ends at offset {member.start}, and another follows"
+        return self._note(ShardIndex(notes={"archives": text}))
+
+    def settle(self, limit: int | None) -> ShardIndex:
+        """Return the samples that end before an offset; None for all."""
+        files = [m if m.link is None else self._follow(m, limit) for m in self._held]
+        index = index_members([m for m in files if m.link is None], self._seen)
+        last_start = {entry.key: entry.member.start for entry in index.images}
+        open_key = split_name(self._held[-1].name)[0] if limit is not None else None
+        done, waiting = ShardIndex(notes=index.notes), set[int]()
+        for entry in index.images:
+            if limit is None or (last_start[entry.key] <= limit and entry.key != open_key):
+                done.images.append(entry)
+            else:
+                waiting.update((entry.member.start, *(m.start for _, m in entry.sidecars)))
+        used = {m.start for e in done.images for m in (e.member, *(m for _, m in e.sidecars))}
+        self._attach(done.images)
+        self._seen.keys.update(entry.key for entry in done.images)
+        self._seen.names.update(entry.member.name for entry in done.images)
+        held, self._held = self._held, []
+        for member in held:
+            if member.start in waiting or (limit is not None and member.start > limit):
+                if member.start not in used:
+                    self._held.append(member)
+            elif member.start not in used:
+                self._set_aside(member)
+        self._settled = self._settled if limit is None else limit
+        return self._note(done)
+
+    def finish(self) -> ShardIndex:
+        """Return a record of the sidecars that came too late."""
+        if not self._behind:
+            return ShardIndex()
+        first = self._behind[0]
+        problem = (
+            f"{len(self._behind)} sidecars stand more than {_REACH >> 20} MiB behind their images, "
+            f"which were read without them, such as {first.name}"
+        )
+        return ShardIndex(broken=[Member("", first.start, first.start, 0, problem)])
+
+    def find_needed(self, last: Member) -> int:
+        """Return where the first member that may still be read begins."""
+        return self._held[0].start if self._held else last.start
+
+    def _follow(self, member: Member, limit: int | None) -> Member:
+        found = _follow_symbolic_link(member, self._by_path)
+        # What it leads to may still come.
+        return member if found.problem and limit is not None and member.start > limit else found
+
+    def _attach(self, images: list[ImageEntry]) -> None:
+        """Give images the sidecars that came long before them."""
+        joined: dict[str, tuple[tuple[str, Member], ...]] = {}
+        for entry in images if self._before else ():
+            if entry.key in self._before:
+                sidecars = self._before.pop(entry.key) | dict(entry.sidecars)
+                joined[entry.key] = tuple(sidecars.items())
+            entry.sidecars = joined.get(entry.key, entry.sidecars)
+
+    def _set_aside(self, member: Member) -> None:
+        """Remember a sidecar that no image has."""
+        key, extension = split_name(member.name)
+        if not extension or is_image(extension):
+            return
+        if key in self._seen.keys:
+            self._behind.append(member)
+        else:
+            self._before.setdefault(key, {})[extension] = member
+
+    def _note(self, index: ShardIndex) -> ShardIndex:
+        """Leave out the kinds of notes that were made before."""
+        index.notes = {kind: text for kind, text in index.notes.items() if kind not in self._noted}
+        self._noted.update(index.notes)
+        return index
 
 
 def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Member]]:
@@ -163,8 +306,8 @@ def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Me
         elif member.problem is not None:
             index.broken.append(member)
         else:
-            if not index.scattered:
-                index.notes.append(f"an archive ends at offset {member.start}, and another follows")
+            text = f"an archive ends at offset {member.start}, and another follows"
+            index.notes.setdefault("archives", text)
             archives.append([])
             index.scattered = True
     for files in archives:
@@ -252,7 +395,7 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
             waiting[sample.key] = sample
     again = [key for key in waiting if key in latest]
     if again:
-        index.notes.append(
+        index.notes["sidecars"] = (
             f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
         )
     # What belongs to none of a dotted key's images belongs to all, unless there is much of it.
@@ -280,7 +423,7 @@ def _find_dotted_keys(samples: Sequence[_Sample], index: ShardIndex) -> dict[str
     if dotted:
         index.scattered = True
         key, names = next(iter(dotted.items()))
-        index.notes.append(
+        index.notes["dotted"] = (
             f"{len(names)} images have the key {key}, as keys end at the first dot: each is taken "
             f"for a sample whose key ends at the last one ({len(dotted)} such keys)"
         )

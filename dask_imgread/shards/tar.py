@@ -43,8 +43,15 @@ class ByteSource(Protocol):
     def view_at(self, offset: int, size: int) -> memoryview:
         """Return the same without a copy, where what follows is on its way already."""
 
+    def keep(self, offset: int) -> None:
+        """Say that nothing before an offset is needed any more, but what follows may be."""
+
     def end(self) -> int:
         """Return the offset at which the source ends; known after a short read."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether bytes are best read once, and in order."""
 
     @property
     def compressed(self) -> bool:

@@ -52,6 +52,18 @@ def with_retries(
     ValueError
         If the store's options don't fit it.
     """
+    return until_stopped(threading.Event(), call, url, *args, **kwargs)
+
+
+def until_stopped(
+    stopped: threading.Event,
+    call: Callable[P, Result],
+    url: str,
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> Result:
+    """Do the same as ``with_retries``, and no more once ``stopped`` is set."""
     start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -65,14 +77,25 @@ def with_retries(
             break
         pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.7, 1.3)
         logger.info("%s; trying again in %.1f s", reason, pause)
-        if GIVEN_UP.wait(pause):
+        if _pause(pause, stopped):
             raise StorageError(f"{reason}; stopped")
     raise StorageError(f"{reason}, and so {attempt} times in {seconds:.0f} s")
 
 
+def _pause(seconds: float, stopped: threading.Event) -> bool:
+    """Wait; return whether the wait was cut short since nothing is to be tried any more."""
+    end = time.monotonic() + seconds
+    while not (GIVEN_UP.is_set() or stopped.is_set()):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        stopped.wait(min(left, 0.1))
+    return True
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    status = _find_status(error)
+    status = find_status(error)
     if status is not None:
         return status >= 500 or status in (_REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY)
     kinds = {kind.__name__ for cause in _list_causes(error) for kind in type(cause).__mro__}
@@ -88,7 +111,7 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _find_status(error: BaseException) -> int | None:
+def find_status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error: aiohttp's, botocore's, gcsfs's or adlfs's."""
     for cause in _list_causes(error):
         response = getattr(cause, "response", None)
@@ -106,7 +129,7 @@ def _find_status(error: BaseException) -> int | None:
 
 def _explain(error: Exception, url: str) -> Exception:
     """Return a permanent error with its URL in its message, as an OSError where it was none."""
-    status = _find_status(error)
+    status = find_status(error)
     if isinstance(error, TypeError):  # some stores look at their options when they are asked
         return ValueError(f"{redact_url(url)}: storage options that don't fit: {error}")
     if status is None and type(error).__module__ == "builtins":
@@ -118,7 +141,7 @@ def _explain(error: Exception, url: str) -> Exception:
 
 def _describe(error: BaseException) -> str:
     root = list(_list_causes(error))[-1]
-    status = _find_status(error)
+    status = find_status(error)
     text = hide_secrets(str(root))
     if status is not None:
         reason = getattr(root, "message", None)  # aiohttp's own text repeats the URL

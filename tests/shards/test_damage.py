@@ -75,10 +75,11 @@ def test_compressed_shards(tmp_path, ending, photo_shards):
 
 
 def test_a_compressed_shard_larger_than_what_is_kept(tmp_path, monkeypatch):
-    from dask_imgread.shards import sources as shards
+    from dask_imgread.shards import ahead, samples
 
-    monkeypatch.setattr(shards, "_BLOCK_BYTES", 2048)
-    monkeypatch.setattr(shards, "_CACHE_BYTES", 4096)
+    monkeypatch.setattr(ahead, "_STARTS", [0])
+    monkeypatch.setattr(ahead, "_BLOCK_BYTES", 2048)
+    monkeypatch.setattr(samples, "_REACH", 4096)
     members = [(f"{n}.{e}", c) for n in range(20) for e, c in (("jpg", JPEG), ("txt", b"%d" % n))]
     good, failed = read(write_shard(tmp_path / "s.tar.gz", members), dali_batch_size=6)
     assert [i.metadata["txt"] for i in good] == [str(n) for n in range(20)]

@@ -1,0 +1,251 @@
+"""Blocks of a shard, fetched or inflated before they are asked for.
+
+While the reader decodes one batch, threads get what follows: several requests at a time for ranges
+of a remote file, one thread for what can only be read from its beginning on.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+MIB = 1 << 20
+READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
+_WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
+_KEPT_BYTES = 16 * MIB  # behind what was read last, where nobody says what is still needed
+_MOST_KEPT_BYTES = 256 * MIB  # behind it, even if it is needed
+_FIRST_BLOCKS, _MOST_BLOCKS = 4, 64  # on their way at a time
+# Small blocks first, so that there is something to decode soon; then large ones, as each request
+# takes its latency. Sizes in KiB; the last is that of all further blocks.
+_SIZES = [size << 10 for size in (256, 256, 256, 256, 1024, 1024, 1024, 2048, 2048, 4096, 4096)]
+_BLOCK_BYTES = 8 * MIB
+_STARTS = [0, *accumulate(_SIZES)]
+# Where only headers are wanted, and more than this lies between two of them, each is a request of
+# its own; further ones double while what they bring is read to its end.
+_SKIPPED_BYTES = 512 << 10
+_PIECE_BYTES = 32 << 10
+
+
+class Blocks(Protocol):
+    """Where blocks come from."""
+
+    workers: int  # threads that may fetch at a time; one, if blocks only come in order
+    size: int | None  # None until it is known
+    compressed: bool
+    problem: str
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes of a block, fewer where the source ends."""
+
+    def stop(self) -> None:
+        """End what is under way."""
+
+    def close(self) -> None:
+        """Close what the blocks come from, when nothing is under way any more."""
+
+
+class _Budget:
+    """Bytes that the readers of a process may fetch in advance."""
+
+    def __init__(self, size: int) -> None:
+        self._left, self._lock = size, threading.Lock()
+
+    def take(self, size: int) -> bool:
+        with self._lock:
+            enough = size <= self._left
+            self._left -= size if enough else 0
+        return enough
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self._left += size
+
+
+_BUDGET = _Budget(_WORKER_BYTES)
+
+
+@dataclass(slots=True)
+class _Block:
+    """One block that is there, or on its way."""
+
+    stop: int
+    future: Future[bytes]
+    taken: int  # bytes of the process's budget
+
+
+class ReadAhead:
+    """A source whose bytes come in blocks, of which the next are on their way; for one thread.
+
+    Parameters
+    ----------
+    blocks
+        Where they come from.
+    read_ahead
+        Bytes that are fetched in advance, at most.
+    start
+        The offset at which reading begins.
+    skipping
+        Whether what lies between two reads need not be fetched where it is large.
+    """
+
+    streamed = True
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        read_ahead: int = READ_AHEAD,
+        *,
+        start: int = 0,
+        skipping: bool = False,
+    ) -> None:
+        self._blocks, self._read_ahead, self._skipping = blocks, read_ahead, skipping
+        self._base = start  # where the first, small block begins
+        self._pool = ThreadPoolExecutor(blocks.workers, "dask-imgread-ahead")
+        self._held: dict[int, _Block] = {}  # by their starts
+        self._content = memoryview(b"")  # of the block that was read last
+        self._content_start = 0
+        self._wanted = _FIRST_BLOCKS  # on their way at a time; more after each wait
+        self._most = blocks.workers if blocks.workers > 1 else _MOST_BLOCKS
+        self._submitted = start  # of a stream: its blocks come in order, and once
+        self._needed: int | None = None
+        self._next = start  # where the last read ended
+        self._piece_bytes = 0  # of the next request for headers alone; 0 while reading blocks
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return the bytes from ``offset``, fewer where the source ends."""
+        return bytes(self.view_at(offset, size))
+
+    def view_at(self, offset: int, size: int) -> memoryview:
+        """Return the same in memory that is shared with what came along with it."""
+        place = offset - self._content_start
+        if not 0 <= place <= place + size <= len(self._content):
+            return self._gather(offset, size)
+        self._next = offset + size
+        return self._content[place : place + size]
+
+    def keep(self, offset: int) -> None:
+        """Say that nothing before an offset is needed any more, but what follows may be."""
+        self._needed = offset
+
+    def stop(self) -> None:
+        """End what is under way: every read raises from now on."""
+        self._blocks.stop()
+
+    def end(self) -> int:
+        """Return where the source ends; 0 until that is known."""
+        return self._blocks.size or 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether offsets are those of what comes out, and not of the file."""
+        return self._blocks.compressed
+
+    @property
+    def problem(self) -> str:
+        """Why it ends where it does, if that is not the file's end."""
+        return self._blocks.problem
+
+    def close(self) -> None:
+        """End all requests, and wait for their threads."""
+        self._blocks.stop()
+        self._pool.shutdown(cancel_futures=True)
+        for block in self._held.values():
+            _BUDGET.give_back(block.taken)
+        self._held.clear()
+        self._blocks.close()
+
+    def _gather(self, offset: int, size: int) -> memoryview:
+        """Put together what lies in several blocks, or is not there yet."""
+        pieces: list[memoryview] = []
+        while size > 0 and (self._blocks.size is None or offset < self._blocks.size):
+            self._load(offset, size)
+            place = offset - self._content_start
+            piece = self._content[place : place + size]
+            if not piece:
+                break
+            pieces.append(piece)
+            offset += len(piece)
+            size -= len(piece)
+            self._next = offset
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def _load(self, offset: int, size: int) -> None:
+        """Make the block of an offset the one that is read."""
+        start, stop = self._find_block(offset)
+        if self._skipping and start not in self._held:
+            if not 0 <= offset - self._next <= _SKIPPED_BYTES:
+                self._piece_bytes = _PIECE_BYTES
+            if 0 < self._piece_bytes <= _SKIPPED_BYTES:
+                wanted = max(self._piece_bytes, min(size, _BLOCK_BYTES))
+                self._piece_bytes *= 2
+                self._show(offset, self._blocks.read(offset, offset + wanted))
+                return
+            if self._piece_bytes:
+                self._piece_bytes, self._base = 0, offset
+                start, stop = self._find_block(offset)
+        block = self._held.get(start) or self._fetch(start, stop)
+        self._drop(offset)
+        self._submit_ahead(stop)
+        if not block.future.done():  # too few were on their way, or this is the first
+            wait([block.future])
+            self._wanted = min(2 * self._wanted, self._most)
+        self._show(start, block.future.result())
+
+    def _fetch(self, start: int, stop: int) -> _Block:
+        """Have a block fetched that is needed now, after those of a stream that come before it."""
+        if self._blocks.workers == 1:
+            if start < self._submitted:
+                raise OSError(f"what lies at offset {start} is not kept any more")
+            while self._submitted < start:
+                self._submit(*self._find_block(self._submitted))
+        return self._submit(start, stop)
+
+    def _show(self, start: int, content: bytes) -> None:
+        self._content_start, self._content = start, memoryview(content)
+
+    def _find_block(self, offset: int) -> tuple[int, int]:
+        """Return the start and stop of the block in which an offset lies."""
+        place = offset - self._base
+        if place < 0:  # before where reading began: seldom
+            start = max(0, self._base + place // _SIZES[0] * _SIZES[0])
+            return start, min(start + _SIZES[0], self._base)
+        if place < _STARTS[-1]:
+            number = bisect_right(_STARTS, place)
+            return self._base + _STARTS[number - 1], self._base + _STARTS[number]
+        start = self._base + _STARTS[-1] + (place - _STARTS[-1]) // _BLOCK_BYTES * _BLOCK_BYTES
+        return start, start + _BLOCK_BYTES
+
+    def _submit(self, start: int, stop: int, *, taken: int = 0) -> _Block:
+        future = self._pool.submit(self._blocks.read, start, stop)
+        self._held[start] = block = _Block(stop, future, taken)
+        self._submitted = stop
+        return block
+
+    def _submit_ahead(self, position: int) -> None:
+        """Have the next blocks fetched: as many as are wanted at a time, as far as is allowed."""
+        size = self._blocks.size
+        if size is None and self._blocks.workers > 1:
+            return  # nobody knows whether there is more
+        last = position + self._read_ahead
+        running = sum(not block.future.done() for block in self._held.values())
+        while running < self._wanted and (size is None or position < size):
+            start, stop = self._find_block(position)
+            if stop > last:
+                return
+            if start not in self._held:
+                if not _BUDGET.take(stop - start):
+                    return
+                self._submit(start, stop, taken=stop - start)
+                running += 1
+            position = stop
+
+    def _drop(self, offset: int) -> None:
+        """Let go of blocks that are not needed any more, or lie very far behind."""
+        needed = offset - _KEPT_BYTES if self._needed is None else self._needed
+        needed = max(min(needed, offset), offset - _MOST_KEPT_BYTES)
+        for start in [start for start, block in self._held.items() if block.stop <= needed]:
+            _BUDGET.give_back(self._held.pop(start).taken)

@@ -1,0 +1,68 @@
+"""The bytes of a shard on a local disk."""
+
+from __future__ import annotations
+
+import os
+
+from dask_imgread.decoding.buffers import BUFFERS
+
+_AHEAD_BYTES = 4 << 20  # read at once
+_AHEAD_GAP = 64 << 10  # between two members that are read one after the other
+
+
+class LocalSource:
+    """A local file. Reads, not a memory map: a file cut short while mapped kills the process."""
+
+    streamed, compressed, problem = False, False, ""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._end = os.fstat(self._descriptor).st_size
+        self._ahead = 0, memoryview(b"")  # what was read last, and from where
+        self._next = -1  # where the last view ended
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return the bytes from ``offset``, fewer where the file ends."""
+        if offset + size > self._end:  # a hostile size must not be allocated
+            size = max(0, self._end - offset)
+        content = os.pread(self._descriptor, size, offset)
+        while len(content) < size:  # the system reads 2 GiB at most at a time
+            more = os.pread(self._descriptor, size - len(content), offset + len(content))
+            if not more:
+                self._end = offset + len(content)
+                break
+            content += more
+        return content
+
+    def view_at(self, offset: int, size: int) -> memoryview:
+        """Return the same in memory that may be shared with what was read along with it.
+
+        Where one read follows the other, some megabytes are read at once: a system call for
+        each small picture takes longer than the copy.
+        """
+        start, ahead = self._ahead
+        follows = 0 <= offset - self._next <= _AHEAD_GAP
+        self._next = offset + size
+        if not start <= offset <= start + len(ahead) - size:
+            if not follows or size > _AHEAD_BYTES // 8 or offset + size > self._end:
+                return memoryview(self.read_at(offset, size))
+            memory = BUFFERS.take(min(_AHEAD_BYTES, self._end - offset)).data
+            count = os.preadv(self._descriptor, [memory], offset)
+            if count < size:  # interrupted, or the file was cut short meanwhile
+                return memoryview(self.read_at(offset, size))
+            start, ahead = self._ahead = offset, memory[:count]
+        return ahead[offset - start :][:size]
+
+    def end(self) -> int:
+        """Return the file's size."""
+        return self._end
+
+    def keep(self, offset: int) -> None:
+        """Do nothing: all of it can be read at any time."""
+
+    def stop(self) -> None:
+        """Do nothing: no read takes long."""
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

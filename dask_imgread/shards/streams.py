@@ -1,0 +1,170 @@
+"""What can only be read from its beginning on: compressed shards, servers without ranges."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import IO
+
+import fsspec
+import pyarrow as pa
+
+from dask_imgread.errors import StorageError
+from dask_imgread.shards.ahead import ReadAhead
+from dask_imgread.shards.local import LocalSource
+from dask_imgread.storage.redaction import redact_url
+from dask_imgread.storage.retries import until_stopped
+
+_PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
+_SKIPPED_BYTES = 4 << 20  # at a time, up to where a broken connection is taken up again
+
+
+class Stream:
+    """Blocks of a file that is read once, in order.
+
+    Parameters
+    ----------
+    file
+        What is read.
+    codec
+        How it is compressed, as Arrow names it; None if it is not. All members of a gzip file and
+        all frames of zstd are read.
+    """
+
+    workers = 1
+
+    def __init__(self, file: SourceFile | ResumedFile, codec: str | None = None) -> None:
+        self._file, self.compressed = file, codec is not None
+        self._stream = file if codec is None else pa.CompressedInputStream(file, codec)
+        self._position = 0
+        self.size: int | None = None
+        self.problem = ""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes of a block, fewer where the file ends or can't be decompressed."""
+        while self._position < start and self._take(min(start - self._position, _SKIPPED_BYTES)):
+            pass
+        return self._take(stop - start) if self._position == start else b""
+
+    def stop(self) -> None:
+        """End what is under way."""
+        self._file.stop()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _take(self, size: int) -> bytes:
+        pieces: list[bytes] = []
+        missing = 0 if self.size is not None else size
+        while missing:
+            try:
+                piece = self._stream.read(
+                    min(_PIECE_BYTES, missing) if self.compressed else missing
+                )
+            except StorageError:
+                raise
+            except OSError as error:  # cut or damaged: what came before stands
+                self.problem = str(error)
+                piece = b""
+            if not piece:
+                self.size = self._position + size - missing
+                break
+            pieces.append(piece)
+            missing -= len(piece)
+        content = b"".join(pieces)
+        self._position += len(content)
+        return content
+
+
+class SourceFile(io.RawIOBase):
+    """A source of bytes as a file, for Arrow to read from its beginning on."""
+
+    def __init__(self, source: LocalSource | ReadAhead) -> None:
+        super().__init__()
+        self._source, self._position = source, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, fewer where the source ends."""
+        content = self._source.read_at(self._position, size)
+        self._position += len(content)
+        return content
+
+    def readable(self) -> bool:
+        """Return that it is."""
+        return True
+
+    def stop(self) -> None:
+        """End what is under way."""
+        self._source.stop()
+
+    def close(self) -> None:
+        """Close the source."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+class ResumedFile(io.RawIOBase):
+    """A remote file read from its beginning on, and taken up again where its connection breaks."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
+        super().__init__()
+        self._fs, self._name = fs, name
+        self._file: IO[bytes] | None = None
+        self._done = 0
+        self._stopped = threading.Event()
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, asked for again where that may help."""
+        return until_stopped(self._stopped, self._read_once, self._name, size)
+
+    def _read_once(self, size: int) -> bytes:
+        try:
+            if self._stopped.is_set():
+                raise StorageError(f"{redact_url(self._name)}: stopped")
+            if self._file is None:
+                self._file = self._open()
+            content = self._file.read(size)
+        except Exception:
+            self._drop()
+            raise
+        self._done += len(content)
+        return content
+
+    def _open(self) -> IO[bytes]:
+        # A web server's file is one stream.
+        options = {"block_size": 0} if "http" in self._fs.protocol else {}
+        file: IO[bytes] = self._fs.open(self._name, "rb", **options)
+        try:
+            if options:
+                skipped = 0
+                while skipped < self._done:
+                    piece = file.read(min(_SKIPPED_BYTES, self._done - skipped))
+                    if not piece:
+                        raise ConnectionError(f"the file ended after {skipped} bytes")
+                    skipped += len(piece)
+            else:
+                file.seek(self._done)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def readable(self) -> bool:
+        """Return that it is."""
+        return True
+
+    def stop(self) -> None:
+        """End what is under way: with the answer to the request that is out now."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._drop()
+        super().close()

@@ -1,0 +1,177 @@
+"""Ranges of a remote file, each fetched by one request; many threads may ask at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+
+from dask_imgread.errors import StorageError
+from dask_imgread.storage.redaction import redact_url
+from dask_imgread.storage.retries import find_status, until_stopped, with_retries
+
+Result = TypeVar("Result")
+
+_PARTIAL, _NOT_SATISFIABLE = 206, 416
+_CONTENT_RANGE = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")  # RFC 9110, 14.4
+
+
+class NoRangesError(OSError):
+    """The server sends whole files only."""
+
+
+class _Answer(NamedTuple):
+    content: bytes | None  # None: the server sends no ranges
+    size: int | None  # of the whole file, where the store says it along with a part
+    etag: str | None
+
+
+class RangeReader:
+    """Blocks of a remote file, each fetched by a request for its range.
+
+    Nothing is asked before the first read: web servers and S3 tell a file's size along with a part
+    of it. With each part comes the ETag, so that a file that changes meanwhile is noticed.
+
+    Parameters
+    ----------
+    fs, name
+        The file system, and the file's name in it.
+    size
+        The file's size, if it is known already.
+    """
+
+    workers = 16  # requests at a time
+    compressed, problem = False, ""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int | None = None) -> None:
+        self._fs, self._name = fs, name
+        self._protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._running: set[Future[Any]] = set()
+        self._etag: str | None = None
+        self.size = size
+        self._sized = False  # by the first answer
+        if not self._protocols & {"http", "s3"}:
+            self.size = with_retries(fs.info, name, name).get("size")
+            self._sized = True
+            if self.size is None:
+                raise NoRangesError(f"{redact_url(name)}: its size is not known")
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes of a range, fewer where the file ends.
+
+        Raises
+        ------
+        StorageError
+            If they can't be had, as ``with_retries`` says, or ``stop`` was called.
+        NoRangesError
+            If the server sends whole files only.
+        OSError
+            If the file has changed since the first read.
+        """
+        if self.size is not None:
+            stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        try:
+            answer = until_stopped(self._stopped, self._request, self._name, start, stop)
+        except CancelledError:
+            raise StorageError(f"{redact_url(self._name)}: stopped") from None
+        if answer.content is None:
+            raise NoRangesError(f"{redact_url(self._name)}: the server sends whole files only")
+        self._compare(answer)
+        return answer.content
+
+    def stop(self) -> None:
+        """End all requests; every read raises from now on."""
+        self._stopped.set()
+        with self._lock:
+            for future in self._running:
+                future.cancel()
+
+    def close(self) -> None:
+        """Nothing is held open between two requests."""
+
+    def _compare(self, answer: _Answer) -> None:
+        """Remember what the first answer says of the file; raise OSError if another differs."""
+        with self._lock:
+            if not self._sized:  # whatever was thought before
+                self.size, self._sized = answer.size, True
+            if self._etag is None:
+                self._etag = answer.etag
+            elif answer.etag not in (None, self._etag):
+                raise OSError(
+                    f"{redact_url(self._name)} changed while it was read: "
+                    f"its ETag was {self._etag} and is {answer.etag}"
+                )
+
+    def _request(self, start: int, stop: int) -> _Answer:
+        if "http" in self._protocols:
+            answer = self._run(self._ask_web_server(start, stop))
+        elif "s3" in self._protocols:
+            answer = self._run(self._ask_s3(start, stop))
+        else:
+            content: bytes = self._fs.cat_file(self._name, start=start, end=stop)
+            answer = _Answer(content, self.size, None)
+        if answer.content is None:
+            return answer
+        wanted = (stop if answer.size is None else min(stop, answer.size)) - start
+        if len(answer.content) < wanted:
+            raise ConnectionError(f"{len(answer.content)} bytes came of {wanted}")
+        return answer
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Run a request on fsspec's event loop, where it can be cancelled."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
+        with self._lock:
+            self._running.add(future)
+            if self._stopped.is_set():
+                future.cancel()
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self._running.discard(future)
+
+    async def _ask_web_server(self, start: int, stop: int) -> _Answer:
+        session = await self._fs.set_session()
+        options = dict(self._fs.kwargs)
+        headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+        headers["Accept-Encoding"] = "identity"  # offsets are those of the file
+        url = self._fs.encode_url(self._name)
+        async with session.get(url, headers=headers, **options) as response:
+            match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+            size = int(match[1]) if match else None
+            etag = response.headers.get("ETag")
+            if response.status == _NOT_SATISFIABLE:
+                return _Answer(b"", start if size is None else size, etag)
+            response.raise_for_status()
+            if response.status != _PARTIAL:
+                response.close()  # or all of the file would come
+                return _Answer(None, None, etag)
+            return _Answer(await response.read(), size, etag)
+
+    async def _ask_s3(self, start: int, stop: int) -> _Answer:
+        bucket, key, version = self._fs.split_path(self._name)
+        options = {"VersionId": version} if version else {}
+        options |= {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
+        try:
+            response = await self._fs._call_s3("get_object", **options)
+        except Exception as error:
+            if find_status(error) == _NOT_SATISFIABLE:
+                return _Answer(b"", start, None)
+            raise
+        match = _CONTENT_RANGE.match(response.get("ContentRange", ""))
+        try:
+            content = await response["Body"].read()
+        finally:
+            with suppress(Exception):
+                response["Body"].close()
+        return _Answer(content, int(match[1]) if match else len(content), response.get("ETag"))
