@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from dask_imgread.decoding.header import Header
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Content: TypeAlias = bytes | memoryview  # of an encoded file
@@ -37,6 +34,32 @@ class DecoderOptions(NamedTuple):
             (2 * side * self.resize + short) // (2 * short) for side in (height, width)
         )
         return rows, columns
+
+
+class Header(NamedTuple):
+    """What an image's first bytes say.
+
+    ``width`` and ``height`` are in pixels and upright: the EXIF orientation is applied.
+    ``channels`` is the number stored in the file; a palette counts as the colours in it.
+    ``plain`` says that this is a whole JPEG, PNG or WebP that every decoder reads alike, with the
+    same pixels but for the orientation. ``orientation`` is EXIF's, from 1 to 8, where the
+    stored pixels are to be turned by it. ``progressive`` says that a JPEG's pixels come in any
+    number of scans.
+    """
+
+    format: str
+    width: int
+    height: int
+    channels: int
+    plain: bool
+    orientation: int = 1
+    progressive: bool = False
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width before the orientation is applied."""
+        size = self.height, self.width
+        return size if self.orientation < 5 else size[::-1]
 
 
 class Encoded(NamedTuple):

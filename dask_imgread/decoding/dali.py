@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 
 from dask_imgread.decoding import stderr
-from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Pixels
+from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Header, Pixels
 from dask_imgread.decoding.faults import read_fault, shorten
-from dask_imgread.decoding.header import Header
 
 logger = logging.getLogger("dask_imgread")
 

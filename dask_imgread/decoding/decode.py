@@ -9,10 +9,10 @@ from itertools import accumulate
 import numpy as np
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import Content, Decoded, DecoderOptions, Encoded, Pixels
+from dask_imgread.decoding.contract import Content, Decoded, DecoderOptions, Encoded, Header, Pixels
 from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_be_turned
 from dask_imgread.decoding.geometry import resize, turn
-from dask_imgread.decoding.header import Header, ImageError, explain_error
+from dask_imgread.decoding.header import ImageError, explain_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.parsers import is_whole
 from dask_imgread.decoding.pillow import decode_with_pillow

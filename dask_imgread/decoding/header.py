@@ -6,7 +6,7 @@ import io
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from PIL import (
     AvifImagePlugin,
@@ -22,7 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from dask_imgread.decoding.contract import Content, DecoderOptions
+from dask_imgread.decoding.contract import Content, DecoderOptions, Header
 from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.decoding.parsers import (
     find_png_metadata,
@@ -69,32 +69,6 @@ _NOT_OPENED = {
     b"P7 332": "XV thumbnail",
 }
 _EXPLAINED_BYTES = 1 << 20  # of a file that can't be opened, to say why
-
-
-class Header(NamedTuple):
-    """What an image's first bytes say.
-
-    ``width`` and ``height`` are in pixels and upright: the EXIF orientation is applied.
-    ``channels`` is the number stored in the file; a palette counts as the colours in it.
-    ``plain`` says that this is a whole JPEG, PNG or WebP that every decoder reads alike, with the
-    same pixels but for the orientation. ``orientation`` is EXIF's, from 1 to 8, where the
-    stored pixels are to be turned by it. ``progressive`` says that a JPEG's pixels come in any
-    number of scans.
-    """
-
-    format: str
-    width: int
-    height: int
-    channels: int
-    plain: bool
-    orientation: int = 1
-    progressive: bool = False
-
-    @property
-    def stored_size(self) -> tuple[int, int]:
-        """Height and width before the orientation is applied."""
-        size = self.height, self.width
-        return size if self.orientation < 5 else size[::-1]
 
 
 class ImageError(ValueError):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import simplejpeg
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import Content, DecoderOptions, Pixels
+from dask_imgread.decoding.contract import Content, DecoderOptions, Header, Pixels
 from dask_imgread.decoding.geometry import resize, turn
-from dask_imgread.decoding.header import Header
 
 # libjpeg-turbo has fast code for these; at other eighths it is slower than at full size.
 _SCALES = (8, 4, 2)

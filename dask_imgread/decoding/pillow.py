@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dask_imgread.decoding.contract import Content, Pixels
+from dask_imgread.decoding.contract import Content, Header, Pixels
 from dask_imgread.decoding.geometry import turn
-from dask_imgread.decoding.header import Header, ImageError, explain_error, open_with_pillow
+from dask_imgread.decoding.header import ImageError, explain_error, open_with_pillow
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
