@@ -174,20 +174,20 @@ def prepare_curator(shards: list[str], cores: int = CORES, device: str = "cpu") 
     """Read as NeMo Curator does: with DALI's own tar reader, copying each picture."""
     from nvidia.dali import Pipeline, fn, types
 
-    from dask_imgread.decoding.dali import PLACES
+    from dask_imgread.decoding.dali import DALI_DEVICES
 
     if device == "cpu":
         take_cores(cores)
     batch = choose_batch(len(read_all(shards[:1])))
 
     def read_shard(shard: str) -> int:
-        pipeline = Pipeline(batch, num_threads=cores, device_id=PLACES[device].device_id)
+        pipeline = Pipeline(batch, num_threads=cores, device_id=DALI_DEVICES[device].device_id)
         with pipeline:
             encoded = fn.readers.webdataset(
                 paths=shard, ext=["jpg"], missing_component_behavior="skip", pad_last_batch=False
             )
             images = fn.decoders.image(
-                encoded, device=PLACES[device].decoder, output_type=types.RGB
+                encoded, device=DALI_DEVICES[device].decoder, output_type=types.RGB
             )
             pipeline.set_outputs(images)
         pipeline.build()

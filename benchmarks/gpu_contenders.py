@@ -31,9 +31,9 @@ def prepare_dali(
     import numpy as np
     from nvidia.dali import Pipeline, fn, types
 
-    from dask_imgread.decoding.dali import PLACES
+    from dask_imgread.decoding.dali import DALI_DEVICES
 
-    place = PLACES[device]
+    place = DALI_DEVICES[device]
     contents = [np.frombuffer(content, np.uint8) for content in read_all(shards)]
     batches = [contents[n : n + batch] for n in range(0, len(contents), batch)]
     pipeline = Pipeline(batch, num_threads=min(16, CORES), device_id=place.device_id)

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 import subprocess
@@ -96,8 +97,9 @@ def name_module(path):
 
 
 def list_imports(path, modules):
-    """Yield the project's own modules that a file imports, type-only imports left out."""
-    for node in ast.parse(path.read_text()).body:
+    """Yield the project's own modules that a file imports, type-only imports included."""
+    body = ast.parse(path.read_text()).body
+    for node in itertools.chain(*(n.body if isinstance(n, ast.If) else [n] for n in body)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("dask_imgread"):
             module = node.module.removeprefix("dask_imgread").lstrip(".")
             inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names} & modules
@@ -122,11 +124,12 @@ def test_imports_run_one_way():
     assert find_circle(list_files()) == {}
 
 
-def test_a_circle_would_be_seen(monkeypatch, tmp_path):
+@pytest.mark.parametrize("condition", ["", "if TYPE_CHECKING: "])
+def test_a_circle_would_be_seen(monkeypatch, tmp_path, condition):
     package = tmp_path / "dask_imgread" / "room"
     package.mkdir(parents=True)
     (package / "a.py").write_text("from dask_imgread.room import b")
-    (package / "b.py").write_text("from dask_imgread.room.a import thing")
+    (package / "b.py").write_text(condition + "from dask_imgread.room.a import thing")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert set(find_circle(list_files())) == {"room.a", "room.b"}
 

@@ -1,1 +1,1 @@
-"""The workers, and what of a GPU their readers hold."""
+"""Dask clusters: workers, tasks in flight, and the GPU shares that readers hold."""

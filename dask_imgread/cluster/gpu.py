@@ -1,4 +1,4 @@
-"""What GPUs there are, and the shares of them that readers hold."""
+"""Find GPUs, and limit the shares of them that readers hold."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ from dask_imgread.cluster.worker import find_worker
 
 logger = logging.getLogger("dask_imgread")
 
-RESOURCE = "GPU"  # what workers declare, and tasks ask for a share of
-DEVICE_SETTING = "imgread.device"  # of Dask's configuration: "cpu" on workers that use no GPU
+RESOURCE = "GPU"  # the Dask resource that workers declare and tasks request
+DEVICE_SETTING = "imgread.device"  # in Dask's configuration: "cpu" for workers without GPUs
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_FIRST_WITH_MANY_INSTANCES = 570  # driver, whose CUDA gives a process more than one MIG instance
+_FIRST_WITH_SEVERAL_INSTANCES = 570  # driver version; older ones give a process one MIG instance
 
 
 class Driver(NamedTuple):
-    """What NVML, the NVIDIA driver's library, says of this machine."""
+    """What NVML, the NVIDIA driver's library, reports of this machine."""
 
-    uuids: tuple[str, ...] = ()  # of the GPUs; of those that are divided, of their MIG instances
-    version: int = 0  # the major one
-    problem: str = ""  # why there are none
+    uuids: tuple[str, ...] = ()  # of the GPUs, or of their MIG instances
+    version: int = 0  # major
+    problem: str = ""  # why there are no GPUs
 
 
 def count_gpus() -> int:
-    """Return how many GPUs this process can use; 0 without a driver. Makes no CUDA context.
+    """Return how many GPUs this process can use; 0 without a driver. Creates no CUDA context.
 
-    NVML lists the machine's; ``CUDA_VISIBLE_DEVICES`` may leave fewer, and ``imgread.device`` in
-    Dask's configuration, if it is ``"cpu"``, none.
+    These are the GPUs that NVML lists and ``CUDA_VISIBLE_DEVICES`` leaves visible; none if
+    ``imgread.device`` is ``"cpu"`` in Dask's configuration.
     """
-    if _is_told_to_use_none():
+    if _is_gpu_disabled():
         return 0
-    driver = ask_driver()
-    chosen = choose_visible(driver.uuids, os.environ.get(_VISIBLE))
-    if driver.version < _FIRST_WITH_MANY_INSTANCES and any(u.startswith("MIG") for u in chosen):
+    driver = query_driver()
+    chosen = select_visible(driver.uuids, os.environ.get(_VISIBLE))
+    if driver.version < _FIRST_WITH_SEVERAL_INSTANCES and any(u.startswith("MIG") for u in chosen):
         return 1
     return len(chosen)
 
 
-def choose_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
-    """Return those of a machine's GPUs that ``CUDA_VISIBLE_DEVICES`` leaves.
+def select_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
+    """Return the GPUs of a machine that ``CUDA_VISIBLE_DEVICES`` leaves visible.
 
-    As in NVIDIA's CUDA Programming Guide, "CUDA Environment Variables": indices, or UUIDs that may
-    be cut short while only one begins so; what follows the first that is not there is not looked
-    at. Not documented, but seen: numbers end at the first other character, the first entry says
-    whether all are numbers, and a GPU that is named twice leaves none.
+    As in NVIDIA's CUDA Programming Guide, "CUDA Environment Variables": entries are indices, or
+    UUIDs, which may be abbreviated to a unique prefix; all from the first invalid one on are
+    ignored. Observed, but not documented: an index ends at the first character that is no digit,
+    the first entry decides whether all are indices, and no GPU is visible if one is named twice.
 
     Examples
     --------
-    >>> choose_visible(["GPU-a7", "GPU-b2"], "1,0,2")
+    >>> select_visible(["GPU-a7", "GPU-b2"], "1,0,2")
     ['GPU-b2', 'GPU-a7']
-    >>> choose_visible(["GPU-a7", "GPU-b2"], "GPU-b,NoDevFiles,GPU-a")
+    >>> select_visible(["GPU-a7", "GPU-b2"], "GPU-b,NoDevFiles,GPU-a")
     ['GPU-b2']
     """
     if visible is None:
         return list(uuids)
     chosen: list[str] = []
-    by_number = None
+    by_index = None
     for entry in map(str.strip, visible.split(",")):
         number = re.match(r"[+-]?\d+", entry)
-        if by_number is None:
-            by_number = number is not None
-        if number and by_number:
+        if by_index is None:
+            by_index = number is not None
+        if number and by_index:
             found = [uuid for n, uuid in enumerate(uuids) if n == int(number[0])]
         else:
-            named = not by_number and entry
+            named = not by_index and entry
             found = [uuid for uuid in uuids if named and uuid.startswith(entry)]
         if len(found) != 1:
             break
@@ -85,9 +85,9 @@ def choose_visible(uuids: Sequence[str], visible: str | None) -> list[str]:
 
 
 @functools.cache
-def ask_driver() -> Driver:
-    """Ask NVML for the machine's GPUs. Warns, once, of a GPU that it does not see."""
-    driver = _ask_driver()
+def query_driver() -> Driver:
+    """Query NVML for the machine's GPUs. Warns, once, if there are device nodes but no GPU."""
+    driver = _query_nvml()
     nodes = glob("/dev/nvidia[0-9]*") + glob("/dev/dxg")
     if nodes and not driver.uuids:
         logger.warning(
@@ -98,7 +98,7 @@ def ask_driver() -> Driver:
     return driver
 
 
-def _ask_driver() -> Driver:
+def _query_nvml() -> Driver:
     try:
         import pynvml
     except ImportError:
@@ -117,64 +117,66 @@ def _ask_driver() -> Driver:
 
 
 def _list_uuids(nvml: Any, number: int) -> list[str]:
-    """Return a GPU's UUID, or, if it is divided, those of its MIG instances."""
+    """Return a GPU's UUID, or, in MIG mode, those of its MIG instances."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(number)
-    except nvml.NVMLError:  # one that belongs to others
+    except nvml.NVMLError:  # e.g. no permission: the GPU belongs to others
         return []
     try:
-        divided = nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
-    except nvml.NVMLError:  # GPUs before Ampere don't know the question
-        divided = False
-    if not divided:
+        mig_enabled = nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE
+    except nvml.NVMLError:  # not supported by GPUs before Ampere
+        mig_enabled = False
+    if not mig_enabled:
         return [nvml.nvmlDeviceGetUUID(handle)]
     instances = []
-    for place in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
-            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
-        except nvml.NVMLError:  # places can be empty
+            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
+        except nvml.NVMLError:  # not all of them exist
             continue
         instances.append(nvml.nvmlDeviceGetUUID(instance))
     return instances
 
 
-def _is_told_to_use_none() -> bool:
+def _is_gpu_disabled() -> bool:
     return bool(dask.config.get(DEVICE_SETTING, "auto") == "cpu")
 
 
-def choose_device(asked: str) -> str:
-    """Return ``"gpu"`` or ``"cpu"``, for a reader that asks for one, or for ``"auto"``.
+def choose_device(requested: str) -> str:
+    """Return ``"gpu"`` or ``"cpu"``, given what a reader requests: either of them, or ``"auto"``.
 
     Raises
     ------
     RuntimeError
-        If a GPU is asked for, or declared by the worker, and there is none. What declares one
-        and is to decode on the CPU all the same has ``imgread.device`` set to ``"cpu"``.
+        If a GPU is requested, or declared by the worker, but there is none. For a worker that
+        declares one and should still decode on the CPU, set ``imgread.device`` to ``"cpu"``.
     """
-    if asked == "cpu":
+    if requested == "cpu":
         return "cpu"
     if count_gpus():
         return "gpu"
     worker = find_worker()
     declared = worker is not None and RESOURCE in worker.state.total_resources
-    if asked == "auto" and (not declared or _is_told_to_use_none()):
+    if requested == "auto" and (not declared or _is_gpu_disabled()):
         return "cpu"
-    reason = 'device="gpu"' if asked == "gpu" else f"this worker declares the resource {RESOURCE}"
-    raise RuntimeError(f"{reason}, but no GPU was found: {explain_absence()}")
+    reason = (
+        'device="gpu"' if requested == "gpu" else f"this worker declares the resource {RESOURCE}"
+    )
+    raise RuntimeError(f"{reason}, but no GPU was found: {describe_missing_gpu()}")
 
 
-def explain_absence() -> str:
-    """Say what was looked for when no GPU was found."""
-    if _is_told_to_use_none():
+def describe_missing_gpu() -> str:
+    """Return why no GPU was found, for an error message."""
+    if _is_gpu_disabled():
         return f'{DEVICE_SETTING} is "cpu" in Dask\'s configuration'
-    driver = ask_driver()
+    driver = query_driver()
     seen = driver.problem or f"NVML finds {', '.join(driver.uuids)}"
     visible = os.environ.get(_VISIBLE)
     return f"{seen}; {_VISIBLE} is " + ("not set" if visible is None else repr(visible))
 
 
 class _Shares:
-    """The shares that the threads of one worker hold; together at most what it declares."""
+    """The GPU shares held by the threads of one worker; their sum is at most its capacity."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -183,11 +185,10 @@ class _Shares:
 
     def acquire(self, thread: int, share: float, capacity: float) -> None:
         with self._free:
-            # A thread that reads inside of what it reads waits for nobody: it would be itself.
+            # A reader within a reader uses its thread's share: waiting for another would deadlock.
             if not self._readers[thread]:
-                self._free.wait_for(
-                    lambda: sum(self._shares.values()) + share <= capacity + 1e-9  # 3 times 1/3
-                )
+                limit = capacity + 1e-9  # so that three times 1/3 fit
+                self._free.wait_for(lambda: sum(self._shares.values()) + share <= limit)
                 self._shares[thread] = share
             self._readers[thread] += 1
 
@@ -204,12 +205,12 @@ _shares: defaultdict[str, _Shares] = defaultdict(_Shares)  # by worker
 
 @contextmanager
 def hold_share(share: float) -> Iterator[None]:
-    """Hold a share of this worker's GPU, waiting until it is free.
+    """Wait for a share of this worker's GPU, and hold it in the ``with`` block.
 
-    Dask's scheduler holds shares for tasks that carry a resource annotation, but bags lose
-    annotations in optimization, and DataFrames ignore them. This holds on every path, and
-    never waits where the scheduler already did. Without a GPU, declared or real, there is
-    nothing to hold.
+    Dask's scheduler enforces shares only for tasks with a resource annotation, but bags lose
+    annotations in optimization, and DataFrames ignore them. This enforces them always, and does
+    not wait where the scheduler already did. It does nothing if there is no GPU, neither declared
+    nor real.
 
     Raises
     ------
@@ -220,7 +221,7 @@ def hold_share(share: float) -> Iterator[None]:
     if worker is not None and RESOURCE in worker.state.total_resources:
         capacity = worker.state.total_resources[RESOURCE]
     elif count_gpus():
-        capacity = 1.0  # the process's first GPU is what it decodes on
+        capacity = 1.0  # only the process's first GPU is used
     else:
         yield
         return
@@ -230,7 +231,7 @@ def hold_share(share: float) -> Iterator[None]:
             "let it declare more, or ask for less with num_gpus_per_worker"
         )
     shares = _shares[worker.id if worker is not None else ""]
-    thread = threading.get_ident()  # a generator may be closed by another one
+    thread = threading.get_ident()  # a generator may be closed, and release, in another one
     shares.acquire(thread, share, capacity)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Start a local Dask cluster that fits the readers and the machine."""
+"""Start a local Dask cluster, or connect to one, and wait for its workers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ import dask
 from dask.system import CPU_COUNT
 from dask.utils import parse_timedelta
 
-from dask_imgread.cluster.gpu import DEVICE_SETTING, RESOURCE, count_gpus, explain_absence
+from dask_imgread.cluster.gpu import DEVICE_SETTING, RESOURCE, count_gpus, describe_missing_gpu
 from dask_imgread.errors import NoWorkersError
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dask_imgread")
 
-_WAIT = 600  # seconds, for a scheduler and for workers
-_WAIT_HERE = 60  # for workers on this machine: they come back soon, or not at all
+_TIMEOUT = 600  # seconds, to wait for a scheduler or for workers
+_LOCAL_TIMEOUT = 60  # for workers on this machine, which restart soon, or not at all
 WAIT_SETTING = "imgread.wait-for-workers"
-_LOOKED_EVERY = 5.0  # seconds, at the workers while no task ends
+_CHECK_INTERVAL = 5.0  # seconds between looks at the workers, while no task completes
 
 
 def start_cluster(
@@ -39,29 +38,29 @@ def start_cluster(
     num_gpus_per_worker: float = 0.25,
     n_workers: int | None = None,
     verbose: bool = True,
-    **options: Any,
+    **cluster_options: Any,
 ) -> LocalCluster:
     """Start worker processes on this machine: a LocalCUDACluster where there is a GPU.
 
     Parameters
     ----------
     device
-        ``"auto"`` looks for GPUs here; ``"gpu"`` and ``"cpu"`` insist.
+        ``"auto"`` uses GPUs if there are any; ``"gpu"`` and ``"cpu"`` insist.
     num_gpus_per_worker
-        The share of a GPU that a reader will ask for. Each GPU worker declares one
-        ``GPU`` and gets as many threads as shares fit on it.
+        The share of a GPU that each reader will request. A GPU worker declares one
+        ``GPU``, and has as many threads as shares fit on it.
     n_workers
-        Worker processes: one for each GPU, or, on the CPU, one of a single thread for
-        each core, unless given.
+        Worker processes: by default one for each GPU or, on the CPU, one with a single
+        thread for each core.
     verbose
         Print the link to the dashboard.
-    **options
-        Further options of ``dask_cuda.LocalCUDACluster`` or ``distributed.LocalCluster``.
+    **cluster_options
+        Further keyword arguments of ``dask_cuda.LocalCUDACluster`` or ``distributed.LocalCluster``.
 
     Returns
     -------
     LocalCluster
-        A context manager, as is any Dask cluster: it closes its workers in the end.
+        A context manager, like any Dask cluster: on exit it closes its workers.
         ``LocalCUDACluster`` is a LocalCluster too.
 
     Raises
@@ -69,7 +68,7 @@ def start_cluster(
     RuntimeError
         If ``device="gpu"`` and there is no GPU.
     ImportError
-        If there is a GPU, but not dask-cuda.
+        If there is a GPU, but dask-cuda is not installed.
 
     Examples
     --------
@@ -82,14 +81,15 @@ def start_cluster(
     gpus = count_gpus() if device != "cpu" else 0
     if device == "gpu" and not gpus:
         raise RuntimeError(
-            f'device="gpu", but no GPU was found: {explain_absence()}. Give "auto" to use cores'
+            f'device="gpu", but no GPU was found: {describe_missing_gpu()}. '
+            'Give "auto" to use cores'
         )
-    options = {"dashboard_address": _choose_dashboard()} | options
-    with _keep_interrupts():
+    cluster_options = {"dashboard_address": _choose_dashboard_address()} | cluster_options
+    with _block_sigint():
         if gpus:
-            cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
+            cluster = _start_on_gpus(n_workers, num_gpus_per_worker, cluster_options)
         else:
-            cluster = _start_on_cores(n_workers, options)
+            cluster = _start_on_cores(n_workers, cluster_options)
     if verbose:
         print(f"Dask dashboard: {cluster.dashboard_link}")
     return cluster
@@ -101,128 +101,131 @@ def connect_client(
     scheduler: str | None = None,
     scheduler_file: str | None = None,
     n_workers: int | None = None,
-    **options: Any,
+    **cluster_options: Any,
 ) -> Iterator[Client]:
-    """Connect to a scheduler that is there, or else start a cluster; close in the end.
+    """Connect to a running scheduler, or else start a cluster; close it on exit.
 
     Parameters
     ----------
     scheduler, scheduler_file
-        The address of a scheduler, or the file that it has written; both may come to be
-        within ten minutes.
+        The address of a scheduler, or the file that it writes. Either may appear within ten
+        minutes.
     n_workers
-        Workers to wait for, one if not given; or to start.
-    **options
-        Options of ``start_cluster``.
+        How many workers to wait for, by default one; or to start.
+    **cluster_options
+        Keyword arguments of ``start_cluster``.
 
     Raises
     ------
     TimeoutError
-        If there is no scheduler after ten minutes, or there are too few workers for as long as
-        ``choose_patience`` says.
+        If there is no scheduler within ten minutes, or there are too few workers for as
+        long as ``imgread.wait-for-workers`` allows.
     """
     from distributed import Client
 
     if n_workers is not None and n_workers < 1:
         raise ValueError(f"n_workers must be at least 1, not {n_workers}")
     if scheduler is None and scheduler_file is None:
-        with start_cluster(n_workers=n_workers, **options) as cluster, Client(cluster) as client:
+        with (
+            start_cluster(n_workers=n_workers, **cluster_options) as cluster,
+            Client(cluster) as client,
+        ):
             try:
                 yield client
             except BaseException:
-                _hush_workers(client)
+                _silence_workers(client)
                 raise
         return
-    with _announce(f"the scheduler {scheduler or scheduler_file}", _WAIT):
+    with _log_if_slow(f"the scheduler {scheduler or scheduler_file}", _TIMEOUT):
         if scheduler_file is not None:
             _wait_for_file(scheduler_file)
-        client = _reach(partial(Client, scheduler, scheduler_file=scheduler_file))
+        client = _connect(scheduler, scheduler_file)
     with client:
         wait_for_workers(client, n_workers or 1)
         yield client
 
 
 def wait_for_workers(client: Client, count: int = 1) -> None:
-    """Wait until a cluster has workers, and let an adaptive one start them.
+    """Wait until a cluster has enough workers, and make an adaptive one start them.
 
     Raises
     ------
     NoWorkersError
-        If there are too few for as long as ``choose_patience`` says.
+        If there are too few for as long as ``imgread.wait-for-workers`` allows.
     """
     if len(client.nthreads()) >= count:
         return
-    patience = choose_patience(client)
+    timeout = get_worker_timeout(client)
     workers = "1 worker" if count == 1 else f"{count} workers"
-    # An adaptive cluster starts workers for work alone, one for five seconds of it. What is left
-    # of it when they are there is dropped with the futures.
-    work = client.map(time.sleep, [0.5] * 10 * count, pure=False, key="wait-for-workers")
-    with _announce(f"{workers} of {client.scheduler.address}", patience):
+    # An adaptive cluster starts workers only for pending tasks, one for each five seconds of work.
+    # Tasks left over when the workers are there are cancelled with their futures.
+    futures = client.map(time.sleep, [0.5] * 10 * count, pure=False, key="wait-for-workers")
+    with _log_if_slow(f"{workers} of {client.scheduler.address}", timeout):
         try:
-            client.wait_for_workers(count, timeout=patience)
+            client.wait_for_workers(count, timeout=timeout)
         except TimeoutError:
             raise NoWorkersError(
-                f"waited {patience:.0f} s for {workers}: "
+                f"waited {timeout:.0f} s for {workers}: "
                 f"{client.scheduler.address} has {len(client.nthreads())}"
             ) from None
-    del work
+    del futures
 
 
-def choose_patience(client: Client) -> float:
-    """Return for how many seconds a cluster may be without workers: what the setting says.
+def get_worker_timeout(client: Client) -> float:
+    """Return for how many seconds a cluster may have no workers: ``imgread.wait-for-workers``.
 
-    A minute if it is on this machine, else ten, if the setting says nothing.
+    By default a minute for a cluster on this machine, else ten minutes.
     """
     from distributed import LocalCluster
 
-    default = _WAIT_HERE if isinstance(client.cluster, LocalCluster) else _WAIT
-    patience: float = parse_timedelta(dask.config.get(WAIT_SETTING, default))
-    return patience
+    default = _LOCAL_TIMEOUT if isinstance(client.cluster, LocalCluster) else _TIMEOUT
+    timeout: float = parse_timedelta(dask.config.get(WAIT_SETTING, default))
+    return timeout
 
 
 class WorkerWatch:
-    """Gives up a cluster that for too long has no worker that can do the work.
+    """Raises an error when a cluster has had no suitable workers for too long.
 
     Parameters
     ----------
     client
         A client of the cluster.
     resources
-        What each task asks for.
+        What each task requests of a worker.
     """
 
     def __init__(self, client: Client, resources: Mapping[str, float]) -> None:
         self._client, self._resources = client, resources
-        self.interval = _LOOKED_EVERY
-        self._looked = time.monotonic()
-        self._missed: float | None = None
+        self.interval = _CHECK_INTERVAL
+        self._checked = time.monotonic()
+        self._missing_since: float | None = None
 
-    def look(self) -> None:
-        """Look at the workers, unless the last look was a moment ago.
+    def check(self) -> None:
+        """Check for workers, unless the last check was less than ``interval`` ago.
 
         Raises
         ------
         NoWorkersError
-            If there were none for as long as ``choose_patience`` says.
+            If there have been none for as long as ``imgread.wait-for-workers`` allows.
         """
         now = time.monotonic()
-        if now - self._looked < self.interval:
+        if now - self._checked < self.interval:
             return
-        self._looked = now
+        self._checked = now
         if _has_worker(self._client, self._resources):
-            self._missed = None
+            self._missing_since = None
             return
-        patience = choose_patience(self._client)
+        timeout = get_worker_timeout(self._client)
         some = f"workers that declare {dict(self._resources)}" if self._resources else "workers"
-        if self._missed is None:
-            self._missed = now
-            logger.warning("the cluster has no %s: waiting up to %.0f s for some", some, patience)
-        elif now - self._missed >= patience:
-            raise NoWorkersError(f"the cluster has had no {some} for {patience:.0f} s")
+        if self._missing_since is None:
+            self._missing_since = now
+            logger.warning("the cluster has no %s: waiting up to %.0f s for some", some, timeout)
+        elif now - self._missing_since >= timeout:
+            raise NoWorkersError(f"the cluster has had no {some} for {timeout:.0f} s")
 
 
 def _has_worker(client: Client, resources: Mapping[str, float]) -> bool:
-    """Return whether a cluster has a worker that can do what asks for some resources."""
+    """Return whether a cluster has a worker that declares these resources."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return any(
         all(worker.get("resources", {}).get(name, 0) >= resources[name] for name in resources)
@@ -231,38 +234,38 @@ def _has_worker(client: Client, resources: Mapping[str, float]) -> bool:
 
 
 @contextmanager
-def _announce(what: str, seconds: float) -> Iterator[None]:
-    """Say what is waited for and how long, if it does not come at once."""
-    line = "waiting up to %.0f s for %s"
-    teller = threading.Timer(1, logger.warning, (line, seconds, what))
-    teller.daemon = True
-    teller.start()
+def _log_if_slow(what: str, seconds: float) -> Iterator[None]:
+    """Log what is waited for, and for how long at most, if it takes more than a second."""
+    message = "waiting up to %.0f s for %s"
+    timer = threading.Timer(1, logger.warning, (message, seconds, what))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        teller.cancel()
+        timer.cancel()
 
 
-def _hush_workers(client: Client) -> None:
-    """Let workers log nothing of being closed amid their tasks: tracebacks that mean nothing."""
+def _silence_workers(client: Client) -> None:
+    """Stop workers from logging meaningless tracebacks when they are closed in mid-task."""
+    thread = threading.Thread(target=_disable_logging, args=(client,), daemon=True)
+    thread.start()
+    thread.join(1)  # some workers may not answer
 
-    def hush() -> None:
-        with suppress(Exception):
-            client.run(logging.disable)
 
-    hushing = threading.Thread(target=hush, daemon=True)
-    hushing.start()
-    hushing.join(1)  # not every worker may answer
+def _disable_logging(client: Client) -> None:
+    with suppress(Exception):
+        client.run(logging.disable)
 
 
 @contextmanager
-def _keep_interrupts() -> Iterator[None]:
-    """Keep SIGINT from processes that are started meanwhile, and by threads started meanwhile.
+def _block_sigint() -> Iterator[None]:
+    """Block SIGINT in processes started in the ``with`` block, and by threads started there.
 
-    A terminal sends it to all processes, as Jupyter does. Workers end when their cluster is
-    closed, and threads of a cluster start them anew as they die.
+    Terminals and Jupyter send it to all processes, but workers should end only when their cluster
+    is closed. A cluster's threads, which restart dead workers, inherit the blocked signal.
     """
-    resource_tracker.ensure_running()  # else the first worker's start does it, and lets SIGINT in
+    resource_tracker.ensure_running()  # starting it later, with a worker, would unblock SIGINT
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -270,28 +273,30 @@ def _keep_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def _reach(connect: Callable[[], Client]) -> Client:
-    """Connect to a scheduler, as soon as it is there."""
-    end = time.monotonic() + _WAIT  # as Dask's own time-out it would hold for reconnecting too
+def _connect(scheduler: str | None, scheduler_file: str | None) -> Client:
+    """Connect to a scheduler, waiting until it is up."""
+    from distributed import Client
+
+    end = time.monotonic() + _TIMEOUT  # Dask's own timeout would apply to reconnecting, too
     while True:
         try:
-            return connect()
+            return Client(scheduler, scheduler_file=scheduler_file)
         except OSError as error:
             if time.monotonic() > end:
-                raise TimeoutError(f"no scheduler was reached in {_WAIT} s: {error}") from error
+                raise TimeoutError(f"no scheduler was reached in {_TIMEOUT} s: {error}") from error
             time.sleep(1)
 
 
 def _wait_for_file(path: str) -> None:
-    end = time.monotonic() + _WAIT  # Dask would wait for ever
+    end = time.monotonic() + _TIMEOUT  # Dask would wait forever
     while not os.path.exists(path):
         if time.monotonic() > end:
-            raise TimeoutError(f"no scheduler has written {path} in {_WAIT} s")
+            raise TimeoutError(f"no scheduler has written {path} in {_TIMEOUT} s")
         time.sleep(0.1)
 
 
-def _choose_dashboard() -> str:
-    """Return Dask's usual port, or any where a second cluster runs beside the first."""
+def _choose_dashboard_address() -> str:
+    """Return Dask's usual port, or any free one if that is taken, as by another cluster."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -301,51 +306,54 @@ def _choose_dashboard() -> str:
     return ":8787"
 
 
-def _start_on_cores(n_workers: int | None, options: dict[str, Any]) -> LocalCluster:
+def _start_on_cores(n_workers: int | None, cluster_options: dict[str, Any]) -> LocalCluster:
     from distributed import LocalCluster
 
-    # Processes of one thread each: the decoders then share no lock and no memory arena.
+    # One thread a process: decoders then don't contend for the GIL or a malloc arena.
     defaults: dict[str, Any] = {"n_workers": n_workers or CPU_COUNT, "threads_per_worker": 1}
-    # Dask 2026.8.0 looks at the first GPU that CUDA_VISIBLE_DEVICES names, and does not start if it
-    # is not there.
-    blind = {"distributed.diagnostics.nvml": False} if "CUDA_VISIBLE_DEVICES" in os.environ else {}
-    if options.get("processes", True):
-        defaults["config"] = {DEVICE_SETTING: "cpu"} | blind | options.pop("config", {})
-    with dask.config.set(blind):
-        return LocalCluster(**(defaults | options))
+    # Dask 2026.8.0 queries the first GPU in CUDA_VISIBLE_DEVICES, and fails to start if it does not
+    # exist.
+    hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+    no_nvml = {"distributed.diagnostics.nvml": False} if hidden else {}
+    if cluster_options.get("processes", True):
+        defaults["config"] = {DEVICE_SETTING: "cpu"} | no_nvml | cluster_options.pop("config", {})
+    with dask.config.set(no_nvml):
+        return LocalCluster(**(defaults | cluster_options))
 
 
-def _start_on_gpus(n_workers: int | None, share: float, options: dict[str, Any]) -> LocalCluster:
+def _start_on_gpus(
+    n_workers: int | None, share: float, cluster_options: dict[str, Any]
+) -> LocalCluster:
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
         raise ImportError(
             "a cluster on GPUs needs dask-cuda: pip install 'dask-imgread[gpu]'"
         ) from error
-    return LocalCUDACluster(**choose_gpu_options(n_workers, share, options))
+    return LocalCUDACluster(**choose_gpu_options(n_workers, share, cluster_options))
 
 
 def choose_gpu_options(
-    n_workers: int | None, share: float, options: dict[str, Any]
+    n_workers: int | None, share: float, cluster_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the options for ``LocalCUDACluster`` (dask-cuda 26.10): one process for each GPU."""
+    """Return the arguments of ``LocalCUDACluster`` (dask-cuda 26.10): one process for each GPU."""
     defaults = {
         "n_workers": n_workers,
         "threads_per_worker": max(1, int(1 / share)),
         "resources": {RESOURCE: 1},
     }
-    return defaults | options
+    return defaults | cluster_options
 
 
-def check_resources(client: Client, asked: dict[str, float]) -> None:
-    """Raise RuntimeError if a cluster has workers, and none declares what tasks will ask for.
+def check_resources(client: Client, requested: dict[str, float]) -> None:
+    """Raise RuntimeError if a cluster has workers, but none declares what tasks will request.
 
-    Dask would let the tasks wait for ever, in silence.
+    Dask would let such tasks wait forever, without a message.
     """
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    if not workers:  # an adaptive cluster starts them for the tasks
+    if not workers:  # an adaptive cluster starts some once there are tasks
         return
-    for name, amount in asked.items():
+    for name, amount in requested.items():
         declared = [worker.get("resources", {}).get(name, 0) for worker in workers]
         if max(declared, default=0) < amount:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Run more tasks on a cluster than may be in flight at one time."""
+"""Run many tasks on a cluster, with a bound on those in flight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dask_imgread.errors import NoWorkersError
 if TYPE_CHECKING:
     from distributed import Client, Future, as_completed
 
-_LOOKED_EVERY = 5.0  # seconds, at the number of threads
+_RESIZE_INTERVAL = 5.0  # seconds between adjustments of the window to the cluster
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,19 +29,18 @@ def map_windowed(
     *,
     window: int | None = None,
     smallest_window: int = 2,
-    **options: Any,
+    **map_options: Any,
 ) -> Iterator[tuple[Item, Future]]:
-    """Do what ``client.map`` does with a bound on the tasks in flight, and yield them as they end.
+    """Run ``client.map`` with a bound on the tasks in flight, and yield them as they complete.
 
-    Dask sends tasks with a resource restriction to the workers all at once, and keeps
-    every result until its future is dropped. Where results are pixels that fills the
-    cluster's memory; here at most ``window`` results exist at any time: a future is
-    released when the next one is taken, and no sooner is another task submitted.
+    Dask sends all tasks with resource restrictions to the workers at once, and keeps every
+    result until its future is released. Results that are pixels would fill the cluster's
+    memory. Here at most ``window`` results exist at any time: a future is released when the
+    next one is taken, and only then is another task submitted.
 
-    When a worker dies again and again, Dask blames whatever it had been given. What was blamed
-    is run once more at the end, one item at a time, with ``fn.isolated()`` where ``fn`` has that,
-    as an ``ImageReaderStage`` has: so of a task that holds a picture which kills its decoder,
-    that picture alone is lost.
+    When workers keep dying, Dask raises ``KilledWorker`` for every task that they had. Such items
+    are run again at the end, one at a time, with ``fn.isolated()`` if ``fn`` has that method,
+    as ``ImageReaderStage`` does: if an image kills its decoder, only that image is lost.
 
     Parameters
     ----------
@@ -50,26 +49,26 @@ def map_windowed(
     fn
         What to run, such as an ``ImageReaderStage``.
     items
-        Its arguments, taken as they are needed; may be endless.
+        Its arguments, consumed as they are needed; may be infinite.
     window
-        Tasks in flight at most; if not given, twice the threads that the cluster has at
-        the time.
+        Tasks in flight at most; by default twice the cluster's threads, as their number
+        changes.
     smallest_window
-        The least that this comes to; more than 2 where results are small and an adaptive
-        cluster is to see at once how much work there is.
-    **options
-        Options of ``client.map``, such as ``reader.annotations(client)`` or ``retries``.
+        A lower bound for the default; more than 2 if results are small and an adaptive
+        cluster should see at once how much work there is.
+    **map_options
+        Keyword arguments of ``client.map``, such as ``reader.annotations(client)`` or ``retries``.
 
     Yields
     ------
     item, future
-        In the order in which they end. A future may hold an error; a ``KilledWorker`` if the
-        item killed its workers when it was run alone, too.
+        In the order of completion. A future may hold an error: ``KilledWorker`` if the item
+        killed its workers even when run alone.
 
     Raises
     ------
     RuntimeError
-        If no worker declares the ``resources`` that are asked for.
+        If no worker declares the requested ``resources``.
     NoWorkersError
         If the cluster has no workers for too long; a TimeoutError.
 
@@ -80,81 +79,81 @@ def map_windowed(
     ...     sorted(future.result() for _, future in map_windowed(client, abs, [-3, -1, 2]))
     [1, 2, 3]
     """
-    check_resources(client, options.get("resources") or {})
-    blamed: list[Item] = []
-    for item, future in _map(client, fn, items, window, smallest_window, options):
-        if _is_blamed(future):
-            blamed.append(item)
+    check_resources(client, map_options.get("resources") or {})
+    suspects: list[Item] = []
+    for item, future in _run_windowed(client, fn, items, window, smallest_window, map_options):
+        if _killed_its_workers(future):
+            suspects.append(item)
         else:
             yield item, future
-    if blamed:
-        alone = fn.isolated() if hasattr(fn, "isolated") else fn
-        # Not pure: the key of the error is not to be asked for again.
-        yield from _map(client, alone, blamed, 1, 1, options | {"pure": False})
+    if suspects:
+        isolated = fn.isolated() if hasattr(fn, "isolated") else fn
+        # Not pure: the same key would return the error again.
+        yield from _run_windowed(client, isolated, suspects, 1, 1, map_options | {"pure": False})
 
 
-def _map(
+def _run_windowed(
     client: Client,
     fn: Callable[[Item], Any],
     items: Iterable[Item],
     window: int | None,
     smallest_window: int,
-    options: dict[str, Any],
+    map_options: dict[str, Any],
 ) -> Iterator[tuple[Item, Future]]:
     from distributed import as_completed
 
     waiting = iter(items)
-    ended = as_completed()
+    completed = as_completed()
     running: dict[Future, Item] = {}
 
     def submit(count: int) -> None:
         chosen = list(islice(waiting, count))
-        for item, future in zip(chosen, client.map(fn, chosen, **options), strict=True):
+        for item, future in zip(chosen, client.map(fn, chosen, **map_options), strict=True):
             running[future] = item
-            ended.add(future)
+            completed.add(future)
 
-    limit = window or _look_up_window(client, smallest_window)
-    looked = time.monotonic()
+    limit = window or _compute_window(client, smallest_window)
+    resized = time.monotonic()
     submit(limit)
     while running:
-        future = _take_ended(client, ended, options.get("resources") or {})
+        future = _wait_for_next(client, completed, map_options.get("resources") or {})
         item = running.pop(future)
         yield item, future
         future.release()
-        if window is None and time.monotonic() - looked > _LOOKED_EVERY:
-            limit, looked = _look_up_window(client, smallest_window), time.monotonic()
+        if window is None and time.monotonic() - resized > _RESIZE_INTERVAL:
+            limit, resized = _compute_window(client, smallest_window), time.monotonic()
         # Several at a time: one by one, telling the scheduler costs more than the scheduling.
         if limit - len(running) >= max(1, limit // 4):
             submit(limit - len(running))
 
 
-def _take_ended(client: Client, ended: as_completed, resources: dict[str, float]) -> Future:
-    """Return the next future that ends, as long as there are workers to end it."""
+def _wait_for_next(client: Client, completed: as_completed, resources: dict[str, float]) -> Future:
+    """Return the next completed future; raise NoWorkersError if the workers are gone for long."""
     watch = WorkerWatch(client, resources)
-    while not ended.has_ready():
-        with ended.thread_condition:
-            ended.thread_condition.wait(0.1)  # as Dask does: it may be told too early
-        watch.look()
-    return next(ended)
+    while not completed.has_ready():
+        with completed.thread_condition:
+            completed.thread_condition.wait(0.1)  # as Dask does; wake-ups can be spurious
+        watch.check()
+    return next(completed)
 
 
-def run_one(client: Client, fn: Callable[[Item], Result], item: Item, **options: Any) -> Result:
-    """Return what a function makes of one item on a worker, or raise what it raises there.
+def run_one(client: Client, fn: Callable[[Item], Result], item: Item, **map_options: Any) -> Result:
+    """Run a function on one item on a worker; return its result, or raise its exception.
 
     Raises
     ------
     NoWorkersError
         If the cluster has no workers for too long.
     """
-    _, future = next(_map(client, fn, [item], 1, 1, options | {"pure": False}))
-    result: Result = _fetch(client, future, options.get("resources") or {})
+    _, future = next(_run_windowed(client, fn, [item], 1, 1, map_options | {"pure": False}))
+    result: Result = _fetch_result(client, future, map_options.get("resources") or {})
     return result
 
 
-def _fetch(client: Client, future: Future, resources: dict[str, float]) -> Any:
-    """Return the result of a task that has ended, as long as there are workers.
+def _fetch_result(client: Client, future: Future, resources: dict[str, float]) -> Any:
+    """Return the result of a completed task; raise NoWorkersError if the workers are gone for long.
 
-    The worker that has it may go before it gives it: then the task runs again.
+    If its worker dies before the result is fetched, Dask runs the task again.
     """
     watch = WorkerWatch(client, resources)
     seconds = watch.interval
@@ -162,35 +161,35 @@ def _fetch(client: Client, future: Future, resources: dict[str, float]) -> Any:
         try:
             return future.result(timeout=seconds)
         except TimeoutError:
-            watch.look()
-            seconds *= 2  # what is large takes its time
+            watch.check()
+            seconds *= 2  # large results take time
     return future.result()
 
 
-def _look_up_window(client: Client, smallest: int) -> int:
+def _compute_window(client: Client, smallest: int) -> int:
     threads: int = sum(client.nthreads().values())
     return max(smallest, 2 * threads)
 
 
-def _is_blamed(future: Future) -> bool:
+def _killed_its_workers(future: Future) -> bool:
     return future.status == "error" and isinstance(future.exception(), KilledWorker)
 
 
 def run_tasks(
-    client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **options: Any
+    client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **map_options: Any
 ) -> Iterator[tuple[Item, Result | Exception]]:
-    """Yield what ``map_windowed`` does, as results or errors.
+    """Run ``map_windowed``, and yield results or errors instead of futures.
 
     Raises
     ------
     CancelledError
-        If the scheduler is lost.
+        If the connection to the scheduler is lost.
     NoWorkersError
         If the cluster has no workers for too long.
     """
-    for item, future in map_windowed(client, fn, items, **options):
+    for item, future in map_windowed(client, fn, items, **map_options):
         try:
-            result = _fetch(client, future, options.get("resources") or {})
+            result = _fetch_result(client, future, map_options.get("resources") or {})
         except (CancelledError, NoWorkersError):
             raise
         except Exception as error:

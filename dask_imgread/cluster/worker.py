@@ -1,4 +1,4 @@
-"""The Dask worker that the calling thread works for, if any."""
+"""The Dask worker whose task the calling thread runs, if any."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def find_worker() -> Worker | None:
-    """Return the worker whose task this thread runs, None in any other thread."""
+    """Return the worker whose task the calling thread runs, None in other threads."""
     try:
         return get_worker()
     except ValueError:
@@ -22,11 +22,11 @@ def find_worker() -> Worker | None:
 
 
 def count_own_cores(num_gpus: int, share: float) -> int:
-    """Return how many CPU cores the calling thread has a right to.
+    """Return how many CPU cores the calling thread may use.
 
-    A thread of a CPU worker has one, since Dask gives a machine as many threads as cores.
-    Beside GPUs the machine's cores are divided among its GPUs and the readers on each. In
-    the main thread of a process that is no worker all cores are free.
+    A thread of a CPU worker has one, since Dask starts as many threads as there are cores. On a
+    machine with GPUs the cores are divided among the GPUs, and the readers on each. The main
+    thread, which is not a worker's, may use all cores.
     """
     cores: int = CPU_COUNT
     if num_gpus:
@@ -34,7 +34,7 @@ def count_own_cores(num_gpus: int, share: float) -> int:
     return cores if threading.current_thread() is threading.main_thread() else 1
 
 
-class _Release(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
+class _CloseCallback(WorkerPlugin):  # type: ignore[misc]  # distributed is not typed
     """Calls a function when its worker closes."""
 
     def __init__(self, release: Callable[[], None]) -> None:
@@ -48,4 +48,4 @@ def release_with_worker(name: str, release: Callable[[], None]) -> None:
     """Call ``release`` when the calling thread's worker closes; do nothing without a worker."""
     worker = find_worker()
     if worker is not None and name not in worker.plugins:
-        worker.plugins[name] = _Release(release)
+        worker.plugins[name] = _CloseCallback(release)

@@ -1,7 +1,7 @@
-"""Memory for decoded pictures, used again as soon as nobody holds an array over it.
+"""Memory for decoded images, reused as soon as no array refers to it.
 
-Fresh memory is dear: the system clears each page when it is first written to, which takes a
-quarter of the time of decoding a large JPEG.
+Fresh memory is expensive: the system clears each page on its first use, which takes a quarter of
+the time of decoding a large JPEG.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_GRAIN = 1 << 16  # bytes, of which sizes are multiples
-_LARGE = 1 << 22  # bytes, from which on huge pages are worth while
-_IDLE_SECONDS = 30.0  # for which unused memory is kept
-_IDLE_BYTES = 640 << 20  # of unused memory that are kept: two batches of the default size
+_GRANULARITY = 1 << 16  # bytes; sizes are rounded up to multiples of it
+_MIN_HUGE_PAGE_BYTES = 1 << 22  # below this huge pages don't pay off
+_IDLE_SECONDS = 30.0  # after which idle memory is released
+_IDLE_BYTES = 640 << 20  # kept at most: two batches of the default size
 
 
 class _Lease:
-    """Owns a piece of memory while arrays over it live.
+    """Returns a piece of memory to its pool when no array refers to it any more.
 
-    NumPy keeps the object that an array was made from alive as long as the array, a view of it,
-    or a buffer taken from it. So the memory comes back when the last of them is gone, and not
-    before, whoever holds it.
+    NumPy keeps the object that an array was made from alive as long as the array, any view of it
+    and any buffer exported by it. So the memory is returned when the last of them is gone.
     """
 
     __slots__ = ("__array_interface__", "_memory", "_pool")
@@ -43,12 +42,12 @@ class _Lease:
 
 
 class BufferPool:
-    """Memory that is lent to arrays. Thread-safe.
+    """Lends memory to arrays. Thread-safe.
 
     Parameters
     ----------
     idle_bytes
-        Unused memory that is kept, at most.
+        How much idle memory is kept at most.
     idle_seconds
         How long it is kept.
     """
@@ -56,71 +55,71 @@ class BufferPool:
     def __init__(self, idle_bytes: int = _IDLE_BYTES, idle_seconds: float = _IDLE_SECONDS) -> None:
         self._idle_bytes, self._idle_seconds = idle_bytes, idle_seconds
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, NDArray[np.uint8]]] = []  # since when; the last used last
-        # Memory may come back in the middle of anything, even of a method of this class, when
-        # the garbage collector runs: a deque takes it without the lock.
+        self._idle: list[tuple[float, NDArray[np.uint8]]] = []  # since when; in the order of return
+        # The garbage collector may return memory at any point, even while a method of this class
+        # holds the lock: a deque needs none.
         self._returned: deque[NDArray[np.uint8]] = deque()
-        self._used = 0.0  # when memory was last asked for
-        self._swept = False  # whether a thread looks after what is idle
+        self._last_taken = 0.0  # by `time.monotonic()`
+        self._sweeping = False  # whether a thread releases idle memory
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Return a flat array of ``size`` bytes, of any content; its memory is lent."""
+        """Return a flat, uninitialized array of ``size`` bytes."""
         with self._lock:
             self._collect()
             memory = self._find(size)
-            self._used = time.monotonic()
-            if not self._swept:
+            self._last_taken = time.monotonic()
+            if not self._sweeping:
                 self._start_sweeping()
         if memory is None:
-            # An eighth more, so that the next batch, a little larger, fits too.
-            memory = _allocate(size + size // 8)
+            # An eighth more, so that a slightly larger next batch fits, too.
+            memory = _map_memory(size + size // 8)
         return np.asarray(_Lease(memory, size, self))
 
     def clear(self) -> None:
-        """Give all unused memory back to the system."""
+        """Release all idle memory to the system."""
         with self._lock:
             self._collect()
             self._idle.clear()
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of memory that are kept and that nobody uses."""
+        """Bytes of memory that are kept, but not in use."""
         with self._lock:
             self._collect()
             return sum(memory.nbytes for _, memory in self._idle)
 
     def _start_sweeping(self) -> None:
-        self._swept = True
+        self._sweeping = True
         thread = threading.Thread(target=self._sweep, name="dask-imgread-buffers", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no more threads: then nothing is kept
-            self._swept = False
+        except RuntimeError:  # no more threads: keep nothing
+            self._sweeping = False
 
-    def _forget_parent(self) -> None:
-        """Begin anew in a forked process, in which no other thread lives."""
-        self._lock, self._swept = threading.Lock(), False
+    def _reset_after_fork(self) -> None:
+        """Start afresh in a forked process, in which only the forking thread exists."""
+        self._lock, self._sweeping = threading.Lock(), False
         self._idle.clear()
         self._returned.clear()
 
     def _take_back(self, memory: NDArray[np.uint8]) -> None:
-        if self._swept:  # else nobody would look after it
+        if self._sweeping:  # otherwise nothing would ever release it
             self._returned.append(memory)
-            if self._lock.acquire(blocking=False):  # else who holds it will see to it
+            if self._lock.acquire(blocking=False):  # the holder collects it
                 try:
                     self._collect()
                 finally:
                     self._lock.release()
 
     def _find(self, size: int) -> NDArray[np.uint8] | None:
-        """Take out the last used memory that fits, without wasting as much again."""
+        """Take the most recently returned memory that fits and is at most about twice as large."""
         for place in range(len(self._idle) - 1, -1, -1):
-            if size <= self._idle[place][1].nbytes <= 2 * size + _GRAIN:
+            if size <= self._idle[place][1].nbytes <= 2 * size + _GRANULARITY:
                 return self._idle.pop(place)[1]
         return None
 
     def _collect(self) -> None:
-        """Put what has come back to what is idle, and drop the oldest of too much."""
+        """Make returned memory idle; release the oldest if there is too much."""
         while self._returned:
             self._idle.append((time.monotonic(), self._returned.popleft()))
         total = sum(memory.nbytes for _, memory in self._idle)
@@ -128,30 +127,30 @@ class BufferPool:
             total -= self._idle.pop(0)[1].nbytes
 
     def _sweep(self) -> None:
-        while self._swept:
+        while self._sweeping:
             time.sleep(self._idle_seconds / 2)
             with self._lock:
                 oldest = time.monotonic() - self._idle_seconds
                 self._collect()
                 self._idle = [entry for entry in self._idle if entry[0] > oldest]
-                self._swept = bool(self._idle) or self._used > oldest
+                self._sweeping = bool(self._idle) or self._last_taken > oldest
 
 
-def _allocate(size: int) -> NDArray[np.uint8]:
-    """Get memory from the system itself: malloc would keep some, or cut it up."""
-    size = max(_GRAIN, -(-size // _GRAIN) * _GRAIN)
+def _map_memory(size: int) -> NDArray[np.uint8]:
+    """Get memory from the system: malloc would hold on to some, and fragment it."""
+    size = max(_GRANULARITY, -(-size // _GRANULARITY) * _GRANULARITY)
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no {size} bytes for decoded pictures") from error
-    if size >= _LARGE:
+    if size >= _MIN_HUGE_PAGE_BYTES:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 
 def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
-    """Return how much memory stays in use because of some arrays, whatever they are views of."""
+    """Return how many bytes these arrays keep alive; a view keeps all of its array."""
     owners = {}
     for array in arrays:
         while isinstance(array.base, np.ndarray):
@@ -161,4 +160,4 @@ def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
 
 
 BUFFERS = BufferPool()
-os.register_at_fork(after_in_child=BUFFERS._forget_parent)
+os.register_at_fork(after_in_child=BUFFERS._reset_after_fork)

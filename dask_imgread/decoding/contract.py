@@ -1,76 +1,109 @@
-"""What decoders are told, what they are given, and what they give back."""
+"""The types that decoders share: their options, what they are given and what they return."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from dask_imgread.decoding.header import Header
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Content: TypeAlias = bytes | memoryview  # of an encoded file
 
 
 class DecoderOptions(NamedTuple):
-    """What a decoder is made for: decoders with equal options can stand in for each other."""
+    """What a decoder is built with. Decoders with equal options are interchangeable."""
 
     device: str  # "cpu" or "gpu"
     num_threads: int
     batch_size: int
     resize: int | tuple[int, int] | None = None  # shorter side, or (height, width)
     output: str = "host"  # or "device": the arrays stay where they were decoded
-    decoder: str = "auto"  # or "dali": on a CPU too
+    decoder: str = "auto"  # or "dali": DALI on a CPU too
     scaled_decoding: bool = True
 
     def choose_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width that an upright image of this size comes out with."""
+        """Return the output height and width of an upright image of this size."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
             return self.resize
         short = min(height, width)
-        # A half is rounded up, as DALI does it.
+        # Halves are rounded up, as in DALI.
         rows, columns = (
             (2 * side * self.resize + short) // (2 * short) for side in (height, width)
         )
         return rows, columns
 
 
+class Header(NamedTuple):
+    """What an image's header says.
+
+    Attributes
+    ----------
+    format
+        Such as ``"jpeg"``.
+    width, height
+        In pixels, with the EXIF orientation applied.
+    channels
+        As stored in the file; for a palette, the channels of its colours.
+    unambiguous
+        Whether this is a complete JPEG, PNG or WebP for which all decoders give the same pixels,
+        before the orientation is applied.
+    orientation
+        The EXIF orientation, from 1 to 8, that is still to be applied to the stored pixels.
+    progressive
+        Whether this is a JPEG whose pixels may be spread over any number of scans.
+    """
+
+    format: str
+    width: int
+    height: int
+    channels: int
+    unambiguous: bool
+    orientation: int = 1
+    progressive: bool = False
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Height and width before the orientation is applied."""
+        size = self.height, self.width
+        return size if self.orientation < 5 else size[::-1]
+
+
 class Encoded(NamedTuple):
-    """An image that is to be decoded."""
+    """An image to decode."""
 
     name: str  # for log records
     content: Content
     header: Header
-    backend: str  # what is to decode it: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow"
+    backend: str  # the decoder to use: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow"
 
-    def count_bytes(self, options: DecoderOptions) -> int:
-        """Return how many bytes this takes while its batch is in memory.
+    def count_bytes(self, decoder_options: DecoderOptions) -> int:
+        """Return how many bytes this image takes while its batch is in memory.
 
-        DALI resizes a batch once all of it is decoded, the others each picture by itself.
+        DALI keeps a whole batch at full size before it resizes; the other decoders resize image
+        by image.
         """
         height, width = self.header.height, self.header.width
-        if options.resize is None:
+        if decoder_options.resize is None:
             return 3 * height * width
-        rows, columns = options.choose_size(height, width)
+        rows, columns = decoder_options.choose_size(height, width)
         before = 3 * height * width if self.backend.startswith("dali") else len(self.content)
         return max(3 * rows * columns, before)
 
 
 class PendingDecoding(Protocol):
-    """A batch on its way through the decoders."""
+    """A batch that is being decoded."""
 
     def result(self) -> list[Decoded]:
-        """Return what became of each image, in order."""
+        """Wait, and return an entry for each image, in order."""
 
 
 class Decoded(NamedTuple):
-    """The pixels of one image and what decoded it, or the error.
+    """The pixels of one image and the decoder that produced them, or an error message.
 
-    Of an error its text: an exception's traceback would hold on to the batch's memory.
+    Not the exception itself: its traceback would keep the batch's memory alive.
     """
 
     pixels: Pixels | None

@@ -1,4 +1,4 @@
-"""Decode with NVIDIA DALI, on a GPU or on the CPU: the one file that runs it.
+"""Decode with NVIDIA DALI, on a GPU or on the CPU: the only file that runs it.
 
 Written from the documentation and sources of NVIDIA DALI 2.4.0 (``Pipeline``,
 ``fn.external_source``, ``fn.decoders.image``).
@@ -20,49 +20,48 @@ import numpy as np
 from PIL import Image
 
 from dask_imgread.decoding import stderr
-from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Pixels
-from dask_imgread.decoding.faults import read_fault, shorten
-from dask_imgread.decoding.header import Header
+from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Header, Pixels
+from dask_imgread.decoding.faults import classify_error, extract_message
 
 logger = logging.getLogger("dask_imgread")
 
 DALI_ERRORS = (RuntimeError, MemoryError)
-# Only errors: the level below prints a warning for a picture that decodes well.
-_QUIET = {"DALI_NVIMGCODEC_LOG_LEVEL": "1"}
-# From a size on DALI keeps host memory for later. Malloc would take fresh pages for each batch: in
-# Dask's workers it gives back all that is freed.
-_SETTINGS = {"cpu": _QUIET, "gpu": _QUIET | {"DALI_MALLOC_POOL_THRESHOLD": str(1 << 20)}}
-_environment = threading.Lock()
+# Errors only: at the next level, a warning is printed for images that decode well.
+_LOG_LEVEL = {"DALI_NVIMGCODEC_LOG_LEVEL": "1"}
+# DALI keeps host memory for reuse, but only allocations above a threshold. Below it malloc would
+# take fresh pages for each batch, since in Dask's workers it returns freed memory at once.
+_ENVIRONMENT = {"cpu": _LOG_LEVEL, "gpu": _LOG_LEVEL | {"DALI_MALLOC_POOL_THRESHOLD": str(1 << 20)}}
+_environment_lock = threading.Lock()
 
 
 class DeviceError(RuntimeError):
-    """The GPU does not decode, whatever it is given."""
+    """The GPU fails to decode even images known to be valid."""
 
 
-class Place(NamedTuple):
-    """Where a pipeline runs, in DALI's words."""
+class DaliDevice(NamedTuple):
+    """What DALI calls the device of a pipeline, and that of its image decoder."""
 
     device_id: int | None
     decoder: str
 
 
 # A Dask-CUDA worker sees its own GPU first.
-PLACES = {"gpu": Place(0, "mixed"), "cpu": Place(None, "cpu")}
+DALI_DEVICES = {"gpu": DaliDevice(0, "mixed"), "cpu": DaliDevice(None, "cpu")}
 
 
 @contextmanager
-def _keep_in_environment(settings: dict[str, str]) -> Iterator[None]:
-    """Keep settings in the environment meanwhile, where DALI looks for them.
+def _set_environment(settings: dict[str, str]) -> Iterator[None]:
+    """Set environment variables in the ``with`` block, unless they are set already.
 
-    It does when a pipeline is built: for the level each time, for the memory the first time.
+    DALI reads them while it builds a pipeline: the log level each time, the threshold once.
     """
-    with _environment:
-        ours = {name: value for name, value in settings.items() if name not in os.environ}
-        os.environ.update(ours)
+    with _environment_lock:
+        added = {name: value for name, value in settings.items() if name not in os.environ}
+        os.environ.update(added)
         try:
             yield
         finally:
-            for name in ours:
+            for name in added:
                 os.environ.pop(name, None)
 
 
@@ -72,72 +71,72 @@ class Decoder:
     Raises
     ------
     RuntimeError
-        If there is no such device, or it does not decode.
+        If there is no such device, or it fails to decode.
     """
 
-    def __init__(self, options: DecoderOptions) -> None:
+    def __init__(self, decoder_options: DecoderOptions) -> None:
         from nvidia.dali import Pipeline, fn, types
 
-        place = PLACES[options.device]
-        self._to_host = options.output == "host" or options.device == "cpu"
+        device = DALI_DEVICES[decoder_options.device]
+        self._to_host = decoder_options.output == "host" or decoder_options.device == "cpu"
         self._pipeline = Pipeline(
-            batch_size=options.batch_size,
-            num_threads=options.num_threads,
-            device_id=place.device_id,
+            batch_size=decoder_options.batch_size,
+            num_threads=decoder_options.num_threads,
+            device_id=device.device_id,
             prefetch_queue_depth=1,
         )
         with self._pipeline:
             encoded = fn.external_source(name="encoded", no_copy=True)
             images = fn.decoders.image(
                 encoded,
-                device=place.decoder,
+                device=device.decoder,
                 output_type=types.RGB,
-                jpeg_fancy_upsampling=True,  # as libjpeg, and so Pillow, does
-                # Two readers of EXIF in it take one picture for two sizes, and write past its end.
+                jpeg_fancy_upsampling=True,  # as in libjpeg, and so in Pillow
+                # DALI has two EXIF parsers. Where they disagree, it writes past the image's end.
                 adjust_orientation=False,
             )
-            if isinstance(options.resize, int):
-                images = fn.resize(images, resize_shorter=float(options.resize))
-            elif options.resize is not None:
-                images = fn.resize(images, size=[float(side) for side in options.resize])
-            # In the graph, since `as_cpu()` copies under the interpreter's lock.
+            if isinstance(decoder_options.resize, int):
+                images = fn.resize(images, resize_shorter=float(decoder_options.resize))
+            elif decoder_options.resize is not None:
+                images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
+            # In the graph, since `as_cpu()` would hold the GIL while it copies.
             self._pipeline.set_outputs(images.cpu() if self._to_host else images)
-        with _keep_in_environment(_SETTINGS[options.device]):
+        with _set_environment(_ENVIRONMENT[decoder_options.device]):
             self._pipeline.build()
         self._buffers: list[np.ndarray] = []
-        if options.device == "gpu":
-            self._begin_full()
+        if decoder_options.device == "gpu":
+            self._warm_up()
 
-    def _begin_full(self) -> None:
-        """Decode a full batch of small pictures.
+    def _warm_up(self) -> None:
+        """Decode a full batch of small images.
 
-        The first batch sets, once for all, how many of a batch the hardware that decodes JPEG gets.
-        And DALI may say of any picture that it can't be decoded when it is the GPU that fails:
-        then these fail too.
+        The size of the first batch fixes how many images of a batch DALI gives to the GPU's JPEG
+        engines. It is also a test: when the GPU fails, DALI may blame an image, but then these
+        valid ones fail, too.
         """
         try:
-            self.start([_make_sound_jpeg()] * self._pipeline.max_batch_size)
+            self.start([_make_warmup_jpeg()] * self._pipeline.max_batch_size)
             self.finish()
         except DALI_ERRORS as error:
-            if read_fault(error).kind == "memory":
+            if classify_error(error).kind == "memory":
                 raise
-            raise DeviceError(f"the GPU does not decode: {shorten(error)}") from error
+            raise DeviceError(f"the GPU does not decode: {extract_message(error)}") from error
 
     def start(self, contents: Sequence[Content]) -> None:
-        """Begin to decode a batch."""
+        """Start to decode a batch."""
         self._buffers = [np.frombuffer(content, np.uint8) for content in contents]
         self._pipeline.feed_input("encoded", self._buffers)
         self._pipeline.schedule_run()
 
     def finish(self) -> list[Pixels]:
-        """Return the batch that was begun; the arrays are views, and stay as they are.
+        """Wait for the batch that was started, without holding the GIL, and return its pixels.
 
-        Waits without the interpreter's lock.
+        The arrays are views of DALI's memory, and stay valid after later batches.
 
         Raises
         ------
         RuntimeError
-            If any image of the batch can't be decoded. The decoder is of no use then.
+            If any image of the batch can't be decoded. The decoder must not be used again.
         """
         (images,) = self._pipeline.outputs()
         self._buffers = []
@@ -145,37 +144,37 @@ class Decoder:
 
 
 @functools.cache
-def _make_sound_jpeg() -> bytes:
+def _make_warmup_jpeg() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (90, 120, 30)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 class DecoderPool:
-    """Decoders that wait to be used again, at most ``limit`` of them. Thread-safe."""
+    """At most ``limit`` idle decoders, to be used again. Thread-safe."""
 
     def __init__(self, limit: int = 16) -> None:
         self._limit = limit
         self._idle: dict[DecoderOptions, list[Decoder]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    def take(self, options: DecoderOptions) -> Decoder:
-        """Give a decoder to one thread."""
+    def take(self, decoder_options: DecoderOptions) -> Decoder:
+        """Return an idle decoder, or a new one, for the caller alone."""
         with self._lock:
-            idle = self._idle[options]
+            idle = self._idle[decoder_options]
             decoder = idle.pop() if idle else None
-        return decoder or Decoder(options)
+        return decoder or Decoder(decoder_options)
 
-    def give_back(self, options: DecoderOptions, decoder: Decoder) -> None:
-        """Keep a decoder for later. One that has raised must not come back."""
+    def give_back(self, decoder_options: DecoderOptions, decoder: Decoder) -> None:
+        """Keep a decoder for later; it must not have raised an error."""
         with self._lock:
-            self._idle[options].append(decoder)
+            self._idle[decoder_options].append(decoder)
             while sum(map(len, self._idle.values())) > self._limit:
-                oldest = next(option for option, waiting in self._idle.items() if waiting)
+                oldest = next(key for key, decoders in self._idle.items() if decoders)
                 self._idle[oldest].pop(0)
 
     def clear(self) -> None:
-        """Release all decoders that wait."""
+        """Release all idle decoders."""
         with self._lock:
             self._idle.clear()
 
@@ -184,36 +183,37 @@ DECODERS = DecoderPool()
 
 
 class DaliDecoding:
-    """A batch that DALI decodes.
+    """A batch that is being decoded by DALI.
 
-    On a GPU the work begins at once, so that it goes on while the batch before is in use; on
-    the CPU, where nothing would be gained, when the result is asked for.
+    On a GPU the work starts at once, and overlaps with the use of the previous batch. On the CPU,
+    where nothing would be gained by that, it starts in ``result()``.
 
     Parameters
     ----------
     images
-        What to decode, with sound headers; not more than the options' batch size.
-    options
-        The decoder to use.
+        The images to decode, with valid headers; at most ``decoder_options.batch_size``.
+    decoder_options
+        The decoder's options.
     """
 
-    def __init__(self, images: Sequence[Encoded], options: DecoderOptions) -> None:
-        self._images, self._options = images, options
-        self._begun: Decoder | None = None
-        if images and options.device == "gpu":
-            with suppress(*DALI_ERRORS), self._catch(images):  # sorted in the second attempt
-                self._begun = self._start(images)
+    def __init__(self, images: Sequence[Encoded], decoder_options: DecoderOptions) -> None:
+        self._images, self._decoder_options = images, decoder_options
+        self._started: Decoder | None = None
+        if images and decoder_options.device == "gpu":
+            # An error is dealt with in result(), which tries again.
+            with suppress(*DALI_ERRORS), self._capture_stderr(images):
+                self._started = self._start(images)
 
     def result(self) -> list[Pixels | None]:
-        """Return the pixels of each image in order; None for each that DALI refuses.
+        """Return the pixels of each image, in order; None for those that DALI refuses.
 
-        One image fails its batch, which is then decoded again without it. Where the error does not
-        say which one it was, or the memory does not do for all, the two halves are.
+        If one image fails its batch, the batch is decoded again without it. If the error doesn't
+        say which image it was, or memory is short, the batch is split in half.
 
         Raises
         ------
         RuntimeError
-            If it is not an image that is at fault, but the GPU or its memory.
+            If the GPU or its memory is at fault, not an image.
         """
         pixels: list[Pixels | None] = [None] * len(self._images)
         parts = [list(range(len(self._images)))]
@@ -224,61 +224,62 @@ class DaliDecoding:
             try:
                 decoded = self._decode([self._images[n] for n in part])
             except DALI_ERRORS as error:
-                parts += self._divide(part, error)
+                parts += self._split_failed(part, error)
             else:
                 for n, image in zip(part, decoded, strict=True):
                     pixels[n] = image
         return pixels
 
-    def _divide(self, part: list[int], error: Exception) -> list[list[int]]:
-        """Return what of a part of the batch, which has failed, is to be decoded again."""
-        kind, sample = read_fault(error)
+    def _split_failed(self, part: list[int], error: Exception) -> list[list[int]]:
+        """Return the parts in which a failed part of the batch is to be decoded again."""
+        kind, sample = classify_error(error)
         if kind == "driver" or isinstance(error, DeviceError):
             raise error
         if kind == "memory":
             DECODERS.clear()
-            if len(part) == 1 and self._options.device == "gpu":
-                raise self._explain_no_memory(self._images[part[0]], error) from error
+            if len(part) == 1 and self._decoder_options.device == "gpu":
+                raise self._make_memory_error(self._images[part[0]], error) from error
             logger.warning(
-                "DALI has no memory for %d images at once: %s", len(part), shorten(error)
+                "DALI has no memory for %d images at once: %s", len(part), extract_message(error)
             )
-        if kind == "picture" and sample is not None and sample < len(part):
+        if kind == "image" and sample is not None and sample < len(part):
             return [part[:sample] + part[sample + 1 :]]
         half = len(part) // 2
         return [part[half:], part[:half]] if half else []
 
     @staticmethod
-    def _explain_no_memory(image: Encoded, error: Exception) -> RuntimeError:
+    def _make_memory_error(image: Encoded, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"{image.name}: no memory on the GPU for {image.header.width} x {image.header.height} "
-            f"pixels beside what else is there: {shorten(error)}. Less is taken by fewer readers a "
-            "GPU (a larger num_gpus_per_worker), a smaller dali_batch_size or max_batch_bytes"
+            f"pixels beside what else is there: {extract_message(error)}. Less is taken by fewer "
+            "readers a GPU (a larger num_gpus_per_worker), a smaller dali_batch_size or "
+            "max_batch_bytes"
         )
 
     def _decode(self, images: Sequence[Encoded]) -> list[Pixels]:
-        """Decode images that are to succeed or fail together."""
-        decoder, self._begun = self._begun, None
-        with self._catch(images):
+        """Decode images in one run of the pipeline, which succeeds or fails as a whole."""
+        decoder, self._started = self._started, None
+        with self._capture_stderr(images):
             decoder = decoder or self._start(images)
             pixels = decoder.finish()
-        DECODERS.give_back(self._options, decoder)
+        DECODERS.give_back(self._decoder_options, decoder)
         return pixels
 
     def _start(self, images: Sequence[Encoded]) -> Decoder:
-        decoder = DECODERS.take(self._options)
+        decoder = DECODERS.take(self._decoder_options)
         decoder.start([image.content for image in images])
         return decoder
 
     @staticmethod
-    def _catch(images: Sequence[Encoded]) -> AbstractContextManager[None]:
-        return stderr.catch([image.name for image in images])
+    def _capture_stderr(images: Sequence[Encoded]) -> AbstractContextManager[None]:
+        return stderr.capture([image.name for image in images])
 
 
-def can_be_turned(header: Header, options: DecoderOptions) -> bool:
-    """Say whether what DALI gives can be turned upright, which is done on the host."""
+def can_apply_orientation(header: Header, decoder_options: DecoderOptions) -> bool:
+    """Return whether DALI's output can be turned upright, which is done on the host."""
     if header.orientation == 1:
         return True
-    on_device = options.device == "gpu" and options.output == "device"
-    # The sides of a resized picture would have to change places.
-    sideways = header.orientation >= 5 and isinstance(options.resize, tuple)
+    on_device = decoder_options.device == "gpu" and decoder_options.output == "device"
+    # DALI resizes before that: height and width would come out swapped.
+    sideways = header.orientation >= 5 and isinstance(decoder_options.resize, tuple)
     return not on_device and not sideways

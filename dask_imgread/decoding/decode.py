@@ -1,142 +1,167 @@
-"""Decode batches of encoded images: which decoder gets each, and who has the last word."""
+"""Decode batches of images: choose a decoder for each, and fall back to Pillow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import numpy as np
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import Content, Decoded, DecoderOptions, Encoded, Pixels
-from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_be_turned
-from dask_imgread.decoding.geometry import resize, turn
-from dask_imgread.decoding.header import Header, ImageError, explain_error
+from dask_imgread.decoding.contract import (
+    Content,
+    Decoded,
+    DecoderOptions,
+    Encoded,
+    Header,
+    Pixels,
+)
+from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_apply_orientation
+from dask_imgread.decoding.geometry import apply_orientation, resize
+from dask_imgread.decoding.header import ImageError, to_image_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
-from dask_imgread.decoding.parsers import is_whole
+from dask_imgread.decoding.parsers import is_intact
 from dask_imgread.decoding.pillow import decode_with_pillow
 
 _ALIGNMENT = 64  # bytes, a cache line
-# A WebP is libwebp's to decode, whoever is asked.
+# WebP is decoded by libwebp whichever library is asked.
 _FASTEST_ON_CPU = {"jpeg": "libjpeg-turbo", "png": "dali-cpu", "webp": "pillow"}
 
 
 class Decoding:
-    """A batch on its way through the decoders, begun when it is made.
+    """A batch that is being decoded; on a GPU the work starts at once.
 
-    On a GPU DALI decodes JPEG. On a CPU libjpeg-turbo does; PNG is decoded by DALI, there too. What
-    they don't know, refuse or warn of is Pillow's to decide.
+    JPEG is decoded by DALI on a GPU and by libjpeg-turbo on a CPU, PNG by DALI on the CPU in both
+    cases. What they don't support, refuse or warn about is decoded by Pillow.
 
     Parameters
     ----------
     images
-        What to decode; not more than the options' batch size.
-    options
-        What to decode it with.
+        The images to decode; at most ``decoder_options.batch_size``.
+    decoder_options
+        How to decode them.
     """
 
-    def __init__(self, images: Sequence[Encoded], options: DecoderOptions) -> None:
-        self._images, self._options = images, options
+    def __init__(self, images: Sequence[Encoded], decoder_options: DecoderOptions) -> None:
+        self._images, self._decoder_options = images, decoder_options
         self._by_dali: list[tuple[list[int], DaliDecoding]] = []
         for device in ("cpu", "gpu"):
-            numbers = [n for n, image in enumerate(images) if image.backend == f"dali-{device}"]
-            dali = DaliDecoding([images[n] for n in numbers], options._replace(device=device))
-            self._by_dali.append((numbers, dali))
+            indices = [n for n, image in enumerate(images) if image.backend == f"dali-{device}"]
+            dali = DaliDecoding(
+                [images[n] for n in indices], decoder_options._replace(device=device)
+            )
+            self._by_dali.append((indices, dali))
 
     def result(self) -> list[Decoded]:
-        """Return what became of each image, in order: uint8 ``(H, W, 3)`` RGB, or an error.
+        """Return an entry for each image, in order: uint8 ``(H, W, 3)`` RGB pixels, or an error.
 
-        All that is in the host's memory lies side by side in one buffer. DALI's own memory is held
-        no longer than it takes to copy: it is never given back to the system.
+        All pixels on the host share one buffer. DALI never returns its own host memory to the
+        system, so that it is held only until its pixels are copied.
         """
-        images, options = self._images, self._options
+        images = self._images
         by_dali: dict[int, Pixels | None] = {}
-        for numbers, dali in self._by_dali:
-            by_dali.update(zip(numbers, dali.result(), strict=True))
-        done = {
+        for indices, dali in self._by_dali:
+            by_dali.update(zip(indices, dali.result(), strict=True))
+        decoded = {
             n: Decoded(pixels, images[n].backend)
             for n, pixels in by_dali.items()
             if pixels is not None and not isinstance(pixels, np.ndarray)  # it is on the GPU
         }
-        left = [n for n in range(len(images)) if n not in done]
-        places = dict(zip(left, _allocate([images[n] for n in left], options), strict=True))
+        left = [n for n in range(len(images)) if n not in decoded]
+        outputs = _allocate([images[n] for n in left], self._decoder_options)
+        work = iter([(n, by_dali.get(n), out) for n, out in zip(left, outputs, strict=True)])
+        threads = min(self._decoder_options.num_threads, len(left))
+        if threads < 2:
+            decoded |= self._finish_on_host(work)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                for done in pool.map(self._finish_on_host, [work] * threads):
+                    decoded |= done
+        return [decoded[n] for n in range(len(images))]
 
-        def decode(n: int) -> None:
-            pixels = by_dali.get(n)
+    def _finish_on_host(
+        self, work: Iterator[tuple[int, Pixels | None, Pixels]]
+    ) -> dict[int, Decoded]:
+        """Finish images until the iterator, which all threads share, is exhausted.
+
+        It yields an image's index, its pixels if DALI has decoded it, and the array to fill.
+        """
+        decoded = {}
+        for n, pixels, out in work:
+            image = self._images[n]
             if pixels is None:
-                done[n] = _decode(images[n], options, places[n])
+                decoded[n] = _decode(image, self._decoder_options, out)
             else:
-                kept = _keep(pixels, places[n], images[n].header.orientation)
-                done[n] = Decoded(kept, images[n].backend)
-
-        _run_in_threads(decode, left, options.num_threads)
-        return [done[n] for n in range(len(images))]
+                upright = _copy_upright(pixels, out, image.header.orientation)
+                decoded[n] = Decoded(upright, image.backend)
+        return decoded
 
 
 def release() -> None:
-    """Give back the decoders and the memory that wait to be used again."""
+    """Release idle decoders and idle memory."""
     DECODERS.clear()
     BUFFERS.clear()
 
 
-def choose_backend(content: Content, header: Header, options: DecoderOptions) -> str:
-    """Return what is to decode an image: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow".
+def choose_backend(content: Content, header: Header, decoder_options: DecoderOptions) -> str:
+    """Return the decoder for an image: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow".
 
     Only JPEG is decoded on a GPU: PNG and WebP DALI would decode on the CPU, and copy to the GPU
     and back.
     """
-    if not header.plain:
+    if not header.unambiguous:
         return "pillow"
-    device = "gpu" if options.device == "gpu" and header.format == "jpeg" else "cpu"
-    if device == "cpu" and options.decoder == "auto":
+    device = "gpu" if decoder_options.device == "gpu" and header.format == "jpeg" else "cpu"
+    if device == "cpu" and decoder_options.decoder == "auto":
         backend = _FASTEST_ON_CPU[header.format]
     else:
         backend = f"dali-{device}"
     if backend.startswith("dali") and not (
-        can_be_turned(header, options._replace(device=device)) and is_whole(content, header.format)
+        can_apply_orientation(header, decoder_options._replace(device=device))
+        and is_intact(content, header.format)
     ):
         return "pillow"
     return backend
 
 
-def _decode(image: Encoded, options: DecoderOptions, out: Pixels) -> Decoded:
-    """Decode one image on the CPU, into ``out`` if its header has told its size."""
+def _decode(image: Encoded, decoder_options: DecoderOptions, out: Pixels) -> Decoded:
+    """Decode one image on the CPU, into ``out`` if the size fits."""
     if image.backend == "libjpeg-turbo":
         try:
-            decode_jpeg(image.content, image.header, options, out)
+            decode_jpeg(image.content, image.header, decoder_options, out)
         except (ValueError, MemoryError):
             pass
         else:
             return Decoded(out, image.backend)
     try:
         pixels = decode_with_pillow(image.content, image.header)
-        if options.resize is not None:
-            pixels = resize(pixels, options.choose_size(*pixels.shape[:2]))
-        return Decoded(_keep(pixels, out), "pillow")
+        if decoder_options.resize is not None:
+            pixels = resize(pixels, decoder_options.choose_size(*pixels.shape[:2]))
+        return Decoded(_copy_upright(pixels, out), "pillow")
     except ImageError as error:
         return Decoded(None, error=str(error))
     except MemoryError as error:
-        return Decoded(None, error=str(explain_error(error)))
+        return Decoded(None, error=str(to_image_error(error)))
 
 
-def _keep(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
-    """Return a copy of pixels, turned upright: ``out``, if they fit."""
+def _copy_upright(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
+    """Return an upright copy of the pixels, in ``out`` if the size fits."""
     height, width, _ = pixels.shape
     shape = (height, width, 3) if orientation < 5 else (width, height, 3)
     if out.shape != shape:
         out = np.empty(shape, np.uint8)
-    turn(pixels, orientation, out)
+    apply_orientation(pixels, orientation, out)
     return out
 
 
-def _allocate(images: Sequence[Encoded], options: DecoderOptions) -> list[Pixels]:
-    """Return an array for each image, all of them in one piece of memory.
+def _allocate(images: Sequence[Encoded], decoder_options: DecoderOptions) -> list[Pixels]:
+    """Return an output array for each image, all in one buffer.
 
-    Where there is not so much memory they are of no size: then each is decoded into its own, and
-    only those that are too large for that are lost.
+    If there is not enough memory for that, the arrays are empty. Each image is then decoded into
+    memory of its own, and only those too large for it fail.
     """
-    shapes = [(*options.choose_size(i.header.height, i.header.width), 3) for i in images]
+    shapes = [(*decoder_options.choose_size(i.header.height, i.header.width), 3) for i in images]
     sizes = [height * width * 3 for height, width, _ in shapes]
     starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
     try:
@@ -147,18 +172,3 @@ def _allocate(images: Sequence[Encoded], options: DecoderOptions) -> list[Pixels
         memory[start : start + size].reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
-
-
-def _run_in_threads(work: Callable[[int], None], numbers: Sequence[int], threads: int) -> None:
-    """Call ``work`` with each number, in so many threads."""
-    waiting = iter(numbers)
-
-    def run(_: int = 0) -> None:
-        for number in waiting:  # shared: each thread takes the next one
-            work(number)
-
-    if threads == 1 or len(numbers) < 2:
-        run()
-        return
-    with ThreadPoolExecutor(min(threads, len(numbers))) as pool:
-        list(pool.map(run, range(threads)))

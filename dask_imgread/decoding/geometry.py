@@ -1,4 +1,4 @@
-"""Turn pixels upright, and resize them."""
+"""Apply an EXIF orientation to pixels, and resize them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from PIL import Image
 
 from dask_imgread.decoding.contract import Pixels
 
-_PIXEL = np.dtype("V3")  # whole pixels are moved at twice the speed of three channels
+_PIXEL = np.dtype("V3")  # moving whole pixels is twice as fast as moving three channels
 
 
-def turn(pixels: Pixels, orientation: int, out: Pixels) -> None:
-    """Copy pixels to ``out``, turned and mirrored as an EXIF orientation from 1 to 8 asks for.
+def apply_orientation(pixels: Pixels, orientation: int, out: Pixels) -> None:
+    """Copy pixels to ``out``, rotated and mirrored by an EXIF orientation from 1 to 8.
 
     CIPA DC-008-2019 (Exif 2.32), 4.6.4, tag 274. Both arrays are uint8 ``(height, width, 3)``
     and contiguous.
     """
-    turned = pixels.view(_PIXEL)[..., 0]
+    upright = pixels.view(_PIXEL)[..., 0]
     if orientation >= 5:
-        turned = turned.T
+        upright = upright.T
     if orientation in (2, 3, 6, 7):
-        turned = turned[:, ::-1]
+        upright = upright[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        turned = turned[::-1]
-    out.view(_PIXEL)[..., 0] = turned
+        upright = upright[::-1]
+    out.view(_PIXEL)[..., 0] = upright
 
 
 def resize(
@@ -31,10 +31,10 @@ def resize(
     size: tuple[int, ...],
     box: tuple[float, float, float, float] | None = None,
 ) -> Pixels:
-    """Resize to ``size`` (height, width) as DALI does: linear, and smoothed where it shrinks.
+    """Resize to ``size`` (height, width) as DALI does: bilinear, antialiased where it shrinks.
 
-    ``box`` is the part of the pixels to take: left, upper, right, lower, fractions of a pixel
-    included. The result is read-only.
+    ``box`` is the region to take (left, upper, right, lower), in fractions of a pixel if need be.
+    The result is read-only.
     """
     height, width = size
     image = Image.fromarray(pixels)

@@ -6,7 +6,7 @@ import io
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from PIL import (
     AvifImagePlugin,
@@ -22,28 +22,28 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from dask_imgread.decoding.contract import Content, DecoderOptions
+from dask_imgread.decoding.contract import Content, DecoderOptions, Header
 from dask_imgread.decoding.orientation import find_orientation
 from dask_imgread.decoding.parsers import (
     find_png_metadata,
-    name_jpeg_coding,
+    find_unsupported_coding,
     parse_jpeg,
     parse_png,
     parse_webp,
     read_without_pixels,
 )
 
-HEAD_BYTES = 4096 - 512  # with its tar header, one page
-_MOST_SCANNED = 1 << 33  # pixels, in all scans: some five seconds; ten scans are usual
-_FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # Pillow's names that are not ours
+HEAD_BYTES = 4096 - 512  # one page together with the tar header
+_MAX_SCANNED_PIXELS = 1 << 33  # in all scans: some five seconds; ten scans are usual
+_FORMATS = {"jpeg2000": "jp2", "ppm": "pnm", "mpo": "jpeg"}  # by Pillow's name, where ours differs
 
-_IMAGE = re.compile(
+_IMAGE_MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II[*+]\0|MM\0[*+]|P[1-6]\s"
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp",
     re.DOTALL,
 )
-# The one list of what is opened: others of Pillow's plugins start programs and open files.
-_OPENED = tuple(
+# The only formats that are opened: others of Pillow's plugins start programs or open files.
+_PILLOW_FORMATS = tuple(
     plugin.format
     for plugin in (
         JpegImagePlugin.JpegImageFile,
@@ -57,7 +57,7 @@ _OPENED = tuple(
         AvifImagePlugin.AvifImageFile,
     )
 )
-_NOT_OPENED = {
+_UNSUPPORTED = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"II\xbc\1": "JPEG XR",
@@ -68,33 +68,7 @@ _NOT_OPENED = {
     b"P7\n": "PAM",
     b"P7 332": "XV thumbnail",
 }
-_EXPLAINED_BYTES = 1 << 20  # of a file that can't be opened, to say why
-
-
-class Header(NamedTuple):
-    """What an image's first bytes say.
-
-    ``width`` and ``height`` are in pixels and upright: the EXIF orientation is applied.
-    ``channels`` is the number stored in the file; a palette counts as the colours in it.
-    ``plain`` says that this is a whole JPEG, PNG or WebP that every decoder reads alike, with the
-    same pixels but for the orientation. ``orientation`` is EXIF's, from 1 to 8, where the
-    stored pixels are to be turned by it. ``progressive`` says that a JPEG's pixels come in any
-    number of scans.
-    """
-
-    format: str
-    width: int
-    height: int
-    channels: int
-    plain: bool
-    orientation: int = 1
-    progressive: bool = False
-
-    @property
-    def stored_size(self) -> tuple[int, int]:
-        """Height and width before the orientation is applied."""
-        size = self.height, self.width
-        return size if self.orientation < 5 else size[::-1]
+_MAX_DIAGNOSED_BYTES = 1 << 20  # of an unreadable file, read for the error message
 
 
 class ImageError(ValueError):
@@ -102,7 +76,7 @@ class ImageError(ValueError):
 
 
 def read_header(content: Content) -> Header:
-    """Read an image's header from all its bytes.
+    """Read an image's header, given all its bytes.
 
     Raises
     ------
@@ -111,21 +85,21 @@ def read_header(content: Content) -> Header:
     """
     if not content:
         raise ImageError("empty: 0 bytes")
-    return _parse(content) or _read_further(io.BytesIO(content))
+    return _parse_strictly(content) or _read_with_fallback(io.BytesIO(content))
 
 
 def read_header_only(read_at: Callable[[int, int], bytes], size: int) -> Header:
-    """Read an image's header from as few of its bytes as will tell it.
+    """Read an image's header from as few of its bytes as possible.
 
-    Most often these are the first. More is read where its size, or metadata that could hold an
-    orientation, may lie further on; pixels are skipped.
+    The first ``HEAD_BYTES`` are usually enough. More is read where the size, or metadata that may
+    contain an orientation, can follow later; pixels are skipped.
 
     Parameters
     ----------
     read_at
-        Returns so many bytes (second) of the image from an offset (first).
+        Returns the bytes of the image at an offset (first argument), so many (second).
     size
-        How many there are.
+        The image's size in bytes.
 
     Raises
     ------
@@ -137,19 +111,19 @@ def read_header_only(read_at: Callable[[int, int], bytes], size: int) -> Header:
     head = read_at(0, min(size, HEAD_BYTES))
     if len(head) == size:
         return read_header(head)
-    header = _parse(head)
+    header = _parse_strictly(head)
     if header is not None:
         return header
-    source = _SlowFile(read_at, size, head)
+    source = _RangeFile(read_at, size, head)
     try:
-        return _read_further(io.BufferedReader(source, HEAD_BYTES))
+        return _read_with_fallback(io.BufferedReader(source, HEAD_BYTES))
     finally:
-        if source.failure is not None:  # Pillow takes it for the picture's
+        if source.failure is not None:  # Pillow may have blamed the image, or ignored it
             raise source.failure
 
 
-class _SlowFile(io.RawIOBase):
-    """An image as a file from which only what is asked for is read."""
+class _RangeFile(io.RawIOBase):
+    """An image as a file, which is read through ``read_at``."""
 
     def __init__(self, read_at: Callable[[int, int], bytes], size: int, head: bytes) -> None:
         self._read_at, self._size, self._head = read_at, size, head
@@ -186,31 +160,31 @@ class _SlowFile(io.RawIOBase):
         return len(content)
 
 
-def _read_further(file: BinaryIO) -> Header:
-    """Read the header of a file that is odd, or of which the first bytes do not tell it."""
+def _read_with_fallback(file: BinaryIO) -> Header:
+    """Read a header that ``_parse_strictly`` could not: parse more of the file, or use Pillow."""
     if file.read(4) in (b"\x89PNG", b"RIFF"):
-        header = _parse(read_without_pixels(file))
+        header = _parse_strictly(read_without_pixels(file))
         if header is not None:
-            return header._replace(plain=False)
+            return header._replace(unambiguous=False)
     return _read_with_pillow(file)
 
 
-def _parse(content: Content) -> Header | None:
-    """Read a header without Pillow; None if it is odd, or if these bytes don't tell all of it."""
+def _parse_strictly(content: Content) -> Header | None:
+    """Read a header without Pillow; None if it is irregular, or not all of it is here."""
     for magic, (name, parse) in _PARSERS.items():
         if content[: len(magic)] == magic:
             try:
                 parsed = parse(content)
             except (ValueError, struct.error):
                 return None
-            if not parsed.settled:
+            if not parsed.conclusive:
                 return None
-            width, height, channels, plain, metadata, _, progressive = parsed
+            width, height, channels, unambiguous, metadata, _, progressive = parsed
             orientation = find_orientation(metadata)
             if orientation >= 5:
                 width, height = height, width
-            plain &= not (metadata and name == "png")  # OpenCV, in DALI, reads some of it
-            return Header(name, width, height, channels, plain, orientation, progressive)
+            unambiguous &= not (metadata and name == "png")  # DALI's OpenCV applies some of it
+            return Header(name, width, height, channels, unambiguous, orientation, progressive)
     return None
 
 
@@ -219,9 +193,9 @@ def _read_with_pillow(file: BinaryIO) -> Header:
         with open_with_pillow(file) as image:
             name = (image.format or "unknown").lower()
             metadata: Mapping[Any, Any] = image.info
-            if name == "png":  # of which Pillow has not read what is behind the pixels
+            if name == "png":  # Pillow has not read what follows the pixels
                 metadata, _ = find_png_metadata(read_without_pixels(file))
-            # A TIFF Pillow turns by itself, its size at once.
+            # Pillow applies a TIFF's orientation itself, and to the size at once.
             orientation = 1 if name == "tiff" else find_orientation(metadata)
             width, height = image.size[::-1] if orientation >= 5 else image.size
             palette = image.palette.mode if image.mode == "P" and image.palette else None
@@ -232,33 +206,36 @@ def _read_with_pillow(file: BinaryIO) -> Header:
             )
     except ImageError:
         raise
-    except Exception as error:  # what Pillow finds out only when it is asked
-        raise explain_error(error) from error
+    except Exception as error:  # lazily parsed metadata may raise anything
+        raise to_image_error(error) from error
 
 
 def check_size(
-    content: Content, header: Header, max_pixels: int | None, options: DecoderOptions | None
+    content: Content, header: Header, max_pixels: int | None, decoder_options: DecoderOptions | None
 ) -> None:
-    """Raise ImageError if an image has more than ``max_pixels``, or goes over them too often.
+    """Raise ImageError if an image has more than ``max_pixels``, or too many scans.
 
-    What it comes out with counts too: of a picture one pixel wide ``resize`` makes thousands of
-    times as many.
+    The pixels after ``resize`` count too: an image one pixel wide may grow a thousandfold.
 
-    Every scan of a progressive JPEG goes over all pixels, and takes a few bytes of the file: a
-    hundred thousand of them would take minutes.
+    Each scan of a progressive JPEG updates all pixels, but takes as little as a few bytes of the
+    file. A hundred thousand scans would take minutes.
     """
     width, height = header.width, header.height
     if max_pixels is not None and width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, max_pixels is {max_pixels}")
-    if max_pixels is not None and options is not None and options.resize is not None:
-        rows, columns = options.choose_size(height, width)
+    if (
+        max_pixels is not None
+        and decoder_options is not None
+        and decoder_options.resize is not None
+    ):
+        rows, columns = decoder_options.choose_size(height, width)
         if rows * columns > max_pixels:
             raise ImageError(
                 f"too large: resized to {columns} x {rows} pixels, max_pixels is {max_pixels}"
             )
     if header.progressive:
         scans = bytes(content).count(b"\xff\xda")
-        if width * height * scans > _MOST_SCANNED:
+        if width * height * scans > _MAX_SCANNED_PIXELS:
             raise ImageError(f"too large: {scans} scans of {width} x {height} pixels")
 
 
@@ -270,21 +247,21 @@ _PARSERS = {
 
 
 def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
-    """Open an image of a format that we name with Pillow, reading its header only.
+    """Open an image with Pillow, if it is of a supported format; read its header only.
 
-    As ``Image.open`` does, but whatever the size is: that is compared with our own limit, and
-    ``Image.MAX_IMAGE_PIXELS`` is the whole process's.
+    Unlike ``Image.open`` this ignores ``Image.MAX_IMAGE_PIXELS``, which is global:
+    ``check_size`` applies our own limit.
 
     Raises
     ------
     ImageError
-        If it is of no such format.
+        If its format is not supported, or the header is broken.
     """
     file.seek(0)
     prefix = file.read(16)
     refusal: Exception | None = None
     try:
-        for name in _OPENED:
+        for name in _PILLOW_FORMATS:
             factory, accept = Image.OPEN[name]
             accepted = accept is None or accept(prefix)
             if isinstance(accepted, str):
@@ -292,46 +269,46 @@ def open_with_pillow(file: BinaryIO) -> ImageFile.ImageFile:
             if accepted:
                 file.seek(0)
                 if name == "WEBP":
-                    file = _SlowStart(file.read())
+                    file = _ShortFirstRead(file.read())
                 try:
                     return factory(file, "")
                 except (SyntaxError, IndexError, TypeError, struct.error) as error:
                     refusal = error
     except ImageError:
         raise
-    except Exception as error:  # plugins let through whatever struct and zlib raise
+    except Exception as error:  # plugins let errors of struct and zlib through
         refusal = error
     file.seek(0)
-    raise _explain_unopened(file.read(_EXPLAINED_BYTES), refusal) from refusal
+    raise _make_open_error(file.read(_MAX_DIAGNOSED_BYTES), refusal) from refusal
 
 
-class _SlowStart(io.BytesIO):
-    """A file whose first read gives too little for the plugin of WebP to see its size.
+class _ShortFirstRead(io.BytesIO):
+    """A file whose first read is too short for the WebP plugin to find the image's size.
 
-    Which it would compare with ``Image.MAX_IMAGE_PIXELS``.
+    Otherwise the plugin would check it against ``Image.MAX_IMAGE_PIXELS``.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(16 if self.tell() == 0 else size)
 
 
-def _explain_unopened(content: bytes, refusal: Exception | None) -> ImageError:
+def _make_open_error(content: bytes, refusal: Exception | None) -> ImageError:
     if refusal is not None:
-        return explain_error(refusal, content)
-    for magic, name in _NOT_OPENED.items():
+        return to_image_error(refusal, content)
+    for magic, name in _UNSUPPORTED.items():
         if content.startswith(magic):
             return ImageError(f"unsupported codec: {name}")
     if content[4:8] == b"ftyp":
         brand = content[8:12].decode("ascii", "replace")
         return ImageError(f"unsupported codec: an ISO media file of brand {brand!r}")
-    if _IMAGE.match(content):
+    if _IMAGE_MAGIC.match(content):
         return ImageError("corrupt: no known header behind its first bytes")
     return ImageError(f"not an image: it begins with {content[:16]!r}")
 
 
-def explain_error(error: Exception, content: Content = b"") -> ImageError:
-    """Turn what Pillow raises, of an image of this content, into an ImageError with its cause."""
-    coding = name_jpeg_coding(content) if content[:3] == b"\xff\xd8\xff" else None
+def to_image_error(error: Exception, content: Content = b"") -> ImageError:
+    """Turn an exception of Pillow's into an ImageError that names the cause."""
+    coding = find_unsupported_coding(content) if content[:3] == b"\xff\xd8\xff" else None
     if coding is not None:
         return ImageError(f"unsupported codec: {coding}")
     text = str(error) or type(error).__name__

@@ -1,7 +1,7 @@
-"""Decode JPEG on the CPU with libjpeg-turbo, into memory that is there already.
+"""Decode JPEG on the CPU with libjpeg-turbo, into memory that is already allocated.
 
-Through simplejpeg 1.9.0, whose wheels carry libjpeg-turbo 3 and which releases the interpreter
-lock. It refuses whatever libjpeg-turbo warns of.
+Through simplejpeg 1.9.0, whose wheels contain libjpeg-turbo 3 and which releases the GIL.
+simplejpeg raises an error for whatever libjpeg-turbo warns about.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import simplejpeg
 
 from dask_imgread.decoding.buffers import BUFFERS
-from dask_imgread.decoding.contract import Content, DecoderOptions, Pixels
-from dask_imgread.decoding.geometry import resize, turn
-from dask_imgread.decoding.header import Header
+from dask_imgread.decoding.contract import Content, DecoderOptions, Header, Pixels
+from dask_imgread.decoding.geometry import apply_orientation, resize
 
-# libjpeg-turbo has fast code for these; at other eighths it is slower than at full size.
+# libjpeg-turbo has fast code for these; other eighths are slower than full size.
 _SCALES = (8, 4, 2)
-# What it leaves is to be so much larger than what is wanted: of a picture that is hardly larger,
-# too little is left to be smoothed, and the error grows from 46 dB to 35.
-_LEFT = 5 / 3
+# A scaled decoding must stay this much larger than the target size. If it is only slightly larger,
+# the resize that follows smooths too little, and the error grows from 46 dB to 35.
+_MIN_OVERSIZE = 5 / 3
 
 
-def decode_jpeg(content: Content, header: Header, options: DecoderOptions, out: Pixels) -> None:
+def decode_jpeg(
+    content: Content, header: Header, decoder_options: DecoderOptions, out: Pixels
+) -> None:
     """Decode one JPEG, upright and resized, into ``out``.
 
     Parameters
@@ -28,43 +29,43 @@ def decode_jpeg(content: Content, header: Header, options: DecoderOptions, out: 
     content
         The whole file.
     header
-        What its header says.
-    options
-        Whether to resize, and whether to decode at 1/2, 1/4 or 1/8 on the way.
+        Its header.
+    decoder_options
+        Whether to resize, and whether to decode at 1/2, 1/4 or 1/8 first.
     out
-        uint8 ``(height, width, 3)``, contiguous, of the size that ``options`` choose.
+        uint8 ``(height, width, 3)``, contiguous, of the size that ``decoder_options`` choose.
 
     Raises
     ------
     ValueError
-        If libjpeg-turbo refuses it, or warns of anything.
+        If libjpeg-turbo refuses the file, or warns about it.
     """
     height, width = header.stored_size
-    if options.resize is None and header.orientation == 1:
+    if decoder_options.resize is None and header.orientation == 1:
         _decode(content, 1, out)
         return
-    wanted = out.shape[:2] if header.orientation < 5 else out.shape[1::-1]
+    target = out.shape[:2] if header.orientation < 5 else out.shape[1::-1]
     scale = 1
-    if options.resize is not None and options.scaled_decoding:
-        scale = _choose_scale((height, width), wanted)
+    if decoder_options.resize is not None and decoder_options.scaled_decoding:
+        scale = _choose_scale((height, width), target)
     rows, columns = -(-height // scale), -(-width // scale)
     pixels = BUFFERS.take(rows * columns * 3).reshape(rows, columns, 3)
     _decode(content, scale, pixels)
-    if options.resize is not None:
-        # Of the last row and column a part may lie outside of the picture.
-        pixels = resize(pixels, wanted, box=(0, 0, width / scale, height / scale))
-    turn(pixels, header.orientation, out)
+    if decoder_options.resize is not None:
+        # The last row and column may lie partly outside of the image.
+        pixels = resize(pixels, target, box=(0, 0, width / scale, height / scale))
+    apply_orientation(pixels, header.orientation, out)
 
 
-def _choose_scale(size: tuple[int, int], wanted: tuple[int, ...]) -> int:
-    """Return by how much to divide a size, so that enough is left to be resized."""
-    least = min(side / target for side, target in zip(size, wanted, strict=True))
-    return next((scale for scale in _SCALES if least >= scale * _LEFT), 1)
+def _choose_scale(size: tuple[int, int], target: tuple[int, ...]) -> int:
+    """Return the largest divisor that leaves enough pixels to resize to the target size."""
+    ratio = min(side / target_side for side, target_side in zip(size, target, strict=True))
+    return next((scale for scale in _SCALES if ratio >= scale * _MIN_OVERSIZE), 1)
 
 
 def _decode(content: Content, scale: int, out: Pixels) -> None:
     height, width, _ = out.shape
-    options = {} if scale == 1 else {"min_height": height, "min_width": width, "min_factor": scale}
-    decoded = simplejpeg.decode_jpeg(content, "RGB", buffer=out, **options)
+    scaling = {} if scale == 1 else {"min_height": height, "min_width": width, "min_factor": scale}
+    decoded = simplejpeg.decode_jpeg(content, "RGB", buffer=out, **scaling)
     if decoded.shape != out.shape:
         raise ValueError(f"decoded to {decoded.shape}, the header says {out.shape}")

@@ -1,8 +1,8 @@
-"""Decide how an image is to be turned: the one place, for every format and decoder.
+"""Find an image's orientation: the only place that decides on it, for every format and decoder.
 
-As ``ImageOps.exif_transpose`` of Pillow 13 decides it (``Image.getexif``, and
-``ImageFileDirectory_v2.load`` for a directory that is damaged), but without a warning of what is
-broken: what becomes of a warning is the user's to set, for the whole process.
+The result is that of ``ImageOps.exif_transpose`` in Pillow 13 (``Image.getexif``, and
+``ImageFileDirectory_v2.load`` for damaged directories), but without Pillow's warnings: filters for
+these are global, and belong to the user.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Mapping
 from typing import Any
 
 _ORIENTATION = 0x0112
-_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">", b"MM\0+": ">"}
-# TIFF 6.0, section 2: of each type its code for `struct`; bytes and texts are no numbers.
+_BYTE_ORDERS = {b"II*\0": "<", b"II\0*": "<", b"MM\0*": ">", b"MM*\0": ">", b"MM\0+": ">"}
+# TIFF 6.0, section 2: the `struct` code of each type; "c" for bytes and text, which are no numbers.
 _TYPES = {1: "c", 2: "c", 3: "H", 4: "L", 5: "LL", 6: "b", 7: "c", 8: "h", 9: "l", 10: "ll"}
 _TYPES |= {11: "f", 12: "d", 13: "L", 16: "Q"}
 _XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def find_orientation(metadata: Mapping[Any, Any]) -> int:
-    """Return the EXIF orientation, from 1 to 8, that an image's metadata asks for.
+    """Return the orientation, from 1 to 8, in an image's EXIF, or else in its XMP.
 
     Parameters
     ----------
     metadata
-        ``"exif"``, ``"Raw profile type exif"`` and ``"xmp"``, as in Pillow's ``Image.info``.
+        The keys ``"exif"``, ``"Raw profile type exif"`` and ``"xmp"`` of Pillow's ``Image.info``.
     """
     exif = metadata.get("exif")
     try:
@@ -36,7 +36,7 @@ def find_orientation(metadata: Mapping[Any, Any]) -> int:
                 profile = profile.decode("latin-1")
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
         orientation = _read_exif(re.sub(b"^(Exif\0\0){1,2}", b"", exif)) if exif else None
-    except (ValueError, struct.error):  # broken metadata does not break the picture
+    except (ValueError, struct.error):  # broken metadata does not make the image unreadable
         return 1
     xmp = metadata.get("xmp")
     if orientation is None and isinstance(xmp, bytes) and (found := _XMP.search(xmp)):
@@ -45,42 +45,42 @@ def find_orientation(metadata: Mapping[Any, Any]) -> int:
 
 
 def _read_exif(exif: bytes) -> float | None:
-    """Return the orientation in EXIF's first directory: 0 if it is no number, None without one.
+    """Return the orientation in the first EXIF directory: None if missing, 0 if not a number.
 
     Raises
     ------
     ValueError
-        If this is no EXIF.
+        If this is not EXIF.
     """
     if not exif:
         return None
-    if exif[:4] not in _ORDERS:
+    if exif[:4] not in _BYTE_ORDERS:
         raise ValueError("no TIFF header")
-    order = _ORDERS[exif[:4]]
-    (place,) = struct.unpack_from(order + "L", exif, 4)
-    if place + 2 > len(exif):
+    order = _BYTE_ORDERS[exif[:4]]
+    (directory,) = struct.unpack_from(order + "L", exif, 4)
+    if directory + 2 > len(exif):
         return None
-    (count,) = struct.unpack_from(order + "H", exif, place)
+    (count,) = struct.unpack_from(order + "H", exif, directory)
     seen, total = set(), 0
-    for start in range(place + 2, min(place + 2 + 12 * count, len(exif) - 11), 12):
+    for start in range(directory + 2, min(directory + 2 + 12 * count, len(exif) - 11), 12):
         tag, kind, number, value = struct.unpack_from(order + "HHLL", exif, start)
         if tag in seen or kind not in _TYPES:
             continue
         layout = order + _TYPES[kind]
         size = number * struct.calcsize(layout)
-        at = start + 8
+        offset = start + 8
         if size > 4:
             total += size
             if total > len(exif):
                 continue
-            at = value
-        if at + size > len(exif):
+            offset = value
+        if offset + size > len(exif):
             return None
         if not size:
             continue
         seen.add(tag)
         if tag == _ORIENTATION:
-            return _to_number(struct.unpack_from(layout, exif, at))
+            return _to_number(struct.unpack_from(layout, exif, offset))
     return None
 
 

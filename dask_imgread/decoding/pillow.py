@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dask_imgread.decoding.contract import Content, Pixels
-from dask_imgread.decoding.geometry import turn
-from dask_imgread.decoding.header import Header, ImageError, explain_error, open_with_pillow
+from dask_imgread.decoding.contract import Content, Header, Pixels
+from dask_imgread.decoding.geometry import apply_orientation
+from dask_imgread.decoding.header import ImageError, open_with_pillow, to_image_error
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -24,7 +24,7 @@ def decode_with_pillow(content: Content, header: Header) -> Pixels:
     Raises
     ------
     ImageError
-        If it can't be decoded, or is of another size than its header has told.
+        If it can't be decoded, or its size differs from the header's.
     """
     try:
         with open_with_pillow(io.BytesIO(content)) as image:
@@ -35,21 +35,21 @@ def decode_with_pillow(content: Content, header: Header) -> Pixels:
             pixels = _to_rgb(image)
     except ImageError:
         raise
-    except Exception as error:  # Pillow's decoders let through whatever they run into
-        raise explain_error(error, content) from error
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
+        raise to_image_error(error, content) from error
     if header.orientation == 1:
         return pixels
     upright = np.empty((header.height, header.width, 3), np.uint8)
-    turn(np.ascontiguousarray(pixels), header.orientation, upright)
+    apply_orientation(np.ascontiguousarray(pixels), header.orientation, upright)
     return upright
 
 
 def _to_rgb(image: ImageFile) -> Pixels:
-    """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept; Pillow would clip some of them."""
+    """Convert to 8-bit RGB. Of 16 bits the upper 8 are kept, where Pillow clips some formats."""
     if image.format == "PPM" and image.tile and image.tile[0][3] == ("RGB", 0xFFFF):
         return _read_wide_ppm(image)
     if image.format == "TIFF":
-        # Else its plugin compares the size with `Image.MAX_IMAGE_PIXELS`, the whole process's.
+        # Otherwise the plugin checks the size against `Image.MAX_IMAGE_PIXELS`, which is global.
         size = getattr(image, "_tile_size", image.size)
         image.im = Image.new(image.mode, size, None).im
     wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
@@ -58,14 +58,14 @@ def _to_rgb(image: ImageFile) -> Pixels:
         grey = np.asarray(image) >> (bits - 8)
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     image.load()
-    image.info.pop("transparency", None)  # which is dropped: of that of a palette Pillow warns
+    image.info.pop("transparency", None)  # unused; Pillow warns about a palette's
     rgb: Pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb
 
 
 def _read_wide_ppm(image: ImageFile) -> Pixels:
-    """Read a binary colour PPM of 16 bits, the one source of which Pillow rounds the upper 8."""
-    assert image.fp is not None  # it is open: nothing was loaded yet
+    """Read a binary 16-bit colour PPM, the only format in which Pillow rounds to 8 bits."""
+    assert image.fp is not None  # still open: no pixels were loaded yet
     image.fp.seek(image.tile[0][2])
     content = image.fp.read(image.width * image.height * 6)
     if len(content) < image.width * image.height * 6:

@@ -1,8 +1,8 @@
-"""Turn what the libraries beneath DALI print into log records that name the images.
+"""Capture what the libraries beneath DALI print, and log it with the names of the images.
 
-They are C and C++, and print to the C library's stream ``stderr``. Meanwhile that stream, and
-nothing else, is led into memory. File descriptor 2 stays what it is: what Python, other
-programs, ``faulthandler`` and the C library itself print in a crash is seen at once.
+They are C and C++ libraries, which print to the C library's ``stderr`` stream. During a capture
+only that stream is redirected, to memory. File descriptor 2 is untouched: what Python, child
+processes, ``faulthandler`` and the C library itself print in a crash appears at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 logger = logging.getLogger("dask_imgread")
 
 _COLOUR = re.compile(rb"\x1b\[[0-9;]*m|\[0;\d+m|\[0m")
-# Where glibc's FILE has the descriptor that it writes to: part of its ABI, since programs were
-# compiled with it (bits/types/struct_FILE.h; 64 bits).
+# Offset of the file descriptor in glibc's FILE, which is part of its ABI (64 bits,
+# bits/types/struct_FILE.h).
 _FILENO_OFFSET = 112
 
 
 @functools.cache
 def _find_descriptor() -> ctypes.c_int | None:
-    """Return the descriptor of the C stream, to be read and set; None if it is not to be found."""
+    """Return the C stream's descriptor field, to be read and set; None where it can't be found."""
     libc = ctypes.CDLL(None)
     if ctypes.sizeof(ctypes.c_void_p) != 8 or not hasattr(libc, "gnu_get_libc_version"):
         return None
@@ -37,13 +37,13 @@ def _find_descriptor() -> ctypes.c_int | None:
     return descriptor if descriptor.value == libc.fileno(stream) else None
 
 
-class _Tap:
-    """The C stream ``stderr``, led into memory while any thread of this process decodes."""
+class _StderrCapture:
+    """The C stream ``stderr``, redirected to memory while any thread of this process decodes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._holders = 0
-        self._usual = self._memory = -1
+        self._users = 0
+        self._original = self._memory = -1
 
     def open(self) -> None:
         descriptor = _find_descriptor()
@@ -52,19 +52,19 @@ class _Tap:
         with self._lock:
             if self._memory < 0:
                 self._memory = os.memfd_create("stderr")
-            self._holders += 1
-            if self._holders == 1:
-                self._usual, descriptor.value = descriptor.value, self._memory
+            self._users += 1
+            if self._users == 1:
+                self._original, descriptor.value = descriptor.value, self._memory
 
     def close(self) -> bytes:
-        """Let go; return what was printed since the last time."""
+        """End one thread's capture; return what was printed since the last call."""
         descriptor = _find_descriptor()
         if descriptor is None:
             return b""
         with self._lock:
-            self._holders -= 1
-            if self._holders == 0:
-                descriptor.value = self._usual
+            self._users -= 1
+            if self._users == 0:
+                descriptor.value = self._original
             size = os.lseek(self._memory, 0, os.SEEK_CUR)
             printed = os.pread(self._memory, size, 0) if size else b""
             if size:
@@ -73,19 +73,19 @@ class _Tap:
             return printed
 
 
-_tap = _Tap()
+_capture = _StderrCapture()
 
 
 @contextmanager
-def catch(names: Sequence[str]) -> Iterator[None]:
-    """Log what C libraries print meanwhile, naming the images ``names``.
+def capture(names: Sequence[str]) -> Iterator[None]:
+    """Log what C libraries print in the ``with`` block, with the images' names.
 
-    Of a batch that fails nothing is logged: its images are decoded again, and what makes one fail
-    Pillow says.
+    Nothing is logged for a batch that fails: its images are decoded again, and Pillow's error is
+    reported for the one at fault.
     """
     try:
-        _tap.open()
-    except OSError as error:  # no more descriptors: it is printed where it always was
+        _capture.open()
+    except OSError as error:  # too many open files: the output goes to stderr as usual
         logger.warning("what DALI prints can't be caught: %s", error)
         yield
         return
@@ -94,15 +94,15 @@ def catch(names: Sequence[str]) -> Iterator[None]:
         yield
         failed = False
     finally:
-        printed = _tap.close()
+        captured = _capture.close()
         if not failed or len(names) == 1:
-            _log(printed, names)
+            _log_lines(captured, names)
 
 
-def _log(printed: bytes, names: Sequence[str]) -> None:
+def _log_lines(captured: bytes, names: Sequence[str]) -> None:
     where = names[0]
     if len(names) > 1:
         where = f"one of {len(names)} images, {names[0]} to {names[-1]}"
-    for line in _COLOUR.sub(b"", printed).decode("utf-8", "replace").splitlines():
+    for line in _COLOUR.sub(b"", captured).decode("utf-8", "replace").splitlines():
         if line.strip():
             logger.warning("%s: %s", where, line.strip())

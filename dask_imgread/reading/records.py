@@ -7,8 +7,8 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from dask_imgread.decoding.contract import Content
-from dask_imgread.decoding.header import Header, ImageError, read_header, read_header_only
+from dask_imgread.decoding.contract import Content, Header
+from dask_imgread.decoding.header import ImageError, read_header, read_header_only
 from dask_imgread.errors import StorageError
 from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, ImageEntry, parse_sidecar
 from dask_imgread.shards.tar import ByteSource, Member

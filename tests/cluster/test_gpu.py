@@ -45,7 +45,7 @@ class FakeNvml:
         for name in dir(self):
             if name.startswith("nvml"):
                 monkeypatch.setattr(pynvml, name, getattr(self, name))
-        gpu.ask_driver.cache_clear()
+        gpu.query_driver.cache_clear()
 
     def nvmlInit(self):
         if self.failure:
@@ -85,7 +85,7 @@ class FakeNvml:
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    gpu.ask_driver.cache_clear()
+    gpu.query_driver.cache_clear()
 
 
 def set_visible(monkeypatch, visible):
@@ -147,7 +147,7 @@ def test_nothing_is_said_where_there_is_none(monkeypatch, caplog):
 
 def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    gpu.ask_driver.cache_clear()
+    gpu.query_driver.cache_clear()
     with pytest.raises(RuntimeError, match=r'device="gpu".*nvidia-ml-py.*not installed'):
         ImageReaderStage(device="gpu").process(FileGroupTask(data=make_shards(tmp_path)))
 

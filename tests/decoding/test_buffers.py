@@ -125,10 +125,10 @@ def test_a_forked_process_begins_anew(pool):
     pool.take(2 * MB)
     child = os.fork()
     if not child:
-        pool._forget_parent()  # as BUFFERS does by itself
+        pool._reset_after_fork()  # as BUFFERS does by itself
         other = pool.take(MB)
         other[:] = 1
-        os._exit(0 if (held == 7).all() and pool._swept else 1)
+        os._exit(0 if (held == 7).all() and pool._sweeping else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (held == 7).all()
 

@@ -43,10 +43,10 @@ Current pipeline object is no longer valid.
 Current pipeline object is no longer valid."""
 
 FAULTS = {
-    "Failed to decode sample #5 : ": ("picture", 5),
-    "Failed to decode sample #30 : unsupported": ("picture", 30),
-    **{f"nvImageCodec failure: '#{n}'": ("picture", None) for n in (2, 3, 4, 13, 14, 17, 19)},
-    'Assert on "new_size >= 0" failed: Input size less than zero not supported.': ("picture", None),
+    "Failed to decode sample #5 : ": ("image", 5),
+    "Failed to decode sample #30 : unsupported": ("image", 30),
+    **{f"nvImageCodec failure: '#{n}'": ("image", None) for n in (2, 3, 4, 13, 14, 17, 19)},
+    'Assert on "new_size >= 0" failed: Input size less than zero not supported.': ("image", None),
     "std::bad_alloc": ("memory", None),
     "Can't allocate 8589934592 bytes on device 0.": ("memory", None),
     "Can't allocate 8589934592 bytes on host.": ("memory", None),
@@ -72,17 +72,17 @@ def make_error(message):
 
 @pytest.mark.parametrize(("message", "fault"), FAULTS.items())
 def test_errors_are_told_apart(message, fault):
-    assert faults.read_fault(make_error(message)) == fault
-    assert faults.shorten(make_error(message)) == message.strip().rstrip(".")
+    assert faults.classify_error(make_error(message)) == fault
+    assert faults.extract_message(make_error(message)) == message.strip().rstrip(".")
 
 
 def test_an_allocation_outside_of_an_operator():
-    assert faults.read_fault(MemoryError("std::bad_alloc")) == ("memory", None)
+    assert faults.classify_error(MemoryError("std::bad_alloc")) == ("memory", None)
 
 
 @pytest.mark.parametrize(("message", "fault"), WITHOUT_OPERATOR.items())
 def test_errors_outside_of_operators(message, fault):
-    assert faults.read_fault(RuntimeError(message)) == fault
+    assert faults.classify_error(RuntimeError(message)) == fault
 
 
 class Watch:
@@ -103,7 +103,7 @@ class Watch:
             build(decoder, options)
 
         def watched_start(decoder, contents):
-            begun[decoder] = len(contents), contents[0] is dali._make_sound_jpeg()
+            begun[decoder] = len(contents), contents[0] is dali._make_warmup_jpeg()
             start(decoder, contents)
             self.notes.append(("start", *begun[decoder]))
 
@@ -129,7 +129,7 @@ class Watch:
 @pytest.fixture
 def on_gpu(monkeypatch):
     """A machine with a GPU, as far as readers can see."""
-    monkeypatch.setitem(dali.PLACES, "gpu", dali.PLACES["cpu"])
+    monkeypatch.setitem(dali.DALI_DEVICES, "gpu", dali.DALI_DEVICES["cpu"])
     monkeypatch.setattr(gpu, "count_gpus", lambda: 1)
     dali.DECODERS.clear()
     yield
@@ -271,7 +271,7 @@ def test_out_of_memory_halves_the_batch(on_gpu, monkeypatch, tmp_path, caplog):
     start = dali.Decoder.start
 
     def start_few(decoder, contents):
-        if len(contents) > 10 and contents[0] is not dali._make_sound_jpeg():
+        if len(contents) > 10 and contents[0] is not dali._make_warmup_jpeg():
             raise make_error("Can't allocate 8589934592 bytes on device 0.")
         start(decoder, contents)
 
@@ -352,7 +352,7 @@ import resource, sys
 from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.cluster import gpu
 from dask_imgread.decoding import dali
-dali.PLACES["gpu"] = dali.PLACES["cpu"]
+dali.DALI_DEVICES["gpu"] = dali.DALI_DEVICES["cpu"]
 gpu.count_gpus = lambda: 1
 reader = ImageReaderStage(dali_batch_size=8, num_threads=1)
 for batch in reader.stream(FileGroupTask(data=[sys.argv[1]])):
@@ -405,4 +405,4 @@ def test_no_such_gpu():
     options = dali.DecoderOptions("gpu", 1, 4)
     with pytest.raises(RuntimeError) as raised:
         dali.Decoder(options)
-    assert faults.read_fault(raised.value).kind == "driver"
+    assert faults.classify_error(raised.value).kind == "driver"

@@ -15,7 +15,7 @@ from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend
 from dask_imgread.decoding.header import ImageError, read_header
-from dask_imgread.decoding.parsers import is_whole
+from dask_imgread.decoding.parsers import is_intact
 from dask_imgread.testing import write_shard
 from tests.conftest import count_fuzz_inputs
 from tests.helpers import odd_headers
@@ -84,7 +84,7 @@ NO_TABLE = b"\xff\xc4\0\x13\3" + b"\xff" * 16
 )
 def test_tables_that_decoders_need(content, whole):
     """What is not whole fails its batch in DALI, and what is does not."""
-    assert is_whole(content, "jpeg") == whole
+    assert is_intact(content, "jpeg") == whole
     if whole:
         (decoded,) = Decoding(
             [Encoded("a", content, read_header(content), "dali-cpu")], CPU
@@ -95,10 +95,10 @@ def test_tables_that_decoders_need(content, whole):
 def test_sums_that_decoders_need():
     png, text = odd_headers.PNG, odd_headers.chunk(b"tEXt", b"Comment\0text", check=7)
     with_text = png[:33] + text + png[33:]
-    assert is_whole(with_text, "png")
+    assert is_intact(with_text, "png")
     assert choose(with_text, CPU) == "dali-cpu"
     place = odd_headers.IDAT + 20
-    assert not is_whole(png[:place] + bytes([png[place] ^ 1]) + png[place + 1 :], "png")
+    assert not is_intact(png[:place] + bytes([png[place] ^ 1]) + png[place + 1 :], "png")
 
 
 def test_tables_are_looked_through_once():
@@ -106,7 +106,7 @@ def test_tables_are_looked_through_once():
     nested = b"\xff\xc4\0\x15\0" + b"\0\0\0\1" + bytes(12) + b"\xc4"
     content = _PROGRESSIVE[:_LATER] + nested * 50_000 + _PROGRESSIVE[_LATER:]
     began = time.monotonic()
-    is_whole(content, "jpeg")
+    is_intact(content, "jpeg")
     assert time.monotonic() - began < 5
 
 

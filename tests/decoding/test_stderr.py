@@ -13,7 +13,7 @@ from tests.helpers.images import BROKEN, JPEG, PICTURE, PNG, both_decoders, enco
 
 
 @both_decoders
-def test_the_decoders_chatter_becomes_log_records(tmp_path, capfd, caplog, decoder):
+def test_captured_stderr_becomes_log_records(tmp_path, capfd, caplog, decoder):
     caplog.set_level(logging.WARNING, "dask_imgread")
     tiff = encode(PICTURE.convert("1"), "TIFF", compression="group4")
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
@@ -40,7 +40,7 @@ def print_in_c(text):
 def test_what_others_print_meanwhile_reaches_stderr(capfd, caplog):
     from dask_imgread.decoding import stderr
 
-    with stderr.catch(["a.jpg"]):
+    with stderr.capture(["a.jpg"]):
         print("from Python", file=sys.__stderr__, flush=True)
         os.write(2, b"from the system\n")
         subprocess.run("echo from a program >&2", shell=True, check=True)
@@ -60,7 +60,7 @@ from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.decoding import stderr
 
 def act():
-    while not stderr._tap._holders:
+    while not stderr._capture._users:
         time.sleep(0.0001)
     if sys.argv[2] == "crash":
         faulthandler._sigsegv()

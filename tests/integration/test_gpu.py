@@ -25,7 +25,7 @@ from dask_imgread import (
     read_bag,
     start_cluster,
 )
-from dask_imgread.cluster.gpu import ask_driver, count_gpus
+from dask_imgread.cluster.gpu import count_gpus, query_driver
 from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import write_shard
 from tests.helpers.images import BROKEN, encode, members_of, read_with_pillow, variants
@@ -293,7 +293,7 @@ def count_both_ways():
 
 
 def list_visible():
-    first, *others = ask_driver().uuids or [""]
+    first, *others = query_driver().uuids or [""]
     named = ",".join([first, *others])
     return [
         None, "", "-1", "0", "0,0", "0,foo", "foo", "NoDevFiles", "0,,0", " 0 ", "+0", "0abc",

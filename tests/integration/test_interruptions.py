@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(cluster, "_LOOKED_EVERY", 0.1)
+    monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with dask.config.set({cluster.WAIT_SETTING: "1s"}):
         yield
 
@@ -105,7 +105,7 @@ def test_a_job_without_workers_ends(folder, shards, impatient, monkeypatch, caps
 
 
 def test_a_job_goes_on_when_workers_come_back(folder, shards, monkeypatch):
-    monkeypatch.setattr(cluster, "_LOOKED_EVERY", 0.1)
+    monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with start_local(1) as local, Client(local) as client:
         scale_when_begun(local, "out", 0)
 
@@ -166,7 +166,7 @@ def test_a_wrong_scheduler_is_told_at_once(
     folder, shards, monkeypatch, caplog, capsys, option, where
 ):
     monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
-    monkeypatch.setattr(cluster, "_WAIT", 2)
+    monkeypatch.setattr(cluster, "_TIMEOUT", 2)
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         assert main(["verify", *shards, option, where]) == 3
     assert caplog.messages == [f"waiting up to 2 s for the scheduler {where}"]
