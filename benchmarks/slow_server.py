@@ -67,10 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if self.path == _STATS:
             body = json.dumps(self.server.stats).encode()
             self.server.stats = dict.fromkeys(self.server.stats, 0)

@@ -28,6 +28,7 @@ _MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no
 _MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
 _MOST_DOTS = 16  # that are looked at, from the right
 _MOST_LINKS = 40  # one after the other, as Linux follows
+_GAP = "\0.gap"  # no member's name: those end at a zero
 _REACH = 2 << 20  # bytes between members of one sample, in a shard that is read once
 
 
@@ -225,7 +226,12 @@ class _SampleStream:
     def settle(self, limit: int | None) -> ShardIndex:
         """Return the samples that end before an offset; None for all."""
         files = [m if m.link is None else self._follow(m, limit) for m in self._held]
-        index = index_members([m for m in files if m.link is None], self._seen)
+        files = [member for member in files if member.link is None]
+        index = index_members(files, self._seen)
+        if "dotted" in index.notes and limit is not None:
+            # What stands behind the last image may belong to one that is still to come, or to all.
+            last = index.images[-1].member.start
+            index = index_members([m for m in files if m.start <= last], self._seen)
         last_start = {entry.key: entry.member.start for entry in index.images}
         open_key = split_name(self._held[-1].name)[0] if limit is not None else None
         done, waiting = ShardIndex(notes=index.notes), set[int]()
@@ -240,11 +246,14 @@ class _SampleStream:
         self._seen.names.update(entry.member.name for entry in done.images)
         held, self._held = self._held, []
         for member in held:
-            if member.start in waiting or (limit is not None and member.start > limit):
-                if member.start not in used:
-                    self._held.append(member)
-            elif member.start not in used:
-                self._set_aside(member)
+            still = member.start in waiting or (limit is not None and member.start > limit)
+            if still and member.start not in used:
+                self._held.append(member)
+            else:
+                if not still and member.start not in used:
+                    self._set_aside(member)
+                if self._held and self._held[-1].name != _GAP:  # what it stood between stays apart
+                    self._held.append(member._replace(name=_GAP, link=None, hard=False))
         self._settled = self._settled if limit is None else limit
         return self._note(done)
 
@@ -280,7 +289,7 @@ class _SampleStream:
     def _set_aside(self, member: Member) -> None:
         """Remember a sidecar that no image has."""
         key, extension = split_name(member.name)
-        if not extension or is_image(extension):
+        if not extension or is_image(extension) or member.name == _GAP:
             return
         if key in self._seen.keys:
             self._behind.append(member)
