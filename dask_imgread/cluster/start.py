@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import current_process, resource_tracker
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import dask
@@ -31,6 +33,11 @@ _WAIT = 600  # seconds, for a scheduler and for workers
 _WAIT_HERE = 60  # for workers on this machine: they come back soon, or not at all
 WAIT_SETTING = "imgread.wait-for-workers"
 _LOOKED_EVERY = 5.0  # seconds, at the workers while no task ends
+_MARK = "DASK_IMGREAD_UNGUARDED"  # names the file that tells that a worker has run the script
+_UNGUARDED = (
+    "dask_imgread: each worker process imports this script, and so runs it again: start the "
+    'cluster below `if __name__ == "__main__":`, or in a function that is called there'
+)
 
 
 def start_cluster(
@@ -70,6 +77,9 @@ def start_cluster(
         If ``device="gpu"`` and there is no GPU.
     ImportError
         If there is a GPU, but not dask-cuda.
+    SystemExit
+        If a script calls this without ``if __name__ == "__main__":``. Each worker process imports
+        the script first, and would start a cluster itself.
 
     Examples
     --------
@@ -85,7 +95,7 @@ def start_cluster(
             f'device="gpu", but no GPU was found: {explain_absence()}. Give "auto" to use cores'
         )
     options = {"dashboard_address": _choose_dashboard()} | options
-    with _keep_interrupts():
+    with _refuse_unguarded_script(), _keep_interrupts():
         if gpus:
             cluster = _start_on_gpus(n_workers, num_gpus_per_worker, options)
         else:
@@ -253,6 +263,30 @@ def _hush_workers(client: Client) -> None:
     hushing = threading.Thread(target=hush, daemon=True)
     hushing.start()
     hushing.join(1)  # not every worker may answer
+
+
+@contextmanager
+def _refuse_unguarded_script() -> Iterator[None]:
+    """End with one line if the workers that are started meanwhile come here, too.
+
+    They do where the script starts a cluster whenever it is imported: a new process imports it
+    before anything else.
+    """
+    importing_script = getattr(current_process(), "_inheriting", False)
+    if importing_script and _MARK in os.environ:
+        Path(os.environ[_MARK]).touch()
+        os._exit(1)  # an exception would print a traceback, and one for each worker
+    with TemporaryDirectory() as folder:
+        mark = Path(folder, "unguarded")
+        os.environ[_MARK] = str(mark)
+        try:
+            yield
+        except Exception:
+            if mark.exists():
+                raise SystemExit(_UNGUARDED) from None
+            raise
+        finally:
+            os.environ.pop(_MARK, None)
 
 
 @contextmanager
