@@ -3,10 +3,12 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -85,9 +87,38 @@ def test_docstrings_examples(name, tmp_path, monkeypatch):
     assert runner.failures == 0
 
 
-def test_public_names_are_documented_with_an_example():
-    for name in dask_imgread.__all__:
-        assert (getattr(dask_imgread, name).__doc__ or "").strip(), name
+# They need a store or a cluster that fails, for longer than an example may take.
+WITHOUT_EXAMPLE = {"JobError", "NoWorkersError", "OtherJobError", "StorageError"}
+
+
+@pytest.mark.parametrize("name", dask_imgread.__all__)
+def test_public_names_are_documented_with_an_example(name):
+    public = getattr(dask_imgread, name)
+    text = inspect.cleandoc(public.__doc__)
+    examples = doctest.DocTestParser().get_examples(text)
+    assert bool(examples) == (name not in WITHOUT_EXAMPLE)
+    assert bool(examples) == ("\nExamples\n--------\n" in text)
+    if inspect.isfunction(public) or hasattr(public, "__post_init__"):
+        assert "\nRaises\n------\n" in text
+
+
+def test_the_source_distribution_has_all_files(tmp_path):
+    """Also those that only tests read: whoever packages it runs them."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (built,) = tmp_path.iterdir()
+    with tarfile.open(built) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    folders = [".ci", "benchmarks", "dask_imgread", "docs", "examples", "tests"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.name not in (".git", ".coverage")]
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & {*path.parts}
+    }
+    assert {"environment.yml", ".ci/run", "docs/gpus.md", "tests/test_project.py"} <= wanted
+    assert wanted <= packed
 
 
 def name_module(path):

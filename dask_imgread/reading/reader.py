@@ -114,6 +114,11 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         they can't travel. Wait for your kernels before you let go of an array: its memory is
         DALI's again at once. What is not decoded on the GPU stays NumPy.
 
+    Raises
+    ------
+    ValueError
+        If an option has a value that it can't have.
+
     Examples
     --------
     >>> from dask_imgread.testing import make_shards

@@ -131,7 +131,7 @@ def test_map_windowed_keeps_no_more_than_its_window(client):
 
 
 @pytest.mark.parametrize(
-    "call", ["start_cluster(device='cpu', n_workers=2)", "run_job('shards', 'out', n_workers=2)"]
+    "call", ["start_cluster(device='cpu', n_workers=2)", "run_job('shards', 'out')"]
 )
 def test_a_script_without_a_guard_ends_with_one_line(tmp_path, call):
     make_shards(tmp_path / "shards", images_per_shard=2)
