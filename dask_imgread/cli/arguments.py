@@ -1,6 +1,6 @@
-"""The command line's arguments: its parser, its help, and the checks that need nothing else.
+"""The command line's arguments: the parser with its help texts, and further checks.
 
-Nothing here imports Dask, which takes a second: help and refusals come at once.
+Importing Dask takes a second, so it is not imported here: help and refusals come at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,15 @@ _MISSING = {
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Parse a command line, or this process's; what it says goes before what ``--config`` says.
+    """Parse a command line, and the file that its ``--config`` names.
+
+    Parameters
+    ----------
+    parser
+        The parser.
+    argv
+        The words after the program's name; those of this process if None. They override the
+        file's values.
 
     Raises
     ------
@@ -59,7 +67,8 @@ def parse_arguments(
     if getattr(arguments, "config", None) is None:
         return arguments
     positional, options = read_config(arguments.config, vars(arguments))
-    # The parser checks the file's options too; of an option that comes twice the last one counts.
+    # Parsed as part of the command line, the file's options are checked like any others. They
+    # come first, since the last one counts where an option is given twice.
     at = given.index(arguments.command) + 1
     arguments = parser.parse_args([*given[:at], *options, *given[at:]])
     function = getattr(arguments, "function", None)
@@ -74,9 +83,9 @@ def parse_arguments(
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError if a command lacks an argument, or its arguments contradict each other.
+    """Raise ValueError if a command lacks an argument, or has some that don't go together.
 
-    The parser can't check this: the configuration file may give what the command line doesn't.
+    The parser can't require arguments: they may stand in the configuration file.
     """
     for name in _REQUIRED.get(arguments.command, ()):
         if not getattr(arguments, name):
@@ -103,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     demo = _add_command(commands, "demo", "make a few shards of pictures and read them")
-    demo.add_argument("--folder", help="a new one, for everything (default dask-imgread-demo)")
+    demo.add_argument("--folder", help="folder to make for all files (default dask-imgread-demo)")
     demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
     demo.add_argument(
         "--workers",
@@ -230,16 +239,21 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster(command: argparse.ArgumentParser) -> None:
-    """Add where the work is done."""
+    """Add which cluster does the work."""
     cluster = command.add_argument_group("cluster (default: one is started on this machine)")
     which = cluster.add_mutually_exclusive_group()
-    which.add_argument("--scheduler", metavar="ADDRESS", help="a scheduler that is there")
-    which.add_argument("--scheduler-file", metavar="FILE", help="the file that it writes")
+    which.add_argument("--scheduler", metavar="ADDRESS", help="address of a running scheduler")
+    which.add_argument(
+        "--scheduler-file",
+        metavar="FILE",
+        help="file that the scheduler has written its address to",
+    )
     cluster.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="to start (default: one for each GPU or core), or to wait for (default 1)",
+        help="workers to start (default: one for each GPU or core), or, with a scheduler, to wait "
+        "for (default 1)",
     )
 
 
@@ -307,7 +321,7 @@ def _parse_size(text: str) -> int | tuple[int, int]:
     return int(first) if second is None else (int(first), int(second))
 
 
-# The reader's options: their names, types and defaults are those of ReaderOptions.
+# The reader's options: names, types and defaults come from ReaderOptions.
 
 READER_HELP = {
     "device": "what decodes; auto is a GPU where there is one",
@@ -316,7 +330,7 @@ READER_HELP = {
     "num_gpus_per_worker": "share of a GPU that a reader holds",
     "on_error": "what becomes of an image that can't be read",
     "max_pixels": "refuse larger images",
-    "max_batch_bytes": "of a batch's decoded images, at most",
+    "max_batch_bytes": "most bytes of decoded images in a batch",
     "resize": "resize images, such as to 256 or 224x224",
     "decoder": "auto is what is fastest, dali is DALI on a CPU too",
     "scaled_decoding": "begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
@@ -324,11 +338,11 @@ READER_HELP = {
     "isolate": "decode each image in a child process that it may kill",
     "sidecars": "read the samples' other members too",
 }
-NOT_OFFERED = {  # the reader's other options, and why a command line doesn't take them
-    "decode": "metadata alone has a choice, and its own default and help",
-    "verbose": "the progress says what its lines would",
-    "name": "only its log lines have it",
-    "output": "arrays on a GPU are for functions in Python that ask for them",
+NOT_OFFERED = {  # the reader's other options, and why they are not on this list
+    "decode": "only metadata has it, with a default of its own; apply and verify always decode",
+    "verbose": "the progress shows what these log lines would",
+    "name": "it stands in those log lines alone",
+    "output": "with arrays on a GPU a function of apply would work only where there is one",
 }
 _METAVARS = {
     "num_gpus_per_worker": "SHARE",
@@ -358,7 +372,7 @@ def _add_reader(
 
 
 def _describe_values(name: str, hint: Any) -> dict[str, Any]:
-    """Return what argparse is to know of an option's values."""
+    """Return the arguments of ``add_argument`` for the type of an option's values."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in ("storage_option", "out_option"):
                 secrets |= merge_pairs(getattr(arguments, name, []))
             check_arguments(arguments)
-            # Only now: this imports Dask and pandas, which help and refusals need not wait for.
+            # Imported only now, since it imports Dask and pandas: help and refusals don't wait.
             from dask_imgread.cli.commands import COMMANDS
 
             return COMMANDS[arguments.command](arguments)
