@@ -2,7 +2,7 @@
 
 import sys
 
-from dask_imgread.cli.commands import main
+from dask_imgread.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

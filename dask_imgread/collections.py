@@ -60,6 +60,15 @@ def read_bag(
     dask.bag.Bag
         Of ``ImageBatch``.
 
+    Raises
+    ------
+    FileNotFoundError, PermissionError, StorageError
+        If ``partition_shards`` raises them for the paths.
+    ValueError
+        If it does, or if tasks are given and ``partitioning`` too.
+    ReadError
+        When it is computed, if an image can't be read and the reader has ``on_error="raise"``.
+
     Examples
     --------
     >>> from dask_imgread.testing import make_shards
@@ -113,6 +122,11 @@ def read_metadata(
         (pixels, upright), ``channels``, ``backend``, ``error``, ``warning``. An image that
         can't be read has its row too, with ``error`` set.
 
+    Raises
+    ------
+    FileNotFoundError, PermissionError, StorageError, ValueError, ReadError
+        As ``read_bag`` does.
+
     Examples
     --------
     >>> from dask_imgread.testing import make_shards
@@ -164,7 +178,15 @@ def map_images(
     Raises
     ------
     SchemaError
-        When it is computed, if rows do not have the columns and types of ``meta``; a ValueError.
+        When it is computed, if rows do not have the columns and types of ``meta``; at once if
+        ``fn`` is run here and returns no rows. A ValueError.
+    ValueError
+        If neither ``meta`` is given nor a row made of the first partitions, or as in ``read_bag``.
+    FileNotFoundError, PermissionError, StorageError, ReadError
+        As ``read_bag`` does.
+    Exception
+        What ``fn`` raises for a batch with images; when it is computed, or at once if it is run
+        here.
 
     Examples
     --------

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 
 class ReadError(RuntimeError):
-    """An image could not be read, under ``on_error="raise"``. Names shard and member."""
+    """An image could not be read, under ``on_error="raise"``. Names shard and member.
+
+    Examples
+    --------
+    >>> from dask_imgread import FileGroupTask, ImageReaderStage
+    >>> from dask_imgread.testing import make_shards
+    >>> task = FileGroupTask(data=make_shards("shards", images_per_shard=3, broken=1))
+    >>> ImageReaderStage(on_error="raise").process(task)
+    Traceback (most recent call last):
+    ...
+    dask_imgread.errors.ReadError: ...jpg: truncated: image file is truncated...
+    """
 
 
 class OtherJobError(ValueError):
@@ -16,7 +27,17 @@ class JobError(RuntimeError):
 
 
 class SchemaError(ValueError):
-    """What a function returns is no rows, or has other columns or types than other rows."""
+    """What a function returns is no rows, or has other columns or types than other rows.
+
+    Examples
+    --------
+    >>> from dask_imgread import map_images
+    >>> from dask_imgread.testing import make_shards
+    >>> map_images(lambda batch: {"width": [1]}, make_shards("shards", images_per_shard=3))
+    Traceback (most recent call last):
+    ...
+    dask_imgread.errors.SchemaError: ...column 'width' has 1 entries for 3 images
+    """
 
 
 class NoWorkersError(TimeoutError):

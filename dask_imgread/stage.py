@@ -20,6 +20,16 @@ class Resources:
         CPU cores.
     gpus
         GPUs; a fraction is a share of one.
+
+    Raises
+    ------
+    ValueError
+        If one of them is negative.
+
+    Examples
+    --------
+    >>> Resources(gpus=0.25).requires_gpu
+    True
     """
 
     cpus: float = 1.0
@@ -41,6 +51,15 @@ class ProcessingStage(ABC, Generic[Input, Output]):
 
     A stage is plain values until it runs: it can be pickled, sent to a worker, and
     called there. Calling a stage is ``process``.
+
+    Examples
+    --------
+    >>> class Halve(ProcessingStage[int, int]):
+    ...     name = "halve"
+    ...     def process(self, task):
+    ...         return [task // 2, task - task // 2]
+    >>> Halve()(5)
+    [2, 3]
     """
 
     name: str

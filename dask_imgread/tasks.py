@@ -63,6 +63,17 @@ class FileGroupTask:
     sizes
         The size of each shard's file in bytes, where it is known: a remote one is then read
         without asking for it first.
+
+    Raises
+    ------
+    ValueError
+        If ``data`` is a string, or ``byte_range`` is given for any number of shards but one.
+
+    Examples
+    --------
+    >>> task = FileGroupTask(data=["a.tar", "b.tar"], task_id="first")
+    >>> task.num_items
+    2
     """
 
     dataset_name: str = ""
@@ -182,6 +193,12 @@ class ImageObject:
         ``"<cause>: <detail>"`` if the image could not be read, else None.
     warning
         What is wrong though the image could be read, such as a broken sidecar; else None.
+
+    Examples
+    --------
+    >>> image = ImageObject("a.tar/0.jpg", error="truncated: the image ends too early")
+    >>> image.cause, image.image_data
+    ('truncated', None)
     """
 
     image_path: str = ""
@@ -220,6 +237,15 @@ class ImageBatch:
         The images that could not be read, with ``error`` set and no ``image_data``.
     skipped
         How many could not be read and are left out, under ``on_error="skip"``.
+
+    Examples
+    --------
+    >>> from dask_imgread import ImageReaderStage
+    >>> from dask_imgread.testing import make_shards
+    >>> task = FileGroupTask(data=make_shards("shards", shards=1, images_per_shard=3, broken=1))
+    >>> (batch,) = ImageReaderStage(verbose=False).process(task)
+    >>> batch.num_items, [image.cause for image in batch.failed]
+    (2, ['truncated'])
     """
 
     data: list[ImageObject] = field(default_factory=list)

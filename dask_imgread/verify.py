@@ -112,6 +112,17 @@ def verify_shards(
     -------
     Verification
 
+    Raises
+    ------
+    FileNotFoundError, PermissionError, StorageError
+        If ``partition_shards`` raises them for the paths.
+    ValueError
+        If it does, or if tasks are given and ``partitioning`` too.
+    NoWorkersError
+        If the cluster has no workers for too long; a TimeoutError.
+    RuntimeError
+        If the reader is to use a GPU where there is none, or no worker declares one.
+
     Examples
     --------
     >>> from dask_imgread.testing import make_shards

@@ -25,8 +25,7 @@ import psutil
 import pytest
 import yaml
 
-from dask_imgread.cli.arguments import parse_arguments
-from dask_imgread.cli.commands import make_parser
+from dask_imgread.cli.arguments import make_parser, parse_arguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SBATCH = EXAMPLES / "slurm" / "job.sbatch"

@@ -2,12 +2,13 @@
 
 import ast
 import doctest
-import importlib
-import itertools
+import importlib.util
+import inspect
 import pkgutil
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import yaml
 import dask_imgread
 
 ROOT = Path(__file__).parents[1]
-MODULES = [
+MODULES = ["dask_imgread"] + [
     name
     for _, name, _ in pkgutil.walk_packages(dask_imgread.__path__, "dask_imgread.")
     if not name.endswith("__main__")
@@ -86,9 +87,38 @@ def test_docstrings_examples(name, tmp_path, monkeypatch):
     assert runner.failures == 0
 
 
-def test_public_names_are_documented_with_an_example():
-    for name in dask_imgread.__all__:
-        assert (getattr(dask_imgread, name).__doc__ or "").strip(), name
+# They need a store or a cluster that fails, for longer than an example may take.
+WITHOUT_EXAMPLE = {"JobError", "NoWorkersError", "OtherJobError", "StorageError"}
+
+
+@pytest.mark.parametrize("name", dask_imgread.__all__)
+def test_public_names_are_documented_with_an_example(name):
+    public = getattr(dask_imgread, name)
+    text = inspect.cleandoc(public.__doc__)
+    examples = doctest.DocTestParser().get_examples(text)
+    assert bool(examples) == (name not in WITHOUT_EXAMPLE)
+    assert bool(examples) == ("\nExamples\n--------\n" in text)
+    if inspect.isfunction(public) or hasattr(public, "__post_init__"):
+        assert "\nRaises\n------\n" in text
+
+
+def test_the_source_distribution_has_all_files(tmp_path):
+    """Also those that only tests read: whoever packages it runs them."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (built,) = tmp_path.iterdir()
+    with tarfile.open(built) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    folders = [".ci", "benchmarks", "dask_imgread", "docs", "examples", "tests"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.iterdir() if path.name not in (".git", ".coverage")]
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & {*path.parts}
+    }
+    assert {"environment.yml", ".ci/run", "docs/gpus.md", "tests/test_project.py"} <= wanted
+    assert wanted <= packed
 
 
 def name_module(path):
@@ -97,19 +127,25 @@ def name_module(path):
 
 
 def list_imports(path, modules):
-    """Yield the project's own modules that a file imports, type-only imports included."""
-    body = ast.parse(path.read_text()).body
-    for node in itertools.chain(*(n.body if isinstance(n, ast.If) else [n] for n in body)):
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("dask_imgread"):
-            module = node.module.removeprefix("dask_imgread").lstrip(".")
-            inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names} & modules
-            yield from inner or {module} & modules
+    """Return the project's own modules that a file imports: in functions and for types, too."""
+    package = f"dask_imgread.{name_module(path)}".rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    inner = {
+        name.removeprefix("dask_imgread.") for name in names if name.startswith("dask_imgread.")
+    }
+    return {dask_imgread._HOMES.get(name, name) for name in inner} & modules
 
 
 def find_circle(files):
     """Return the modules that can't be put into an order in which imports run one way."""
     modules = {name_module(path) for path in files}
-    graph = {name_module(path): set(list_imports(path, modules)) for path in files}
+    graph = {name_module(path): list_imports(path, modules) for path in files}
     while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
         graph = {name: needs for name, needs in graph.items() if name not in free}
     return graph
@@ -124,13 +160,22 @@ def test_imports_run_one_way():
     assert find_circle(list_files()) == {}
 
 
-@pytest.mark.parametrize("condition", ["", "if TYPE_CHECKING: "])
-def test_a_circle_would_be_seen(monkeypatch, tmp_path, condition):
+@pytest.mark.parametrize(
+    "back",
+    [
+        *("from dask_imgread.room.a import thing", "from dask_imgread.room import a"),
+        *("import dask_imgread.room.a", "from .a import thing", "from . import a"),
+        *("from dask_imgread import thing", "def use():\n    from dask_imgread.room import a"),
+        "if TYPE_CHECKING:\n    from dask_imgread.room import a",
+    ],
+)
+def test_a_circle_would_be_seen(monkeypatch, tmp_path, back):
     package = tmp_path / "dask_imgread" / "room"
     package.mkdir(parents=True)
     (package / "a.py").write_text("from dask_imgread.room import b")
-    (package / "b.py").write_text(condition + "from dask_imgread.room.a import thing")
+    (package / "b.py").write_text(back)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(dask_imgread._HOMES, "thing", "room.a")
     assert set(find_circle(list_files())) == {"room.a", "room.b"}
 
 

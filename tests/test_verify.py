@@ -27,9 +27,9 @@ def test_verify(tmp_path):
 def test_verify_on_the_command_line(tmp_path, client, capsys, monkeypatch):
     import pandas as pd
 
-    from dask_imgread.cli.commands import main
+    from dask_imgread.cli.main import main
 
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", JPEG), ("b.jpg", JPEG[:500])])
     out = str(tmp_path / "bad.parquet")
     assert main(["verify", shard, "--out", out, "--workers", "1", "--device", "cpu"]) == 1

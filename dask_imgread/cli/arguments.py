@@ -1,111 +1,185 @@
-"""The command line's options, from its arguments and from a configuration file."""
+"""The command line's arguments: the parser with its help texts, and further checks.
+
+Importing Dask takes a second, so it is not imported here: help and refusals come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
 import json
-import os
 import re
 import sys
-import tomllib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:
-    from dask_imgread.reading.reader import ImageReaderStage
-    from dask_imgread.rows import BatchFunction
+from dask_imgread import __version__
+from dask_imgread.cli.config import read_config
+from dask_imgread.reading.options import ReaderOptions
 
-_READER = [
-    *("dali_batch_size", "num_threads", "num_gpus_per_worker", "device", "decode", "sidecars"),
-    *("on_error", "max_pixels", "max_batch_bytes", "resize", "decoder", "scaled_decoding"),
-    *("isolate", "relative_to"),
-]
-
-_SWITCHES = ("sidecars", "scaled_decoding", "isolate")  # of the reader, without a default here
-
-
-class UsageError(Exception):
-    """What the user asked for can't be done; the message says why in one line."""
+_EXAMPLES = {  # of each command, after the program's name
+    "demo": "demo --images 200 --workers 2",
+    "metadata": 'metadata "shards/*.tar" --out result\n'
+    "metadata shards/ --out decoded --decode --blocksize 64MB",
+    "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
+    "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
+    "report": "report result",
+}
+SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
+_STATUSES = """\
+exit status:
+  0 all was read or recorded     1 images failed (verify, --fail-on-error)
+  2 wrong usage                  3 the job could not finish
+  4 the function of apply raised for images"""
+_REQUIRED = {
+    "metadata": ("shards", "out"),
+    "apply": ("function", "shards", "out"),
+    "verify": ("shards",),
+}
+_MISSING = {
+    "shards": 'SHARDS is missing: give files, folders, globs or URLs, such as "shards/*.tar"',
+    "out": "--out is missing: give a folder or URL for the rows, such as --out result",
+    "function": "MODULE:FUNCTION is missing: give a function, such as brightness:measure",
+}
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Parse the command line, over what the file given with ``--config`` says.
+    """Parse a command line, and the file that its ``--config`` names.
+
+    Parameters
+    ----------
+    parser
+        The parser.
+    argv
+        The words after the program's name; those of this process if None. They override the
+        file's values.
 
     Raises
     ------
-    UsageError
-        If the file has a key that is no option.
+    ValueError
+        If something is wrong in the configuration file.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
-    if getattr(options, "config", None) is None:
-        return options
-    positional, named = _read_config(options.config, vars(options))
-    # As arguments, before those given, so that what is checked there is checked here.
-    at = given.index(options.command) + 1
-    options = parser.parse_args([*given[:at], *named, *given[at:]])
-    function = getattr(options, "function", None)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(given)
+    if getattr(arguments, "config", None) is None:
+        return arguments
+    positional, options = read_config(arguments.config, vars(arguments))
+    # Parsed as part of the command line, the file's options are checked like any others. They
+    # come first, since the last one counts where an option is given twice.
+    at = given.index(arguments.command) + 1
+    arguments = parser.parse_args([*given[:at], *options, *given[at:]])
+    function = getattr(arguments, "function", None)
     if function and ":" not in function and "function" in positional:
-        options.shards.insert(0, function)  # the file gives the function: this is no other
-        options.function = None
+        # The file gives the function, so the first word on the command line is a shard.
+        arguments.shards.insert(0, function)
+        arguments.function = None
     for name, value in positional.items():
-        if not getattr(options, name):
-            setattr(options, name, value)
-    return options
+        if not getattr(arguments, name):
+            setattr(arguments, name, value)
+    return arguments
 
 
-def _read_config(path: str, known: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a file's values for positional arguments, and the others as arguments."""
-    try:
-        config = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    positional: dict[str, Any] = {}
-    named: list[str] = []
-    for key, value in config.items():
-        name = key.replace("-", "_")
-        if name not in known or name in ("run", "command", "config"):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"do you mean {near[0].replace('_', '-')}?" if near else "--help lists them"
-            raise UsageError(f"{path}: no such option: {key}; {hint}")
-        try:
-            if name == "shards":
-                positional[name] = _check([value] if isinstance(value, str) else value, list)
-                _check("".join(value), str)
-            elif name == "function":
-                positional[name] = _check(value, str)
-            else:
-                named += _to_arguments(name, value, known[name])
-        except TypeError as error:
-            raise UsageError(f"{path}: {key}: {error}") from None
-    return positional, named
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if a command lacks an argument, or has some that don't go together.
+
+    The parser can't require arguments: they may stand in the configuration file.
+    """
+    for name in _REQUIRED.get(arguments.command, ()):
+        if not getattr(arguments, name):
+            raise ValueError(_MISSING[name])
+    if arguments.command == "demo" and arguments.images < 1:
+        raise ValueError(
+            f"--images must be at least 1, not {arguments.images}: give a larger number"
+        )
+    if arguments.command == "metadata" and arguments.resize is not None and not arguments.decode:
+        raise ValueError(
+            "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
+        )
 
 
-def _to_arguments(name: str, value: Any, default: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if name in ("storage_option", "out_option"):
-        pairs = _check(value, dict).items()
-        return [f"{flag}={key}={json.dumps(item)}" for key, item in pairs]
-    if isinstance(default, bool) or name in _SWITCHES:
-        return [flag if _check(value, bool) else flag.replace("--", "--no-", 1)]
-    if isinstance(value, bool | list | dict):
-        raise TypeError(f"a string or a number is expected, not {value!r}")
-    return [f"{flag}={value}"]
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="dask-imgread",
+        description="Read WebDataset tar shards of images on a Dask cluster.",
+        epilog=_format_examples(*_EXAMPLES.values()) + "\n\n" + _STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dask-imgread {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    demo = _add_command(commands, "demo", "make a few shards of pictures and read them")
+    demo.add_argument("--folder", help="folder to make for all files (default dask-imgread-demo)")
+    demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
+    demo.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="worker processes (default: one for each GPU or core)",
+    )
+    _add_reader(demo, ["device"])
+
+    metadata = _add_command(commands, "metadata", "write one row for each image as Parquet")
+    _add_shards(metadata)
+    metadata.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode, and so find broken images (default no: only headers are read)",
+    )
+    _add_job(metadata)
+    _add_reader(metadata.add_argument_group("reader"), READER_HELP, {"sidecars": False})
+    _add_cluster(metadata)
+
+    apply = _add_command(commands, "apply", "write what a function makes of the images")
+    apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="as for map_images")
+    _add_shards(apply)
+    _add_job(apply)
+    _add_reader(apply.add_argument_group("reader"), READER_HELP)
+    _add_cluster(apply)
+
+    verify = _add_command(commands, "verify", "decode everything and say what is broken")
+    _add_shards(verify)
+    verify.add_argument(
+        "--out", metavar="FILE", help="Parquet file for the list of bad images (default: none)"
+    )
+    _add_reader(verify, ["device"])
+    _add_cluster(verify)
+
+    report = _add_command(commands, "report", "write a page to look at from a job's output")
+    report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
+    report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
+    _add_pairs(
+        report,
+        "--storage-option",
+        "of the shards' file system, and of DIR's if it is remote (default: none)",
+    )
+    _add_pairs(report, "--out-option", "of the file system of DIR (default: as --storage-option)")
+    return parser
 
 
-def _check(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"a {kind.__name__} is expected, not {value!r}")
-    return value
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=_format_examples(_EXAMPLES[name]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
-def add_shards(command: argparse.ArgumentParser) -> None:
-    """Add what is read, and how it is divided."""
+def _format_examples(*examples: str) -> str:
+    lines = [f"  dask-imgread {line}" for example in examples for line in example.splitlines()]
+    return "\n".join(["examples:", *lines])
+
+
+def _add_shards(command: argparse.ArgumentParser) -> None:
+    """Add which shards are read, and how they are divided into partitions."""
     command.add_argument("shards", nargs="*", metavar="SHARDS", help="file, folder, glob or URL")
     for name, what in (
         ("images", "images in a partition, about (default: those of a shard)"),
@@ -118,117 +192,22 @@ def add_shards(command: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="bytes in a partition, such as 64MB (default: those of a shard)",
     )
-    command.add_argument(
+    _add_pairs(
+        command,
         "--storage-option",
-        action="append",
-        default=[],
-        type=parse_pair,
-        metavar="KEY=VALUE",
-        help="option of fsspec's file system, such as anon=true; true, numbers and JSON are "
-        "taken as such (default: none)",
+        "option of fsspec's file system, such as anon=true; true, numbers and JSON are taken as "
+        "such (default: none)",
     )
 
 
-def add_device(group: argparse._ActionsContainer) -> None:
-    """Add what decodes."""
-    group.add_argument(
-        "--device",
-        choices=("auto", "gpu", "cpu"),
-        default="auto",
-        help="what decodes (default auto: a GPU where there is one)",
-    )
-
-
-def add_reader(command: argparse.ArgumentParser, sidecars: bool) -> None:
-    """Add the options of the reader; whether it reads sidecars if nothing is said."""
-    reader = command.add_argument_group("reader")
-    add_device(reader)
-    reader.add_argument(
-        "--dali-batch-size",
-        type=int,
-        metavar="N",
-        help="images decoded together (default 100)",
-    )
-    reader.add_argument(
-        "--num-threads", type=int, metavar="N", help="that decode, at most (default 8)"
-    )
-    reader.add_argument(
-        "--num-gpus-per-worker",
-        type=float,
-        metavar="SHARE",
-        help="share of a GPU that a reader holds (default 0.25)",
-    )
-    reader.add_argument(
-        "--on-error",
-        choices=("record", "skip", "raise"),
-        help="what becomes of an image that can't be read (default record)",
-    )
-    reader.add_argument(
-        "--max-pixels", type=int, metavar="N", help="refuse larger images (default 268435456)"
-    )
-    reader.add_argument(
-        "--max-batch-bytes",
-        type=_parse_bytes,
-        metavar="BYTES",
-        help="of a batch's decoded images, at most (default 256MiB)",
-    )
-    reader.add_argument(
-        "--resize",
-        type=_parse_size,
-        metavar="SIDE|HEIGHTxWIDTH",
-        help="resize images, such as to 256 or 224x224 (default: none)",
-    )
-    reader.add_argument(
-        "--decoder",
-        choices=("auto", "dali"),
-        help="dali: on a CPU too (default auto: what is fastest)",
-    )
-    reader.add_argument(
-        "--scaled-decoding",
-        action=argparse.BooleanOptionalAction,
-        help="begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size (default yes)",
-    )
-    reader.add_argument(
-        "--relative-to",
-        metavar="FOLDER",
-        help="make ids from the shards' paths below it (default none: from whole paths)",
-    )
-    reader.add_argument(
-        "--isolate",
-        action=argparse.BooleanOptionalAction,
-        help="decode each image in a child process that it may kill (default no)",
-    )
-    reader.add_argument(
-        "--sidecars",
-        action=argparse.BooleanOptionalAction,
-        help=f"read the samples' other members too (default {'yes' if sidecars else 'no'})",
-    )
-
-
-def add_cluster(command: argparse.ArgumentParser) -> None:
-    """Add where the work is done."""
-    cluster = command.add_argument_group("cluster (default: one is started on this machine)")
-    which = cluster.add_mutually_exclusive_group()
-    which.add_argument("--scheduler", metavar="ADDRESS", help="a scheduler that is there")
-    which.add_argument("--scheduler-file", metavar="FILE", help="the file that it writes")
-    cluster.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="to start (default: one for each GPU or core), or to wait for (default 1)",
-    )
-
-
-def add_job(command: argparse.ArgumentParser) -> None:
+def _add_job(command: argparse.ArgumentParser) -> None:
     """Add what a job writes, and how it is run."""
     job = command.add_argument_group("job")
     job.add_argument("--out", metavar="DIR", help="folder or URL for the Parquet dataset")
-    job.add_argument(
+    _add_pairs(
+        job,
         "--out-option",
-        action="append",
-        type=parse_pair,
-        metavar="KEY=VALUE",
-        help="for the file system of DIR (default: as --storage-option if it is remote)",
+        "for the file system of DIR (default: as --storage-option if it is remote)",
     )
     job.add_argument(
         "--config", metavar="FILE", help="TOML file with any of these options (default: none)"
@@ -259,77 +238,30 @@ def add_job(command: argparse.ArgumentParser) -> None:
     )
 
 
-def make_reader(options: argparse.Namespace, **defaults: Any) -> ImageReaderStage:
-    """Return the reader that the options ask for."""
-    from dask_imgread.reading.reader import ImageReaderStage
-
-    given = {name: getattr(options, name, None) for name in _READER}
-    return ImageReaderStage(
-        verbose=False, **(defaults | {name: v for name, v in given.items() if v is not None})
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    """Add which cluster does the work."""
+    cluster = command.add_argument_group("cluster (default: one is started on this machine)")
+    which = cluster.add_mutually_exclusive_group()
+    which.add_argument("--scheduler", metavar="ADDRESS", help="address of a running scheduler")
+    which.add_argument(
+        "--scheduler-file",
+        metavar="FILE",
+        help="file that the scheduler has written its address to",
+    )
+    cluster.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers to start (default: one for each GPU or core), or, with a scheduler, to wait "
+        "for (default 1)",
     )
 
 
-def require(options: argparse.Namespace, *names: str) -> None:
-    """Raise UsageError if one of some arguments was given neither here nor in the file."""
-    missing = {
-        "shards": 'SHARDS is missing: give files, folders, globs or URLs, such as "shards/*.tar"',
-        "out": "--out is missing: give a folder or URL for the rows, such as --out result",
-        "function": "MODULE:FUNCTION is missing: give a function, such as brightness:measure",
-    }
-    for name in names:
-        if not getattr(options, name):
-            raise UsageError(missing[name])
-
-
-def load_function(name: str) -> BatchFunction:
-    """Import ``MODULE:FUNCTION``, from the current folder too.
-
-    Raises
-    ------
-    UsageError
-        If there is no such thing.
-    """
-    import cloudpickle
-
-    module_name, _, path = name.partition(":")
-    if module_name.endswith(".py") or not path:
-        raise UsageError(f"{name}: MODULE:FUNCTION is expected{_hint_function(module_name, path)}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # the module may raise anything
-        raise UsageError(
-            f"{name}: {type(error).__name__}: {error}. Modules are looked for in this folder and "
-            "where Python finds its own: run the command where this one can be imported"
-        ) from error
-    if not callable(found):
-        raise UsageError(f"{name} is no function: give one that takes an ImageBatch")
-    here = Path.cwd()
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and Path(file).parent == here and module.__name__ != "__main__":
-            cloudpickle.register_pickle_by_value(module)  # workers elsewhere can't import it
-    function: Callable[..., Any] = found
-    return function
-
-
-def _hint_function(module: str, path: str) -> str:
-    """Return what was probably meant by the path of a file, or by a name without a colon."""
-    if not path and module.count(".") == 1 and not module.endswith(".py"):
-        return f": do you mean {module.replace('.', ':')}?"
-    folder, _, file = module.rpartition("/")
-    where = f" in the folder {folder}" if folder else ""
-    return f": do you mean {file.removesuffix('.py')}:{path or 'FUNCTION'}{where}?"
-
-
-def read_storage_options(
-    options: argparse.Namespace,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the options for the shards' file system, and those for the output's, if given."""
-    out = merge_pairs(options.out_option) if options.out_option else None
-    return merge_pairs(options.storage_option or []), out
+def _add_pairs(container: argparse._ActionsContainer, flag: str, what: str) -> None:
+    """Add an option that is given once for each storage option."""
+    container.add_argument(
+        flag, action="append", default=[], type=_parse_pair, metavar="KEY=VALUE", help=what
+    )
 
 
 def merge_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -345,15 +277,14 @@ def merge_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         for parent in parents:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise UsageError(
+                raise ValueError(
                     f"storage option {parent} has a value, and {name} another: leave one out"
                 )
         inner[last] = value
     return merged
 
 
-def parse_pair(text: str) -> tuple[str, Any]:
-    """Parse ``KEY=VALUE``."""
+def _parse_pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError("KEY=VALUE is expected")  # what was given may be secret
@@ -369,7 +300,7 @@ def _parse_bytes(text: str) -> int:
     >>> _parse_bytes("64MB"), _parse_bytes("1.5 GiB"), _parse_bytes("1000")
     (64000000, 1610612736, 1000)
     """
-    from dask.utils import parse_bytes
+    from dask.utils import parse_bytes  # here: help does not wait for Dask
 
     try:
         number: int = parse_bytes(text)
@@ -388,3 +319,77 @@ def _parse_size(text: str) -> int | tuple[int, int]:
         )
     first, second = match.groups()
     return int(first) if second is None else (int(first), int(second))
+
+
+# The reader's options: names, types and defaults come from ReaderOptions.
+
+READER_HELP = {
+    "device": "what decodes; auto is a GPU where there is one",
+    "dali_batch_size": "images decoded together",
+    "num_threads": "threads that decode, at most",
+    "num_gpus_per_worker": "share of a GPU that a reader holds",
+    "on_error": "what becomes of an image that can't be read",
+    "max_pixels": "refuse larger images",
+    "max_batch_bytes": "most bytes of decoded images in a batch",
+    "read_ahead": "most bytes of a remote shard that are fetched in advance",
+    "resize": "resize images, such as to 256 or 224x224",
+    "decoder": "auto is what is fastest, dali is DALI on a CPU too",
+    "scaled_decoding": "begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
+    "relative_to": "make ids from the shards' paths below it, not from whole paths",
+    "isolate": "decode each image in a child process that it may kill",
+    "sidecars": "read the samples' other members too",
+}
+NOT_OFFERED = {  # the reader's other options, and why they are not on this list
+    "decode": "only metadata has it, with a default of its own; apply and verify always decode",
+    "verbose": "the progress shows what these log lines would",
+    "name": "it stands in those log lines alone",
+    "output": "with arrays on a GPU a function of apply would work only where there is one",
+}
+_METAVARS = {
+    "num_gpus_per_worker": "SHARE",
+    "max_batch_bytes": "BYTES",
+    "read_ahead": "BYTES",
+    "resize": "SIDE|HEIGHTxWIDTH",
+    "relative_to": "FOLDER",
+}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "max_batch_bytes": _parse_bytes,
+    "read_ahead": _parse_bytes,
+    "resize": _parse_size,
+}
+
+
+def _add_reader(
+    container: argparse._ActionsContainer,
+    names: Iterable[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add options of the reader, with other defaults than its own where some are given."""
+    hints = get_type_hints(ReaderOptions)
+    own = {field.name: field.default for field in fields(ReaderOptions)}
+    for name in names:
+        default = {**own, **(defaults or {})}[name]
+        container.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=f"{READER_HELP[name]} (default {_format_default(name, default)})",
+            **_describe_values(name, hints[name]),
+        )
+
+
+def _describe_values(name: str, hint: Any) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for the type of an option's values."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    parse = _PARSERS.get(name)
+    if parse is None:
+        (parse,) = {*(get_args(hint) or [hint])} - {NoneType}
+    return {"type": parse, "metavar": _METAVARS.get(name, "N")}
+
+
+def _format_default(name: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value >> 20}MiB" if _PARSERS.get(name) is _parse_bytes else str(value)

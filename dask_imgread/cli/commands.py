@@ -1,282 +1,61 @@
-"""The command line."""
+"""What each command does, once its arguments are parsed."""
 
 from __future__ import annotations
 
 import argparse
-import io
+import importlib
 import itertools
 import json
-import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dask_imgread import __version__
-from dask_imgread.cli.arguments import (
-    UsageError,
-    add_cluster,
-    add_device,
-    add_job,
-    add_reader,
-    add_shards,
-    load_function,
-    make_reader,
-    merge_pairs,
-    parse_arguments,
-    parse_pair,
-    read_storage_options,
-    require,
-)
+import cloudpickle
+from distributed import Client
 
-if TYPE_CHECKING:
-    from distributed import Client
-
-    from dask_imgread.jobs.run import Summary
-    from dask_imgread.reading.reader import ImageReaderStage
-    from dask_imgread.rows import BatchFunction
-    from dask_imgread.shards.find import Shard
-    from dask_imgread.tasks import FileGroupTask
-
-logger = logging.getLogger("dask_imgread")
+from dask_imgread.cli.arguments import BAD_IMAGES, FUNCTION_FAILED, SUCCESS, merge_pairs
+from dask_imgread.cli.preview import format_rows
+from dask_imgread.cluster.start import connect_client
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.run import Summary, run_job
+from dask_imgread.pictures import make_shards
+from dask_imgread.progress import start_logging
+from dask_imgread.reading.options import ReaderOptions
+from dask_imgread.reading.reader import ImageReaderStage
+from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
+from dask_imgread.report.page import write_report
+from dask_imgread.rows import BatchFunction
+from dask_imgread.shards.find import Shard, find_shards
+from dask_imgread.shards.partition import Division, divide_shards, partition_shards
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import NotTarError, walk_members
+from dask_imgread.storage.redaction import redact_url
+from dask_imgread.tasks import FileGroupTask
+from dask_imgread.verify import verify_shards
 
 _SHEET_IMAGES = 24
-_EXAMPLES = {  # of each command, after the program's name
-    "demo": "demo --images 200 --workers 2",
-    "metadata": 'metadata "shards/*.tar" --out result\n'
-    "metadata shards/ --out decoded --decode --blocksize 64MB",
-    "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
-    "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
-    "report": "report result",
-}
-_STATUSES = """\
-exit status:
-  0 all was read or recorded     1 images failed (verify, --fail-on-error)
-  2 wrong usage                  3 the job could not finish
-  4 the function of apply raised for images"""
-SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
-_JOBS = ("metadata", "apply")  # go on where they stopped
 
 
-class Stopped(BaseException):
-    """A signal asks the process to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = signal.Signals(number)
-
-
-class _StandardStream(io.FileIO):
-    """Standard output or error, of which a reader may have had enough, as ``head`` has."""
-
-    def write(self, content: Any) -> int:
-        """Write, or drop what nobody reads any more."""
-        try:
-            return super().write(content)
-        except BrokenPipeError:
-            return len(content)
-
-
-@contextmanager
-def outlive_readers() -> Iterator[None]:
-    """Go on as if nothing had happened when nobody reads stdout or stderr any more."""
-    with ExitStack() as stack:
-        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
-                stream.flush()
-                patient = io.TextIOWrapper(
-                    io.BufferedWriter(_StandardStream(stream.fileno(), "w", closefd=False)),
-                    encoding=stream.encoding,
-                    errors=stream.errors,
-                    line_buffering=stream.line_buffering,
-                )
-                stack.enter_context(redirect(patient))
-                stack.callback(patient.flush)
-        yield
-
-
-@outlive_readers()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
-
-    0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
-    image that can't be read; 2 if the command, its paths or its options are wrong; 3 if the
-    job could not finish; 4 if the function of `apply` raised for an image that could be read;
-    130 and 143 after SIGINT and SIGTERM.
-    """
-    from dask_imgread.errors import StorageError
-    from dask_imgread.storage.redaction import hide_secrets
-
-    parser = make_parser()
-    secrets: dict[str, Any] = {}
-    options = argparse.Namespace(command=None)
-    try:
-        with stop_on_signals():
-            options = parse_arguments(parser, arguments)
-            for name in ("storage_option", "out_option"):
-                secrets |= merge_pairs(getattr(options, name, None) or [])
-            return int(options.run(options))
-    except Stopped as stopped:
-        kept = "; what is done is kept" if options.command in _JOBS else ""
-        say_error(f"stopped by {stopped.signal.name}{kept}")
-        return 128 + stopped.signal
-    except Exception as error:
-        wrong = isinstance(error, UsageError | FileNotFoundError | PermissionError | ValueError)
-        wrong = wrong or isinstance(error, ImportError | FileExistsError | NotADirectoryError)
-        status = UNFINISHED if isinstance(error, StorageError) or not wrong else WRONG_USAGE
-        logger.debug("%s", type(error).__name__, exc_info=error)
-        say_error(hide_secrets(str(error) or repr(error), secrets))
-        return status
-
-
-def say_error(text: str) -> None:
-    """Say in one line on stderr why a command ends."""
-    from dask_imgread.progress import logs_json
-
-    if logs_json():
-        logger.error("%s", text)
-    else:
-        print(f"dask-imgread: {text}", file=sys.stderr)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raise Stopped at SIGTERM and SIGINT, so that clusters are closed; the second one kills."""
-    from dask_imgread.storage.retries import GIVEN_UP
-
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        for each in earlier:
-            signal.signal(each, signal.SIG_DFL)
-        GIVEN_UP.set()  # else threads that wait to ask again would keep the process
-        raise Stopped(number)
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    earlier = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        GIVEN_UP.clear()
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="dask-imgread",
-        description="Read WebDataset tar shards of images on a Dask cluster.",
-        epilog=_show_examples(*_EXAMPLES.values()) + "\n\n" + _STATUSES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"dask-imgread {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-
-    demo = _add_command(commands, "demo", run_demo, "make a few shards of pictures and read them")
-    demo.add_argument("--folder", help="a new one, for everything (default dask-imgread-demo)")
-    demo.add_argument("--images", type=int, default=1000, help="how many pictures (default 1000)")
-    demo.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="worker processes (default: one for each GPU or core)",
-    )
-    add_device(demo)
-
-    metadata = _add_command(
-        commands, "metadata", run_metadata, "write one row for each image as Parquet"
-    )
-    add_shards(metadata)
-    metadata.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="decode, and so find broken images (default no: only headers are read)",
-    )
-
-    apply = _add_command(commands, "apply", run_apply, "write what a function makes of the images")
-    apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="as for map_images")
-    add_shards(apply)
-
-    for command in (metadata, apply):
-        add_job(command)
-        add_reader(command, sidecars=command is apply)
-        add_cluster(command)
-
-    verify = _add_command(
-        commands, "verify", run_verify, "decode everything and say what is broken"
-    )
-    add_shards(verify)
-    verify.add_argument(
-        "--out", metavar="FILE", help="Parquet file for the list of bad images (default: none)"
-    )
-    add_device(verify)
-    add_cluster(verify)
-
-    report = _add_command(
-        commands, "report", run_report, "write a page to look at from a job's output"
-    )
-    report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
-    report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
-    for name, what in (
-        ("storage", "of the shards' file system, and of DIR's if it is remote (default: none)"),
-        ("out", "of the file system of DIR (default: as --storage-option)"),
-    ):
-        report.add_argument(
-            f"--{name}-option", action="append", type=parse_pair, metavar="KEY=VALUE", help=what
-        )
-    return parser
-
-
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    what: str,
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        epilog=_show_examples(_EXAMPLES[name]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _show_examples(*examples: str) -> str:
-    lines = [f"  dask-imgread {line}" for example in examples for line in example.splitlines()]
-    return "\n".join(["examples:", *lines])
-
-
-def run_demo(options: argparse.Namespace) -> int:
+def run_demo(arguments: argparse.Namespace) -> int:
     """Make shards, one of their pictures broken, read them, and draw what was read."""
-    from dask_imgread.cluster.start import connect_client
-    from dask_imgread.jobs.run import run_job
-    from dask_imgread.pictures import make_shards
-    from dask_imgread.progress import start_logging
-    from dask_imgread.report.page import write_report
-    from dask_imgread.shards.partition import partition_shards
-
     start_logging("text")
-    if options.images < 1:
-        raise UsageError(f"--images must be at least 1, not {options.images}: give a larger number")
-    folder = Path(options.folder or find_free("dask-imgread-demo"))
+    folder = Path(arguments.folder or find_free("dask-imgread-demo"))
     if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty, and stays as it is: give another --folder")
-    per_shard = -(-options.images // 4)
+        raise ValueError(f"{folder} is not empty, and stays as it is: give another --folder")
+    per_shard = -(-arguments.images // 4)
     print(f"Drawing {4 * per_shard} pictures into {folder / 'shards'}", file=sys.stderr)
     shards = make_shards(
         folder / "shards", shards=4, images_per_shard=per_shard, size=(480, 360), broken=1
     )
-    reader = make_reader(options, sidecars=False)
+    reader = make_reader(arguments, sidecars=False)
     out = str(folder / "metadata")
-    with connect_client(n_workers=options.workers, device=options.device, verbose=False) as client:
+    with connect_client(
+        n_workers=arguments.workers, device=arguments.device, verbose=False
+    ) as client:
         print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
         summary = run_job(shards, out, client=client, reader=reader, progress=True)
         sheet = folder / "contact-sheet.png"
@@ -288,37 +67,29 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def find_free(name: str) -> str:
-    """Return a name that nothing has: this one, or with a number behind it."""
+    """Return the first of ``name``, ``name-2``, ``name-3`` that does not exist."""
     numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
     return next(path for path in numbered if not os.path.lexists(path))
 
 
-def run_metadata(options: argparse.Namespace) -> int:
+def run_metadata(arguments: argparse.Namespace) -> int:
     """Write shards' metadata."""
-    require(options, "shards", "out")
-    if options.resize is not None and not options.decode:
-        raise UsageError(
-            "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
-        )
-    with keep_stdout(options):
-        summary = do_job(options, None, make_reader(options, sidecars=False))
-    return tell_summary(options, summary)
+    with keep_stdout(arguments):
+        summary = do_job(arguments, None)
+    return finish_job(arguments, summary)
 
 
-def run_apply(options: argparse.Namespace) -> int:
+def run_apply(arguments: argparse.Namespace) -> int:
     """Write what a function makes of shards' images."""
-    require(options, "function", "shards", "out")
-    with keep_stdout(options):
-        summary = do_job(options, load_function(options.function), make_reader(options))
-    return tell_summary(options, summary)
+    with keep_stdout(arguments):
+        summary = do_job(arguments, load_function(arguments.function))
+    return finish_job(arguments, summary)
 
 
 @contextmanager
-def keep_stdout(options: argparse.Namespace) -> Iterator[None]:
-    """Begin the log, and send to stderr what functions and workers print meanwhile."""
-    from dask_imgread.progress import start_logging
-
-    start_logging(options.log_format)
+def keep_stdout(arguments: argparse.Namespace) -> Iterator[None]:
+    """Start the log; until the end send to stderr what functions and workers print to stdout."""
+    start_logging(arguments.log_format)
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -330,101 +101,81 @@ def keep_stdout(options: argparse.Namespace) -> Iterator[None]:
         os.close(kept)
 
 
-def do_job(
-    options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
-) -> Summary:
-    """Run a job as the options say."""
-    from dask_imgread.jobs.run import run_job
-    from dask_imgread.shards.find import find_shards
-
-    storage_options, out_options = read_storage_options(options)
-    shards = find_shards(options.shards, storage_options)
+def do_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> Summary:
+    """Run the job that the arguments describe."""
+    reader = make_reader(arguments)
+    storage_options, out_options = read_storage_options(arguments)
+    shards = find_shards(arguments.shards, storage_options)
     check_readable(shards, storage_options)
     return run_job(
         shards,
-        options.out,
+        arguments.out,
         fn,
         reader=reader,
-        scheduler=options.scheduler,
-        scheduler_file=options.scheduler_file,
-        n_workers=options.workers,
-        files_per_partition=options.files_per_partition,
-        images_per_partition=options.images_per_partition,
-        blocksize=options.blocksize,
+        scheduler=arguments.scheduler,
+        scheduler_file=arguments.scheduler_file,
+        n_workers=arguments.workers,
+        files_per_partition=arguments.files_per_partition,
+        images_per_partition=arguments.images_per_partition,
+        blocksize=arguments.blocksize,
         storage_options=storage_options,
         out_options=out_options,
-        retries=options.retries,
-        retry_failed=options.retry_failed,
-        overwrite=options.overwrite,
+        retries=arguments.retries,
+        retry_failed=arguments.retry_failed,
+        overwrite=arguments.overwrite,
         progress=True,
     )
 
 
-def tell_summary(options: argparse.Namespace, summary: Summary) -> int:
-    """Print what a job came to; return the exit status."""
-    from dask_imgread.storage.redaction import redact_url
-
-    if options.log_format == "json":
-        print(json.dumps(asdict(summary) | {"out": redact_url(options.out)}))
+def finish_job(arguments: argparse.Namespace, summary: Summary) -> int:
+    """Print a job's summary; return the exit status."""
+    if arguments.log_format == "json":
+        print(json.dumps(asdict(summary) | {"out": redact_url(arguments.out)}))
     else:
-        storage_options, out_options = read_storage_options(options)
-        print_summary(summary, options.out, out_options or storage_options)
+        storage_options, out_options = read_storage_options(arguments)
+        print_summary(summary, arguments.out, out_options or storage_options)
     if summary.function_failed:
         return FUNCTION_FAILED
-    return BAD_IMAGES if options.fail_on_error and summary.failed else SUCCESS
+    return BAD_IMAGES if arguments.fail_on_error and summary.failed else SUCCESS
 
 
-def run_verify(options: argparse.Namespace) -> int:
-    """Decode everything, and print what was found per shard and per cause."""
-    from dask_imgread.cluster.start import connect_client
-    from dask_imgread.progress import start_logging
-    from dask_imgread.shards.find import find_shards
-    from dask_imgread.shards.partition import Division, divide_shards
-    from dask_imgread.verify import verify_shards
-
-    require(options, "shards")
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Decode everything, and print what is broken, by shard and by cause."""
     start_logging("text")
-    storage_options = merge_pairs(options.storage_option)
-    shards = find_shards(options.shards, storage_options)
+    storage_options = merge_pairs(arguments.storage_option)
+    shards = find_shards(arguments.shards, storage_options)
     check_readable(shards, storage_options)
     division = Division(
-        options.files_per_partition, options.images_per_partition, options.blocksize
+        arguments.files_per_partition, arguments.images_per_partition, arguments.blocksize
     )
     tasks = list(divide_shards(shards, division, storage_options))
     with connect_client(
-        scheduler=options.scheduler,
-        scheduler_file=options.scheduler_file,
-        n_workers=options.workers,
-        device=options.device,
+        scheduler=arguments.scheduler,
+        scheduler_file=arguments.scheduler_file,
+        n_workers=arguments.workers,
+        device=arguments.device,
         verbose=False,
     ) as client:
-        found = verify_shards(tasks, reader=make_reader(options), client=client, progress=True)
+        found = verify_shards(tasks, reader=make_reader(arguments), client=client, progress=True)
     print(found)
-    if options.out is not None:
-        found.bad.to_parquet(options.out)
-        print(f"bad images     {options.out}")
+    if arguments.out is not None:
+        found.bad.to_parquet(arguments.out)
+        print(f"bad images     {arguments.out}")
     return SUCCESS if found.ok else BAD_IMAGES
 
 
-def run_report(options: argparse.Namespace) -> int:
-    """Write the page of a job's output."""
-    from dask_imgread.report.page import write_report
-    from dask_imgread.storage.redaction import redact_url
-
-    storage_options, out_options = read_storage_options(options)
+def run_report(arguments: argparse.Namespace) -> int:
+    """Write the page about a job's output."""
+    storage_options, out_options = read_storage_options(arguments)
     page = write_report(
-        options.folder, options.out, storage_options=storage_options, out_options=out_options
+        arguments.folder, arguments.out, storage_options=storage_options, out_options=out_options
     )
     print(redact_url(page))
     return SUCCESS
 
 
 def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> None:
-    """Raise UsageError if not one shard is a tar: a wrong path, rather than a broken shard."""
-    from dask_imgread.shards.sources import open_shard
-    from dask_imgread.shards.tar import NotTarError, walk_members
-    from dask_imgread.storage.redaction import redact_url
-
+    """Raise ValueError if no shard is a tar: then the path is wrong, not a shard broken."""
     first: Exception | None = None
     for shard in shards:
         try:
@@ -432,7 +183,7 @@ def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> 
                 next(walk_members(source), None)
             return
         except (OSError, NotTarError) as error:
-            first = first or UsageError(f"{redact_url(shard.path)}: {error}; give tar shards")
+            first = first or ValueError(f"{redact_url(shard.path)}: {error}; give tar shards")
     if first is not None:
         raise first
 
@@ -441,10 +192,6 @@ def save_contact_sheet(
     client: Client, tasks: Sequence[FileGroupTask], reader: ImageReaderStage, path: Path
 ) -> None:
     """Decode a few images of a few tasks on the cluster, and save a sheet of them."""
-    from dataclasses import replace
-
-    from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
-
     chosen = tasks[:: max(1, len(tasks) // 4)][:_SHEET_IMAGES]
     small = replace(reader, decode=True, dali_batch_size=_SHEET_IMAGES)
     thumbnails = client.map(
@@ -458,15 +205,13 @@ def save_contact_sheet(
     draw_contact_sheet([item for found in client.gather(thumbnails) for item in found], path)
 
 
-def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
-    """Print what was read, and where it is."""
-    from dask_imgread.cli.preview import show_rows
-    from dask_imgread.jobs.folder import JobFolder
-    from dask_imgread.storage.redaction import redact_url
-
+def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -> None:
+    """Print how many images were read, the first rows and failures, and where the rows are."""
     of_function = f", {summary.function_failed} of them in the function"
-    told = of_function if summary.function_failed else ""
-    print(f"{summary.images} images, {summary.failed} failed{told}")
+    print(
+        f"{summary.images} images, {summary.failed} failed"
+        f"{of_function if summary.function_failed else ''}"
+    )
     if not summary.decoded:
         print("only headers were read: pixels were not checked (--decode checks them)")
     if summary.new_partitions:
@@ -476,11 +221,77 @@ def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     else:
         print(f"nothing left to do: all {summary.partitions} partitions are done")
     print()
-    first, failures = JobFolder(out, options).read_samples()
-    print(show_rows(first))
+    first, failures = JobFolder(out, storage_options).read_samples()
+    print(format_rows(first))
     for image_id, error in failures:
         print(f"failed: {image_id}: {error}")
     if len(failures) < summary.failed:
         print(f"and {summary.failed - len(failures)} more failed")
     print()
     print(f"rows           {redact_url(out)}")
+
+
+def make_reader(arguments: argparse.Namespace, **options: Any) -> ImageReaderStage:
+    """Return a reader with the options that the command has, and these."""
+    names = {field.name for field in fields(ReaderOptions)} & vars(arguments).keys()
+    return ImageReaderStage(
+        verbose=False, **{name: getattr(arguments, name) for name in names}, **options
+    )
+
+
+def load_function(name: str) -> BatchFunction:
+    """Import ``MODULE:FUNCTION``, from the current folder too.
+
+    Raises
+    ------
+    ValueError
+        If it can't be imported, or is no function.
+    """
+    module_name, _, path = name.partition(":")
+    if module_name.endswith(".py") or not path:
+        raise ValueError(f"{name}: MODULE:FUNCTION is expected{_hint_function(module_name, path)}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # the module may raise anything
+        raise ValueError(
+            f"{name}: {type(error).__name__}: {error}. Modules are looked for in this folder and "
+            "where Python finds its own: run the command where this one can be imported"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{name} is no function: give one that takes an ImageBatch")
+    here = Path.cwd()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent == here and module.__name__ != "__main__":
+            cloudpickle.register_pickle_by_value(module)  # workers elsewhere can't import it
+    function: BatchFunction = found
+    return function
+
+
+def _hint_function(module: str, path: str) -> str:
+    """Return what was probably meant by a file's path, or by a name without a colon."""
+    if not path and module.count(".") == 1 and not module.endswith(".py"):
+        return f": do you mean {module.replace('.', ':')}?"
+    folder, _, file = module.rpartition("/")
+    where = f" in the folder {folder}" if folder else ""
+    return f": do you mean {file.removesuffix('.py')}:{path or 'FUNCTION'}{where}?"
+
+
+def read_storage_options(
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the storage options of the shards, and those of the output, None if none are given."""
+    out = merge_pairs(arguments.out_option) if arguments.out_option else None
+    return merge_pairs(arguments.storage_option), out
+
+
+COMMANDS = {
+    "demo": run_demo,
+    "metadata": run_metadata,
+    "apply": run_apply,
+    "verify": run_verify,
+    "report": run_report,
+}

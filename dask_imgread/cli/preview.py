@@ -14,30 +14,30 @@ _WIDEST = 32  # characters of a cell
 _LISTED = 3  # values of a list
 
 
-def show_rows(rows: pd.DataFrame, width: int | None = None) -> str:
-    """Return rows as text, with the columns that fit; the last line names those that do not.
+def format_rows(rows: pd.DataFrame, width: int | None = None) -> str:
+    """Return rows as text, with the columns that fit; the last line names the others.
 
     Parameters
     ----------
     rows
-        Few, and of any types.
+        Few: all of them are shown. Their values may be of any type.
     width
         Characters in a line; the terminal's if not given.
 
     Examples
     --------
     >>> rows = pd.DataFrame({"key": ["a"], "photo": [bytes(9000)], "vector": [np.arange(512)]})
-    >>> print(show_rows(rows, 50))
+    >>> print(format_rows(rows, 50))
     key          photo                       vector
       a <9,000 bytes> [0, 1, 2, and 509 more]
-    >>> print(show_rows(rows, 30))
+    >>> print(format_rows(rows, 30))
     key          photo
       a <9,000 bytes>
     and 1 more column: vector
     """
     width = width or shutil.get_terminal_size().columns
     cells = pd.DataFrame(
-        {name: [_cut(_say(value)) for value in column] for name, column in rows.items()},
+        {name: [_cut(_format_value(value)) for value in column] for name, column in rows.items()},
         columns=rows.columns,
     )
     shown = len(cells.columns)
@@ -56,27 +56,27 @@ def _measure(cells: pd.DataFrame) -> int:
     return max(map(len, cells.to_string(index=False).splitlines()))
 
 
-def _say(value: Any) -> str:
-    """Return a value in a few characters."""
+def _format_value(value: Any) -> str:
+    """Return a value as a short text: bytes by their number, of a list the first items."""
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value):,} bytes>"
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        told = [_say(item) for item in value[:_LISTED]]
+        items = [_format_value(item) for item in value[:_LISTED]]
         if len(value) > _LISTED:
-            told.append(f"and {len(value) - _LISTED:,} more")
-        return f"[{', '.join(told)}]"
+            items.append(f"and {len(value) - _LISTED:,} more")
+        return f"[{', '.join(items)}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name}: {_say(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{name}: {_format_value(item)}' for name, item in value.items())}}}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    # A terminal obeys control characters, which names in a shard may hold.
+    # The names in a shard may hold control characters, and a terminal would obey them.
     return "".join(char if char.isprintable() else "?" for char in str(value))
 
 
 def _cut(text: str) -> str:
-    """Leave out the middle of a text that is too long: paths differ at the end."""
+    """Leave out the middle of a long text, not its end, by which paths differ."""
     if len(text) <= _WIDEST:
         return text
     head = _WIDEST // 3

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from multiprocessing import current_process, resource_tracker
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import dask
@@ -30,6 +32,11 @@ _TIMEOUT = 600  # seconds, to wait for a scheduler or for workers
 _LOCAL_TIMEOUT = 60  # for workers on this machine, which restart soon, or not at all
 WAIT_SETTING = "imgread.wait-for-workers"
 _CHECK_INTERVAL = 5.0  # seconds between looks at the workers, while no task completes
+_MARK = "DASK_IMGREAD_UNGUARDED"  # names the file that tells that a worker has run the script
+_UNGUARDED = (
+    "dask_imgread: each worker process imports this script, and so runs it again: start the "
+    'cluster below `if __name__ == "__main__":`, or in a function that is called there'
+)
 
 
 def start_cluster(
@@ -69,6 +76,9 @@ def start_cluster(
         If ``device="gpu"`` and there is no GPU.
     ImportError
         If there is a GPU, but dask-cuda is not installed.
+    SystemExit
+        If a script calls this without ``if __name__ == "__main__":``. Each worker process imports
+        the script first, and would start a cluster itself.
 
     Examples
     --------
@@ -85,7 +95,7 @@ def start_cluster(
             'Give "auto" to use cores'
         )
     cluster_options = {"dashboard_address": _choose_dashboard_address()} | cluster_options
-    with _block_sigint():
+    with _refuse_unguarded_script(), _block_sigint():
         if gpus:
             cluster = _start_on_gpus(n_workers, num_gpus_per_worker, cluster_options)
         else:
@@ -256,6 +266,30 @@ def _silence_workers(client: Client) -> None:
 def _disable_logging(client: Client) -> None:
     with suppress(Exception):
         client.run(logging.disable)
+
+
+@contextmanager
+def _refuse_unguarded_script() -> Iterator[None]:
+    """End with one line if the workers that are started meanwhile come here, too.
+
+    They do where the script starts a cluster whenever it is imported: a new process imports it
+    before anything else.
+    """
+    importing_script = getattr(current_process(), "_inheriting", False)
+    if importing_script and _MARK in os.environ:
+        Path(os.environ[_MARK]).touch()
+        os._exit(1)  # an exception would print a traceback, and one for each worker
+    with TemporaryDirectory() as folder:
+        mark = Path(folder, "unguarded")
+        os.environ[_MARK] = str(mark)
+        try:
+            yield
+        except Exception:
+            if mark.exists():
+                raise SystemExit(_UNGUARDED) from None
+            raise
+        finally:
+            os.environ.pop(_MARK, None)
 
 
 @contextmanager

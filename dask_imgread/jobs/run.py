@@ -69,6 +69,13 @@ class Summary:
     decoded
         Whether pixels were decoded. If not, only headers were read, and images that seem fine
         may be broken.
+
+    Examples
+    --------
+    >>> numbers = dict(images=7, failed=1, function_failed=0, partitions=2)
+    >>> this_run = dict(new_images=7, new_failed=1, new_partitions=2, seconds=0.5)
+    >>> Summary(**numbers, **this_run, images_per_second=20.0, decoded=True).failed
+    1
     """
 
     images: int

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dask.tokenize import normalize_token
 
@@ -20,6 +20,7 @@ from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.errors import StorageError
 from dask_imgread.reading.batches import BatchGatherer, BatchRules, BeginDecoding
+from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.records import (
     UNREACHABLE,
     SidecarReader,
@@ -30,7 +31,6 @@ from dask_imgread.reading.records import (
     is_dropping,
     read_encoded,
 )
-from dask_imgread.shards.ahead import READ_AHEAD
 from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
@@ -45,7 +45,7 @@ logger = logging.getLogger("dask_imgread")
 
 
 @dataclass
-class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
+class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]):
     """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
 
     On a GPU NVIDIA DALI decodes JPEG; on a CPU libjpeg-turbo does. DALI decodes PNG, on the CPU.
@@ -118,6 +118,11 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
         they can't travel. Wait for your kernels before you let go of an array: its memory is
         DALI's again at once. What is not decoded on the GPU stays NumPy.
 
+    Raises
+    ------
+    ValueError
+        If an option has a value that it can't have.
+
     Examples
     --------
     >>> from dask_imgread.testing import make_shards
@@ -126,55 +131,6 @@ class ImageReaderStage(ProcessingStage[FileGroupTask, ImageBatch]):
     >>> [image.image_data.shape for image in batch.data]
     [(96, 128, 3), (96, 128, 3), (96, 128, 3)]
     """
-
-    dali_batch_size: int = 100
-    verbose: bool = True
-    num_threads: int = 8
-    num_gpus_per_worker: float = 0.25
-    name: str = "image_reader"
-    _: KW_ONLY
-    device: Literal["auto", "gpu", "cpu"] = "auto"
-    decode: bool = True
-    sidecars: bool = True
-    on_error: Literal["record", "skip", "raise"] = "record"
-    max_pixels: int | None = 1 << 28
-    max_batch_bytes: int = 256 << 20
-    resize: int | tuple[int, int] | None = None
-    output: Literal["host", "device"] = "host"
-    decoder: Literal["auto", "dali"] = "auto"
-    scaled_decoding: bool = True
-    isolate: bool = False
-    relative_to: str | None = None
-    read_ahead: int = READ_AHEAD
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for field in ("dali_batch_size", "num_threads", "max_batch_bytes", "read_ahead"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)!r}")
-        if not 0 < self.num_gpus_per_worker <= 1:
-            raise ValueError(
-                "num_gpus_per_worker must be above 0 and at most 1, "
-                f"not {self.num_gpus_per_worker!r}"
-            )
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be at least 1 or None, not {self.max_pixels!r}")
-        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
-        if self.resize is not None and not (
-            all(isinstance(side, int) and side > 0 for side in sides)
-            and len(sides) == (2 if isinstance(self.resize, tuple) else 1)
-        ):
-            raise ValueError(
-                f"resize must be a length, (height, width) or None, not {self.resize!r}"
-            )
-        for field, choices in (
-            ("device", ("auto", "gpu", "cpu")),
-            ("on_error", ("record", "skip", "raise")),
-            ("output", ("host", "device")),
-            ("decoder", ("auto", "dali")),
-        ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {choices}, not {getattr(self, field)!r}")
 
     @property
     def resources(self) -> Resources:

@@ -82,6 +82,12 @@ def write_report(
     ------
     FileNotFoundError
         If there is no batch job in ``out``.
+    FileExistsError
+        If what stands in its place was not written by a job.
+    PermissionError, StorageError
+        If a store refuses what is asked of it, or can't be reached.
+    ValueError
+        If ``samples`` is negative.
 
     Examples
     --------

@@ -71,6 +71,8 @@ def partition_shards(
     ------
     FileNotFoundError
         If a path, or all that a folder or a glob stands for, does not exist.
+    PermissionError, StorageError
+        If a store refuses to tell what is there, or can't be reached.
     ValueError
         If more than one way to divide is given, or a number below 1, or if a shard does
         not lie below ``relative_to``.

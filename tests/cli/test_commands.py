@@ -1,11 +1,15 @@
 import subprocess
 import sys
+from dataclasses import fields
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from dask_imgread.cli.commands import find_free, main
+from dask_imgread import ImageReaderStage
+from dask_imgread.cli.arguments import NOT_OFFERED, READER_HELP, make_parser
+from dask_imgread.cli.commands import find_free, make_reader
+from dask_imgread.cli.main import main
 
 
 def run(*arguments, cwd):
@@ -49,7 +53,7 @@ def test_metadata(tmp_path, photo_shards):
 @pytest.mark.parametrize("wrong", ["nope.tar", "empty", "text.tar", "zero.tar", "page.html"])
 def test_wrong_paths(tmp_path, monkeypatch, capsys, wrong):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("hello")
     (tmp_path / "zero.tar").write_text("")
@@ -67,6 +71,56 @@ def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards
     assert done.returncode == 0, done.stderr
     assert "25 images, 1 failed" in done.stdout
     assert "unreadable shard: not a tar archive" in done.stdout
+
+
+LIST_MODULES = """
+import sys
+from dask_imgread.cli.main import main
+try:
+    main()
+finally:
+    print("", *sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("--help", "--version", "metadata --help", "apply --help", "demo --help", "verify --help"),
+        *("", "nonsense", "metadata --nonsense", "apply f:f s --out o --resize big"),
+        *("metadata", "metadata s --out o --resize 9", "verify", "demo --images 0"),
+        "metadata --config nonsense.toml",
+    ],
+)
+def test_help_and_refusals_do_not_wait_for_dask(arguments):
+    command = [sys.executable, "-c", LIST_MODULES, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    modules = {*done.stderr.splitlines()[-1].split()}
+    assert "dask_imgread.cli.arguments" in modules
+    assert modules & {"dask", "distributed", "numpy", "pandas", "pyarrow", "PIL"} == set()
+
+
+def test_every_option_of_the_reader_is_offered_or_left_out_for_a_reason():
+    apply = {*vars(make_parser().parse_args(["apply"]))}
+    options = {field.name for field in fields(ImageReaderStage)}
+    assert apply & options == {*READER_HELP}
+    assert options - apply == {*NOT_OFFERED}
+
+
+def test_the_readers_options_are_parsed_as_its_types_say():
+    plain = make_parser().parse_args(["apply"])
+    assert make_reader(plain) == ImageReaderStage(verbose=False)
+    words = "--no-sidecars --num-gpus-per-worker 0.5 --max-pixels 9 --resize 3x4 --decoder dali"
+    given = make_parser().parse_args(["apply", *words.split(), "--max-batch-bytes", "1MiB"])
+    assert make_reader(given) == ImageReaderStage(
+        verbose=False,
+        sidecars=False,
+        num_gpus_per_worker=0.5,
+        max_pixels=9,
+        resize=(3, 4),
+        decoder="dali",
+        max_batch_bytes=1 << 20,
+    )
 
 
 def test_help(capsys):

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from dask_imgread import ImageReaderStage, __version__
-from dask_imgread.cli.arguments import parse_arguments
-from dask_imgread.cli.commands import main, make_parser
-from dask_imgread.cli.preview import show_rows
+from dask_imgread.cli.arguments import make_parser, parse_arguments
+from dask_imgread.cli.main import main
+from dask_imgread.cli.preview import format_rows
 from dask_imgread.testing import make_shards, write_shard
 
 MODULE = "def measure(batch):\n    return {'width': [image.width for image in batch.data]}\n"
@@ -25,7 +25,7 @@ MODULE = "def measure(batch):\n    return {'width': [image.width for image in ba
 def folder(tmp_path, monkeypatch):
     (tmp_path / "good.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     return tmp_path
 
 
@@ -73,14 +73,14 @@ def test_every_help_has_defaults_and_an_example_that_parses(name):
 
 def test_the_defaults_in_the_help_are_the_readers():
     actions = {action.dest: action.help for action in list_commands()["apply"]._actions}
-    said = {"yes": True, "no": False, "none": None, "256MiB": 256 << 20}
+    said = {"yes": True, "no": False, "none": None, "256MiB": 256 << 20, "64MiB": 64 << 20}
     seen = 0
     for field in fields(ImageReaderStage):
         if field.name in actions and field.name != "decode":
             told = re.search(r"\(default:? ([^):]+)", actions[field.name])[1]
             assert said.get(told, told) == field.default or told == str(field.default), field.name
             seen += 1
-    assert seen == 13
+    assert seen == 14
     assert (
         "(default no)" in {a.dest: a.help for a in list_commands()["metadata"]._actions}["sidecars"]
     )
@@ -218,7 +218,7 @@ ROWS = pd.DataFrame(
 
 @pytest.mark.parametrize("width", [10, 40, 80, 200])
 def test_a_preview_is_cut_to_the_terminal(width):
-    text = show_rows(ROWS, width)
+    text = format_rows(ROWS, width)
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
     assert len(text.splitlines()) == {10: 10, 40: 5, 80: 4, 200: 3}[width]

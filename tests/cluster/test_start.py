@@ -1,4 +1,5 @@
 import inspect
+import subprocess
 import sys
 import time
 
@@ -10,6 +11,7 @@ from dask.sizeof import sizeof
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, start_cluster
 from dask_imgread.cluster.start import choose_gpu_options
 from dask_imgread.cluster.window import map_windowed
+from dask_imgread.testing import make_shards
 
 
 def test_client_map(client, photo_shards):
@@ -126,3 +128,32 @@ def test_map_windowed_keeps_no_more_than_its_window(client):
         while (count := client.run_on_scheduler(count_tasks, name="abs")) > 4:
             assert time.monotonic() < end, count
     assert len(futures) == 30
+
+
+@pytest.mark.parametrize(
+    "call", ["start_cluster(device='cpu', n_workers=2)", "run_job('shards', 'out')"]
+)
+def test_a_script_without_a_guard_ends_with_one_line(tmp_path, call):
+    make_shards(tmp_path / "shards", images_per_shard=2)
+    (tmp_path / "script.py").write_text(f"from dask_imgread import *\n{call}\nprint('started')\n")
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) < 10
+    assert "Traceback" not in done.stderr
+
+
+def test_a_script_with_a_guard_starts_a_cluster(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os\n"
+        "from dask_imgread import start_cluster\n"
+        "if __name__ == '__main__':\n"
+        "    with start_cluster(device='cpu', n_workers=1, verbose=False) as cluster:\n"
+        "        print(len(cluster.workers), 'DASK_IMGREAD_UNGUARDED' in os.environ)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "1 False\n")

@@ -18,7 +18,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from dask_imgread import JobError, run_job, start_cluster, verify_shards
-from dask_imgread.cli.commands import main
+from dask_imgread.cli.main import main
 from dask_imgread.cluster import start as cluster
 from dask_imgread.cluster.window import run_one
 from dask_imgread.errors import NoWorkersError
@@ -93,7 +93,7 @@ def scale_when_begun(local, out, workers):
 
 
 def test_a_job_without_workers_ends(folder, shards, impatient, monkeypatch, capsys):
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     with start_local(1) as local:
         scale_when_begun(local, "out", 0)
         job = ["metadata", *shards, "--out", "out", "--images-per-partition", "1"]
@@ -165,7 +165,7 @@ def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, monkeypatch
 def test_a_wrong_scheduler_is_told_at_once(
     folder, shards, monkeypatch, caplog, capsys, option, where
 ):
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     monkeypatch.setattr(cluster, "_TIMEOUT", 2)
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         assert main(["verify", *shards, option, where]) == 3

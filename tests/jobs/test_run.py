@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, run_job
-from dask_imgread.cli.commands import main
+from dask_imgread.cli.main import main
 from dask_imgread.jobs import plan
 from dask_imgread.jobs.folder import Footer, JobFolder
 from dask_imgread.report.page import write_report

@@ -1,0 +1,62 @@
+"""ReaderOptions: the names, types and defaults of a reader's options, and their checks.
+
+The command line is made from them before Dask is imported, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from dask_imgread.shards.ahead import READ_AHEAD
+
+
+@dataclass
+class ReaderOptions:
+    """The options of an ImageReaderStage, whose docstring says what each of them does."""
+
+    dali_batch_size: int = 100
+    verbose: bool = True
+    num_threads: int = 8
+    num_gpus_per_worker: float = 0.25
+    name: str = "image_reader"
+    _: KW_ONLY
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    decode: bool = True
+    sidecars: bool = True
+    on_error: Literal["record", "skip", "raise"] = "record"
+    max_pixels: int | None = 1 << 28
+    max_batch_bytes: int = 256 << 20
+    resize: int | tuple[int, int] | None = None
+    output: Literal["host", "device"] = "host"
+    decoder: Literal["auto", "dali"] = "auto"
+    scaled_decoding: bool = True
+    isolate: bool = False
+    relative_to: str | None = None
+    read_ahead: int = READ_AHEAD
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for field in ("dali_batch_size", "num_threads", "max_batch_bytes", "read_ahead"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)!r}")
+        if not 0 < self.num_gpus_per_worker <= 1:
+            raise ValueError(
+                "num_gpus_per_worker must be above 0 and at most 1, "
+                f"not {self.num_gpus_per_worker!r}"
+            )
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be at least 1 or None, not {self.max_pixels!r}")
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        if self.resize is not None and not (
+            all(isinstance(side, int) and side > 0 for side in sides)
+            and len(sides) == (2 if isinstance(self.resize, tuple) else 1)
+        ):
+            raise ValueError(
+                f"resize must be a length, (height, width) or None, not {self.resize!r}"
+            )
+        for field, hint in get_type_hints(ReaderOptions).items():
+            if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
+                raise ValueError(
+                    f"{field} must be one of {get_args(hint)}, not {getattr(self, field)!r}"
+                )
