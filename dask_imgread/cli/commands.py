@@ -334,7 +334,7 @@ def do_job(
     options: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
 ) -> Summary:
     """Run a job as the options say."""
-    from dask_imgread.jobs.run import run_job
+    from dask_imgread.jobs.run import connect_for_reader, run_job
     from dask_imgread.shards.find import find_shards
 
     storage_options, out_options = read_storage_options(options)
@@ -344,10 +344,13 @@ def do_job(
         shards,
         options.out,
         fn,
+        client=connect_for_reader(
+            reader,
+            scheduler=options.scheduler,
+            scheduler_file=options.scheduler_file,
+            n_workers=options.workers,
+        ),
         reader=reader,
-        scheduler=options.scheduler,
-        scheduler_file=options.scheduler_file,
-        n_workers=options.workers,
         files_per_partition=options.files_per_partition,
         images_per_partition=options.images_per_partition,
         blocksize=options.blocksize,
@@ -460,7 +463,7 @@ def save_contact_sheet(
 
 def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     """Print what was read, and where it is."""
-    from dask_imgread.cli.preview import show_rows
+    from dask_imgread.cli.preview import read_samples, show_rows
     from dask_imgread.jobs.folder import JobFolder
     from dask_imgread.storage.redaction import redact_url
 
@@ -476,7 +479,7 @@ def print_summary(summary: Summary, out: str, options: dict[str, Any]) -> None:
     else:
         print(f"nothing left to do: all {summary.partitions} partitions are done")
     print()
-    first, failures = JobFolder(out, options).read_samples()
+    first, failures = read_samples(JobFolder(out, options))
     print(show_rows(first))
     for image_id, error in failures:
         print(f"failed: {image_id}: {error}")
