@@ -2,7 +2,7 @@
 
 ========================  =====================================================================
 ``part-0000000.parquet``  the rows of one partition, written in one piece or not at all
-``_images/``              of a function's job: the images' records, in one file for each part
+``_images/``              where a function makes the rows: the images' records, in parts too
 ``_job.json``             the job's description: what is read, with which options; written last
 ``_plan.arrow``           one row for each partition: which part of which shards it reads
 ``_shards.arrow``         one row for each shard
@@ -10,7 +10,7 @@
 ========================  =====================================================================
 
 PyArrow skips names that begin with an underscore when it reads a Parquet dataset, and Dask skips
-names that do not end in ``.parquet``. So the parts alone do not begin with one and do end so.
+names that do not end in ``.parquet``. Both read the parts, and nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ logger = logging.getLogger("dask_imgread")
 
 @dataclass(frozen=True)
 class Count:
-    """How many images were read, and how many failed, of these some in the job's function."""
+    """How many images were read, how many failed, and for how many of these the function raised."""
 
     images: int = 0
     failed: int = 0

@@ -1,4 +1,4 @@
-"""What makes the rows of a job: of the images' metadata, or of what a function returns."""
+"""What makes the rows of a job: from the images' metadata, or with a function of the images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LOGGED_PER_BATCH = 5  # failures of a function; the records have all of them
 class RowMaker(ABC):
     """Makes the rows of a job. Plain values: it is pickled to workers.
 
-    Parameters
+    Attributes
     ----------
     keeps_records
         Whether the images' records are written beside the rows, as the rows don't hold them.

@@ -128,9 +128,10 @@ def run_job(
     out_options
         Options for the file system of ``out``, if it needs others.
     retries
-        How often a partition is tried again that raises, or whose worker dies.
+        How often a partition is tried again if it raises or its worker dies.
     retry_failed
-        Read those partitions again in which an image failed, and replace their rows.
+        Read those partitions again in which an image failed, and replace their rows, unless fewer
+        images can be read than before.
     overwrite
         Remove what another job has written to ``out``, and begin anew.
     progress
@@ -301,7 +302,7 @@ def _write_parts(
     Raises
     ------
     JobError
-        If a task ends in an error that is not an image's, so that its partition is still to do.
+        If tasks end in errors that are not an image's; their partitions are still to be done.
     """
     total = Count()
     errors: list[str] = []

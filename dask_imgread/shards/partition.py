@@ -116,7 +116,7 @@ def partition_shards(
 
 @dataclass(frozen=True)
 class Division:
-    """A ``Partitioning`` with its values checked."""
+    """A ``Partitioning`` whose values are checked."""
 
     files_per_partition: int | None = None
     images_per_partition: int | None = None
@@ -139,7 +139,7 @@ class Division:
         Raises
         ------
         TypeError
-            If the function has no such argument; what Python itself would say.
+            If the function has no such argument, with the message that Python itself gives.
         """
         for name in partitioning:
             if name not in Partitioning.__optional_keys__:
