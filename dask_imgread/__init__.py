@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the second list of the public names, for type checkers
+    from dask_imgread.cluster.start import connect_client as connect_client
     from dask_imgread.cluster.start import start_cluster as start_cluster
     from dask_imgread.cluster.window import map_windowed as map_windowed
     from dask_imgread.collections import map_images as map_images
@@ -33,7 +34,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
 __version__ = version("dask-imgread")
 
 _PUBLIC = {  # by the module that they live in
-    "cluster.start": ["start_cluster"],
+    "cluster.start": ["connect_client", "start_cluster"],
     "cluster.window": ["map_windowed"],
     "collections": ["map_images", "read_bag", "read_metadata"],
     "errors": [

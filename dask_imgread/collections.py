@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import dask
 import dask.bag as db
@@ -29,7 +29,7 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.shards.partition import PathsOrTasks, list_tasks
+from dask_imgread.shards.partition import PartitionOptions, PathsOrTasks, list_tasks
 from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame, make_index
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 
 def read_bag(
-    paths_or_tasks: PathsOrTasks, *, reader: ImageReaderStage | None = None, **partitioning: Any
+    paths_or_tasks: PathsOrTasks,
+    *,
+    reader: ImageReaderStage | None = None,
+    **partitioning: Unpack[PartitionOptions],
 ) -> Bag:
     """Make a lazy bag of ImageBatch, one partition for each task.
 
@@ -53,7 +56,8 @@ def read_bag(
     reader
         The reader; ``ImageReaderStage()`` if not given.
     **partitioning
-        Options of ``partition_shards``, for paths.
+        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -98,7 +102,7 @@ def read_metadata(
     *,
     reader: ImageReaderStage | None = None,
     decode: bool = False,
-    **partitioning: Any,
+    **partitioning: Unpack[PartitionOptions],
 ) -> DataFrame:
     """Make a lazy DataFrame with one row for each image member, indexed by ``image_id``.
 
@@ -112,7 +116,8 @@ def read_metadata(
         By default only headers are read, which is many times faster. If True, each image
         is decoded, and ``error`` says which can't be.
     **partitioning
-        Options of ``partition_shards``, for paths.
+        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -146,7 +151,7 @@ def map_images(
     *,
     reader: ImageReaderStage | None = None,
     meta: pd.DataFrame | None = None,
-    **partitioning: Any,
+    **partitioning: Unpack[PartitionOptions],
 ) -> DataFrame:
     """Make a lazy DataFrame of what ``fn`` returns for each batch of images.
 
@@ -168,7 +173,8 @@ def map_images(
         ``fn.meta`` is given, ``fn`` is run on a few images, here and now, where Dask computes;
         arrays of one shape are then Arrow's lists of a fixed size.
     **partitioning
-        Options of ``partition_shards``, for paths.
+        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import pandas as pd
 from dask.system import CPU_COUNT
@@ -17,7 +17,7 @@ from dask_imgread.cluster.window import run_tasks
 from dask_imgread.progress import choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.reading.records import describe_lost_shards
-from dask_imgread.shards.partition import PathsOrTasks, list_tasks
+from dask_imgread.shards.partition import PartitionOptions, PathsOrTasks, list_tasks
 from dask_imgread.storage.filesystems import resolve_path
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject, make_frame
@@ -91,7 +91,7 @@ def verify_shards(
     reader: ImageReaderStage | None = None,
     client: Client | None = None,
     progress: bool = False,
-    **partitioning: Any,
+    **partitioning: Unpack[PartitionOptions],
 ) -> Verification:
     """Decode every image of some shards and report those that can't be read.
 
@@ -106,7 +106,8 @@ def verify_shards(
     progress
         Show it on stderr: a bar on a terminal, else a line every ten seconds.
     **partitioning
-        Options of ``partition_shards``, for paths.
+        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------

@@ -11,7 +11,7 @@ import argparse
 import pandas as pd
 from brightness import measure
 
-from dask_imgread import ImageReaderStage, run_job, start_cluster
+from dask_imgread import ImageReaderStage, connect_client, run_job
 
 SHARE = 0.25  # of a GPU for each reader: four decode on it at a time
 
@@ -23,10 +23,10 @@ def main() -> None:
     options = parser.parse_args()
 
     reader = ImageReaderStage(num_gpus_per_worker=SHARE, sidecars=False)
-    with start_cluster(num_gpus_per_worker=SHARE) as cluster, cluster.get_client() as client:
-        summary = run_job(
-            options.shards, options.out, measure, client=client, reader=reader, progress=True
-        )
+    cluster = connect_client(num_gpus_per_worker=SHARE)  # started if anything is left to do
+    summary = run_job(
+        options.shards, options.out, measure, client=cluster, reader=reader, progress=True
+    )
     rows = pd.read_parquet(options.out, columns=["brightness"])
     print(f"{summary.images} images, mean brightness {rows['brightness'].mean():.1f}")
 

@@ -18,10 +18,10 @@ import cloudpickle
 from distributed import Client
 
 from dask_imgread.cli.arguments import BAD_IMAGES, FUNCTION_FAILED, SUCCESS, merge_pairs
-from dask_imgread.cli.preview import format_rows
+from dask_imgread.cli.preview import format_rows, read_samples
 from dask_imgread.cluster.start import connect_client
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.run import Summary, run_job
+from dask_imgread.jobs.run import Summary, connect_for_reader, run_job
 from dask_imgread.pictures import make_shards
 from dask_imgread.progress import start_logging
 from dask_imgread.reading.options import ReaderOptions
@@ -75,14 +75,14 @@ def find_free(name: str) -> str:
 def run_metadata(arguments: argparse.Namespace) -> int:
     """Write shards' metadata."""
     with keep_stdout(arguments):
-        summary = do_job(arguments, None)
+        summary = do_job(arguments, None, make_reader(arguments))
     return finish_job(arguments, summary)
 
 
 def run_apply(arguments: argparse.Namespace) -> int:
     """Write what a function makes of shards' images."""
     with keep_stdout(arguments):
-        summary = do_job(arguments, load_function(arguments.function))
+        summary = do_job(arguments, load_function(arguments.function), make_reader(arguments))
     return finish_job(arguments, summary)
 
 
@@ -101,9 +101,10 @@ def keep_stdout(arguments: argparse.Namespace) -> Iterator[None]:
         os.close(kept)
 
 
-def do_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> Summary:
+def do_job(
+    arguments: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
+) -> Summary:
     """Run the job that the arguments describe."""
-    reader = make_reader(arguments)
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
     check_readable(shards, storage_options)
@@ -111,10 +112,13 @@ def do_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> Summary:
         shards,
         arguments.out,
         fn,
+        client=connect_for_reader(
+            reader,
+            scheduler=arguments.scheduler,
+            scheduler_file=arguments.scheduler_file,
+            n_workers=arguments.workers,
+        ),
         reader=reader,
-        scheduler=arguments.scheduler,
-        scheduler_file=arguments.scheduler_file,
-        n_workers=arguments.workers,
         files_per_partition=arguments.files_per_partition,
         images_per_partition=arguments.images_per_partition,
         blocksize=arguments.blocksize,
@@ -221,7 +225,7 @@ def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -
     else:
         print(f"nothing left to do: all {summary.partitions} partitions are done")
     print()
-    first, failures = JobFolder(out, storage_options).read_samples()
+    first, failures = read_samples(JobFolder(out, storage_options))
     print(format_rows(first))
     for image_id, error in failures:
         print(f"failed: {image_id}: {error}")

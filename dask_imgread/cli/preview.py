@@ -1,4 +1,4 @@
-"""A few rows of any table, cut to what a terminal shows."""
+"""The first rows and failures of a job's output, cut to what a terminal shows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,36 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from dask_imgread.jobs.folder import JobFolder, name_records
+
+_SAMPLED = 100  # parts that are searched for samples
 _WIDEST = 32  # characters of a cell
 _LISTED = 3  # values of a list
 
 
+def read_samples(folder: JobFolder, count: int = 5) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Return a few rows, and the id and error of a few failures, from the first parts."""
+    description = folder.read_job() or {}
+    rows: list[pd.DataFrame] = []
+    failures: list[tuple[str, str]] = []
+    for name in folder.list_parts()[:_SAMPLED]:
+        table = pq.read_table(folder.open(name))
+        frame = table.slice(0, count).to_pandas()
+        rows.append(frame.reset_index(drop=frame.index.names == [None]))
+        if description.get("command") == "apply":
+            table = pq.read_table(folder.open(name_records(name)))
+        failed = table.filter(pc.is_valid(table["error"])).slice(0, count).to_pylist()
+        failures += [(row["image_id"], row["error"]) for row in failed]
+        if sum(map(len, rows)) >= count and len(failures) >= count:
+            break
+    return pd.concat(rows)[:count] if rows else pd.DataFrame(), failures[:count]
+
+
 def format_rows(rows: pd.DataFrame, width: int | None = None) -> str:
-    """Return rows as text, with the columns that fit; the last line names the others.
+    """Return rows as text, with the columns that fit; the last line names those that do not.
 
     Parameters
     ----------

@@ -113,23 +113,42 @@ def connect_client(
     n_workers: int | None = None,
     **cluster_options: Any,
 ) -> Iterator[Client]:
-    """Connect to a running scheduler, or else start a cluster; close it on exit.
+    """Connect to a scheduler, or start a cluster on this machine; close what was opened at the end.
+
+    A context manager, and a lazy one: it does nothing before it is entered. ``run_job`` takes it
+    as its ``client``, and enters it only if anything is left to do.
 
     Parameters
     ----------
     scheduler, scheduler_file
-        The address of a scheduler, or the file that it writes. Either may appear within ten
-        minutes.
+        The address of a scheduler, or the file that it writes. Either may appear only after up
+        to ten minutes. If neither is given, a cluster is started.
     n_workers
         How many workers to wait for, by default one; or to start.
     **cluster_options
-        Keyword arguments of ``start_cluster``.
+        Keyword arguments of ``start_cluster``, if a cluster is started.
+
+    Yields
+    ------
+    distributed.Client
+        Each call gives a context manager that can be entered once.
 
     Raises
     ------
+    ValueError
+        When it is entered, as are the other errors: if ``n_workers`` is below 1.
     TimeoutError
-        If there is no scheduler within ten minutes, or there are too few workers for as
-        long as ``imgread.wait-for-workers`` allows.
+        If there is no scheduler after ten minutes. A ``NoWorkersError``, which is one, if there
+        are too few workers after ten minutes, or after what Dask's setting
+        ``imgread.wait-for-workers`` says.
+    RuntimeError, ImportError
+        If a cluster can't be started, as in ``start_cluster``.
+
+    Examples
+    --------
+    >>> with connect_client(device="cpu", n_workers=1, verbose=False) as client:
+    ...     client.submit(sum, [1, 2]).result()
+    3
     """
     from distributed import Client
 

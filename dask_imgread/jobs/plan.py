@@ -1,4 +1,4 @@
-"""A job's plan: its shards, and the partitions that they are divided into."""
+"""A job's plan: its shards, and the partitions into which they are divided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -20,124 +20,158 @@ from dask_imgread.shards.partition import Division, divide_shards
 from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.tasks import FileGroupTask
 
-_ID = b"job"
-FORMAT = 1  # of the folder; a folder of another is refused
+FORMAT = 1  # of the folder; a folder of another format is refused
+_ID = b"job"  # where the plan's metadata hold the job's id
 _SCHEMA = pa.schema(
     {
-        "first": pa.int32(),  # of the shards
+        "first": pa.int32(),  # the number of the first shard
         "count": pa.int32(),
-        "start": pa.int64(),  # null: all of them
+        "start": pa.int64(),  # null: whole shards
         "stop": pa.int64(),
         "whole": pa.bool_(),
     }
 )
+_LOGGED_EVERY = 10  # seconds
+_ROWS = 10_000  # converted to Python objects at the same time
+_SHOWN = 3  # shards of a difference
+
 logger = logging.getLogger("dask_imgread")
 
-_TOLD_EVERY = 10  # seconds
-_ROWS = 10_000  # turned into Python objects at a time
-_SHOWN = 3
+
+@dataclass(frozen=True)
+class Plan:
+    """The partitions of a job: which part of which shards each of them is.
+
+    Parameters
+    ----------
+    folder
+        Where the plan is kept.
+    job_id
+        The job's id.
+    partitions
+        How many there are.
+    shards
+        All shards of the job, to which the plan refers by number.
+    storage_options
+        Options for the shards' file system. Left out of ``repr``: they may hold credentials.
+    """
+
+    folder: JobFolder
+    job_id: str
+    partitions: int
+    shards: list[Shard]
+    storage_options: dict[str, Any] = field(repr=False)
+
+    def iterate_tasks(self, wanted: bytearray) -> Iterator[tuple[int, FileGroupTask]]:
+        """Yield the number and the task of each partition that is wanted, made when it is taken.
+
+        Parameters
+        ----------
+        wanted
+            A number for each partition: not 0 if it is wanted.
+
+        Raises
+        ------
+        OtherJobError
+            If the folder has been given to another job since.
+        """
+        config = {"storage_options": self.storage_options} if self.storage_options else {}
+        table = self.folder.read_table(PLAN)
+        if table.schema.metadata[_ID].decode() != self.job_id:
+            raise OtherJobError(
+                f"{redact_url(self.folder.url)} has become another job's: give another folder"
+            )
+        rows = (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            if wanted[number]:
+                shards = self.shards[row["first"] : row["first"] + row["count"]]
+                whole_file = row["start"] is None
+                yield (
+                    number,
+                    FileGroupTask(
+                        data=[shard.path for shard in shards],
+                        task_id=f"file_group_{number}",
+                        reader_config=config,
+                        byte_range=None if whole_file else (row["start"], row["stop"]),
+                        index_whole_shard=row["whole"],
+                        versions=tuple(shard.version for shard in shards),
+                        sizes=tuple(shard.size for shard in shards),
+                    ),
+                )
 
 
 def prepare_plan(
     folder: JobFolder,
     shards: list[Shard],
-    identity: dict[str, Any],
+    description: dict[str, Any],
     division: Division,
     storage_options: dict[str, Any],
     overwrite: bool,
-) -> tuple[str, int]:
-    """Make a job's plan, or find the one that it has; return its id and number of partitions.
+) -> Plan:
+    """Return the plan that a job has in its folder, or make and write one.
 
     Parameters
     ----------
     folder
-        Where the plan is written.
+        The job's folder.
     shards
-        What is read.
-    identity
-        Everything that decides on what the rows are.
+        The shards to read.
+    description
+        What decides the rows, as ``describe_job`` returns it.
     division
-        How the shards are divided. To cut them by their images all their headers are read:
-        once, as the plan is kept.
+        How the shards are divided. To cut them by their images, the headers of all shards are
+        read; only once, as the plan is kept.
     storage_options
         Options for the shards' file system.
     overwrite
-        Remove the output of another job, and of this one.
+        Remove the output of any earlier job, this one's too.
 
     Raises
     ------
     OtherJobError
         If the folder holds the output of other inputs or options.
     FileExistsError
-        If it holds what no job has written.
+        If it holds something that no job has written.
     """
-    job = {
+    description = {
         "format": FORMAT,
-        **identity,
-        "options": json.loads(json.dumps(identity["options"] | asdict(division))),
+        **description,
+        # As they come back from JSON: with lists in place of tuples.
+        "options": json.loads(json.dumps(description["options"] | asdict(division))),
         "shards": len(shards),
         "inputs": _digest(shards),
     }
     earlier = folder.read_job()
     if earlier is not None and not overwrite and earlier["format"] != CLEARED:
-        differences = _compare(folder, earlier, job, shards)
+        differences = _compare(folder, earlier, description, shards)
         if differences:
             raise OtherJobError(
                 f"{redact_url(folder.url)} holds the output of another job: "
                 f"{'; '.join(differences)}. Give another folder, or overwrite it (--overwrite)"
             )
-        return str(earlier["id"]), int(earlier["partitions"])
-    plan = _make_table(divide_shards(shards, division, storage_options), shards)
+        return Plan(folder, earlier["id"], earlier["partitions"], shards, storage_options)
+    table = _make_table(divide_shards(shards, division, storage_options), shards)
     if folder.read_job() != earlier:  # planning can take long
         raise OtherJobError(
             f"{redact_url(folder.url)}: another job has begun there meanwhile: give another folder"
         )
     folder.clear()
-    job |= {"id": uuid.uuid4().hex, "partitions": plan.num_rows}
+    plan = Plan(folder, uuid.uuid4().hex, table.num_rows, shards, storage_options)
     folder.write_table(SHARDS, _list_shards(shards))
-    folder.write_table(PLAN, plan.replace_schema_metadata({_ID: job["id"]}))
-    folder.write_job(job)
-    return job["id"], plan.num_rows
-
-
-def iterate_tasks(
-    folder: JobFolder, job_id: str, shards: list[Shard], options: dict[str, Any], wanted: bytearray
-) -> Iterator[tuple[int, FileGroupTask]]:
-    """Yield the wanted partitions of a plan, each with its number, made when it is taken."""
-    config = {"storage_options": options} if options else {}
-    number = 0
-    plan = folder.read_table(PLAN)
-    if plan.schema.metadata[_ID].decode() != job_id:
-        raise OtherJobError(
-            f"{redact_url(folder.url)} has become another job's: give another folder"
-        )
-    for batch in plan.to_batches(_ROWS):
-        for row in batch.to_pylist():
-            if wanted[number]:
-                chosen = shards[row["first"] : row["first"] + row["count"]]
-                whole_file = row["start"] is None
-                yield (
-                    number,
-                    FileGroupTask(
-                        data=[shard.path for shard in chosen],
-                        task_id=f"file_group_{number}",
-                        reader_config=config,
-                        byte_range=None if whole_file else (row["start"], row["stop"]),
-                        index_whole_shard=row["whole"],
-                        versions=tuple(shard.version for shard in chosen),
-                    ),
-                )
-            number += 1
+    folder.write_table(PLAN, table.replace_schema_metadata({_ID: plan.job_id}))
+    # Last: a folder has a job only when its plan is complete.
+    folder.write_job(description | {"id": plan.job_id, "partitions": plan.partitions})
+    return plan
 
 
 def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table:
-    """Return one row for each task, with its shards by their numbers."""
+    """Return one row for each task, which refers to its shards by number."""
     batches: list[pa.RecordBatch] = []
     rows: list[dict[str, Any]] = []
     first = 0
-    told = time.monotonic()
+    logged = time.monotonic()
     for task in tasks:
-        while shards[first].path != task.data[0]:  # both are in the same order
+        while shards[first].path != task.data[0]:  # tasks and shards are in the same order
             first += 1
         start, stop = task.byte_range or (None, None)
         whole = task.index_whole_shard
@@ -147,36 +181,30 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
         if len(rows) == _ROWS:
             batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
             rows.clear()
-        if time.monotonic() - told > _TOLD_EVERY:
-            told = time.monotonic()
+        if time.monotonic() - logged > _LOGGED_EVERY:
+            logged = time.monotonic()
             logger.info("planning: %d of %d shards looked through", first, len(shards))
     batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
     return pa.Table.from_batches(batches, _SCHEMA)
 
 
 def _compare(
-    folder: JobFolder, earlier: dict[str, Any], job: dict[str, Any], shards: list[Shard]
+    folder: JobFolder, earlier: dict[str, Any], now: dict[str, Any], shards: list[Shard]
 ) -> list[str]:
-    """Return what is different from an earlier job, in words."""
+    """Return in words how the description of an earlier job differs from this one's."""
     if earlier["format"] != FORMAT:
         return [f"it has the format {earlier['format']}, not {FORMAT}"]
-    differences = [
-        f"{name} was {earlier[name]!r}, and is {job[name]!r}"
-        for name in ("command", "function")
-        if earlier[name] != job[name]
-    ]
-    was, is_ = earlier["options"], job["options"]
-    differences += [
-        f"{name} was {was.get(name)!r}, and is {is_.get(name)!r}"
-        for name in sorted({*was, *is_})
-        if was.get(name) != is_.get(name)
-    ]
-    if earlier["inputs"] != job["inputs"]:
+    pairs = [(name, earlier[name], now[name]) for name in ("command", "function")]
+    was, is_ = earlier["options"], now["options"]
+    pairs += [(name, was.get(name), is_.get(name)) for name in sorted({*was, *is_})]
+    differences = [f"{name} was {old!r}, and is {new!r}" for name, old, new in pairs if old != new]
+    if earlier["inputs"] != now["inputs"]:
         differences += _compare_shards(folder.read_table(SHARDS), _list_shards(shards))
     return differences
 
 
 def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
+    """Return in words which shards are new, gone or changed."""
     was, is_ = (
         dict(zip(table["shard"].to_pylist(), table["version"].to_pylist(), strict=True))
         for table in (earlier, now)
@@ -196,6 +224,7 @@ def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
 
 
 def _digest(shards: list[Shard]) -> str:
+    """Return a digest of the shards and their versions, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for shard in shards:
         digest.update(f"{drop_signature(shard.path)}\0{shard.version}\0".encode())
@@ -203,6 +232,7 @@ def _digest(shards: list[Shard]) -> str:
 
 
 def _list_shards(shards: list[Shard]) -> pa.Table:
+    """Return one row for each shard, without what its URL holds of secrets."""
     return pa.table(
         {
             "shard": pa.array([redact_url(shard.path) for shard in shards], pa.string()),

@@ -8,63 +8,54 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any, Unpack
 
 import pandas as pd
-import pyarrow as pa
+from distributed import Client
 from distributed.scheduler import KilledWorker
 
 from dask_imgread.cluster.start import connect_client, wait_for_workers
-from dask_imgread.cluster.window import run_one, run_tasks
+from dask_imgread.cluster.window import run_tasks
 from dask_imgread.errors import JobError, NoWorkersError, OtherJobError, ReadError, SchemaError
-from dask_imgread.jobs.folder import SCHEMA, Count, JobFolder
-from dask_imgread.jobs.plan import iterate_tasks, prepare_plan
-from dask_imgread.jobs.writer import PartWriter, describe_batch
+from dask_imgread.jobs.description import describe_job
+from dask_imgread.jobs.folder import Count, JobFolder
+from dask_imgread.jobs.plan import Plan, prepare_plan
+from dask_imgread.jobs.row_makers import FunctionRows, MetadataRows, RowMaker
+from dask_imgread.jobs.schema import SchemaFinder, read_meta
+from dask_imgread.jobs.writer import PartWriter
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.rows import (
-    INFERRED_BATCH,
-    INFERRED_TASKS,
-    BatchFunction,
-    describe_failure,
-    name_function,
-    to_table,
-)
-from dask_imgread.shards.find import Paths, Shard, find_shards
-from dask_imgread.shards.partition import Division
+from dask_imgread.rows import BatchFunction
+from dask_imgread.shards.find import Paths, find_shards
+from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import FileGroupTask, ImageBatch
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
 
-_SMALLEST_WINDOW = 16  # counts are all that tasks return
-_MOST_ERRORS = 20  # partitions that could not be done, until a job is given up
+_SMALLEST_WINDOW = 16  # larger than for pixels: a task returns nothing but counts
+_MOST_ERRORS = 20  # partitions that fail before the job gives up
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job came to.
+    """The numbers of a job.
 
     Parameters
     ----------
     images, failed
-        Images in the whole output that were read, and that could not be.
+        Images in the whole output that were read, and that failed.
     function_failed
-        Those of the failed that could be read, but for which the function raised.
+        How many of the failed could be read, but made the function raise.
     partitions
-        How many there are.
+        How many partitions the job has.
     new_images, new_failed, new_partitions
-        The same of this run alone.
+        The same numbers of this run alone.
     seconds
-        How long this run took, from finding the shards on.
+        How long this run took, finding the shards included.
     images_per_second
-        The images of this run, those that failed too, in a second of the time in which it read
+        The images of this run, failed ones included, for each second in which it read
         partitions; 0 if there was nothing left to do.
     decoded
         Whether pixels were decoded. If not, only headers were read, and images that seem fine
@@ -95,15 +86,9 @@ def run_job(
     out: str | os.PathLike[str],
     fn: BatchFunction | None = None,
     *,
-    client: Client | None = None,
-    scheduler: str | None = None,
-    scheduler_file: str | None = None,
-    n_workers: int | None = None,
+    client: Client | AbstractContextManager[Client] | None = None,
     reader: ImageReaderStage | None = None,
     meta: pd.DataFrame | None = None,
-    files_per_partition: int | None = None,
-    images_per_partition: int | None = None,
-    blocksize: int | None = None,
     storage_options: dict[str, Any] | None = None,
     out_options: dict[str, Any] | None = None,
     retries: int = 2,
@@ -111,12 +96,14 @@ def run_job(
     overwrite: bool = False,
     progress: bool = False,
     relative_to: str | None = None,
+    **partitioning: Unpack[Partitioning],
 ) -> Summary:
     """Read shards on a cluster and write a row for each image, or what a function makes of them.
 
-    The output is a Parquet dataset of one file for each partition, written by the worker
-    that read it, whole or not at all. Killed at any moment and called again, a job does what
-    is missing, and nothing twice. No more than a window of tasks is in flight.
+    The output is a Parquet dataset of one file for each partition. The worker that read the
+    partition writes its file, in one piece or not at all. A job that was killed, at any moment,
+    and is called again does what is missing, and nothing twice. Only a window of tasks is in
+    flight at any time.
 
     Parameters
     ----------
@@ -127,42 +114,40 @@ def run_job(
     fn
         Takes an ``ImageBatch`` and returns rows, as for ``map_images``; arrays of one shape
         become lists of a fixed size. If it raises, it is run again on each image of the batch
-        as a batch of its own, and those for which it raises again are recorded as failed, with
+        as a batch of its own. Images for which it raises again are recorded as failed, with
         the cause ``function failed``. If not given, the rows are the images'
         metadata, with the columns of ``dask_imgread.tasks.COLUMNS``, and ``sidecars``, as
         JSON, if the reader reads them.
     client
-        The cluster to work on.
-    scheduler, scheduler_file
-        Where no client is given: the address of a scheduler that is there, or the file that
-        it has written. If neither is given, a cluster on this machine is started, if there
-        is anything left to do.
-    n_workers
-        Workers to start; or to wait for.
+        The cluster to work on: a client, which stays open, or a context manager that gives one,
+        such as ``connect_client(scheduler_file="scheduler.json")``. The latter is entered only
+        if anything is left to do, and then left, too. If not given, a cluster that fits the reader
+        is started on this machine, likewise only if anything is left to do.
     reader
         The reader. If not given, ``ImageReaderStage()`` for a function, and for metadata one
         that reads headers alone.
     meta
-        An empty DataFrame with the columns, dtypes and index of what ``fn`` returns;
-        ``fn.meta`` if not given, and what ``fn`` returns for a few images if there is none.
-    files_per_partition, images_per_partition, blocksize
-        How the shards are divided, as in ``partition_shards``.
+        An empty DataFrame with the columns, dtypes and index of what ``fn`` returns. If not
+        given, ``fn.meta``; without that, ``fn`` is run on a few images.
     storage_options
         Options for the shards' file system, and for that of ``out`` if it is remote. They are
         written nowhere.
     out_options
-        Options for the file system of ``out``, if they are others.
+        Options for the file system of ``out``, if it needs others.
     retries
-        How often a partition is tried again that raises, or whose worker dies.
+        How often a partition is tried again if it raises or its worker dies.
     retry_failed
-        Read those partitions again in which an image could not be read, and replace their
-        rows.
+        Read those partitions again in which an image failed, and replace their rows, unless fewer
+        images can be read than before.
     overwrite
         Remove what another job has written to ``out``, and begin anew.
     progress
         Show it on stderr: a bar on a terminal, else a line every ten seconds.
     relative_to
-        The reader's option, if not given there: ids from the shards' paths below it.
+        The reader's option, if not given there: ids are made from the shards' paths below it.
+    **partitioning
+        How the shards are divided: ``files_per_partition``, ``images_per_partition`` or
+        ``blocksize``, as in ``partition_shards``.
 
     Returns
     -------
@@ -179,9 +164,9 @@ def run_job(
     ReadError
         If an image can't be read, under ``on_error="raise"``.
     JobError
-        If partitions could not be done, the scheduler is lost, or the cluster has no workers
-        for ten minutes; for one if it is on this machine. Dask's setting
-        ``imgread.wait-for-workers`` says otherwise.
+        If partitions could not be done, the scheduler is lost, or the cluster has had no workers
+        for ten minutes; for one minute if it is on this machine. Dask's setting
+        ``imgread.wait-for-workers`` changes that.
 
     Examples
     --------
@@ -198,99 +183,110 @@ def run_job(
     8
     """
     start = time.monotonic()
-    options = storage_options or {}
-    job = _make_job(fn, reader, _open_folder(str(out), options, out_options))
-    if relative_to is not None:
-        job = replace(job, reader=job.reader.with_options(relative_to=relative_to))
-    division = Division(files_per_partition, images_per_partition, blocksize)
-    shards = find_shards(paths, options)
-    job_id, partitions = prepare_plan(
-        job.folder, shards, job.describe(), division, options, overwrite
+    division = Division.of("run_job", partitioning)
+    storage_options = storage_options or {}
+    reader = _choose_reader(reader, decode=fn is not None, relative_to=relative_to)
+    row_maker = _choose_row_maker(fn, reader, meta)
+    folder = _open_folder(str(out), storage_options, out_options)
+    shards = find_shards(paths, storage_options)
+    plan = prepare_plan(
+        folder, shards, describe_job(reader, row_maker), division, storage_options, overwrite
     )
-    job = replace(job, job_id=job_id, retrying=retry_failed)
-    done, before = _find_done(job, partitions)
+    wanted, before = _find_wanted(plan, retry_failed)
     count, rate = Count(), 0.0
-    if sum(done) < partitions:
-        tasks = _Tasks(job.folder, job_id, shards, options, bytearray(not mark for mark in done))
-        with (
-            _tell_lost_cluster(),
-            (
-                nullcontext(client)
-                if client is not None
-                else _connect(job.reader, scheduler, scheduler_file, n_workers)
-            ) as used,
-        ):
-            wait_for_workers(used)  # what they declare decides on what tasks ask for
-            job = replace(job, schema=_find_schema(used, job, meta, tasks))
-            with choose_progress(partitions, sum(done), hidden=not progress) as shown:
-                count = _run(used, job, tasks, retries, shown)
+    if any(wanted):
+        with _raise_job_errors(), _choose_client(client, reader) as opened:
+            wait_for_workers(opened)  # what they declare decides what tasks ask for
+            finder = SchemaFinder(opened, folder, reader, plan.iterate_tasks(wanted))
+            schema = row_maker.find_schema(finder)
+            writer = PartWriter(folder, plan.job_id, reader, row_maker, schema, retry_failed)
+            done = plan.partitions - sum(wanted)
+            with choose_progress(plan.partitions, done, hidden=not progress) as shown:
+                count = _write_parts(opened, writer, plan, wanted, retries, shown)
                 rate = shown.tell_rate()
-    if not all(job.folder.mark_done(partitions)):
-        raise JobError(
-            f"what workers wrote is not in {redact_url(job.folder.url)}: give a folder that client "
-            "and workers share"
-        )
-    job.folder.tidy()
+    _check_parts(plan)
+    folder.remove_drafts()
     return Summary(
         **asdict(before + count),
-        partitions=partitions,
+        partitions=plan.partitions,
         new_images=count.images,
         new_failed=count.failed,
-        new_partitions=partitions - sum(done),
+        new_partitions=sum(wanted),
         seconds=time.monotonic() - start,
         images_per_second=round(rate, 1),
-        decoded=job.reader.decode,
+        decoded=reader.decode,
     )
 
 
-def _make_job(
-    fn: BatchFunction | None, reader: ImageReaderStage | None, out: JobFolder
-) -> PartWriter:
-    if fn is None:
-        return PartWriter(reader or ImageReaderStage(decode=False, sidecars=False), None, out)
-    reader = reader or ImageReaderStage()
-    if not reader.decode:
-        raise ValueError("a function of images needs a reader with decode=True")
-    return PartWriter(reader, fn, out)
-
-
-def _open_folder(
-    out: str, options: dict[str, Any], out_options: dict[str, Any] | None
-) -> JobFolder:
-    if out_options is None:
-        out_options = {} if is_local(out) else options
-    return JobFolder(resolve_path(os.path.expanduser(out)), out_options)
-
-
-def _find_done(job: PartWriter, partitions: int) -> tuple[bytearray, Count]:
-    """Return 1 for each partition that needs no more work, and what they came to."""
-    done = job.folder.mark_done(partitions)
-    total = Count()
-    numbers = (number for number, mark in enumerate(bytes(done)) if mark)
-    for number, footer in job.folder.read_footers(numbers):
-        if footer is None or footer.job != job.job_id or (job.retrying and footer.failed):
-            done[number] = 0
-        else:
-            total += footer.count()
-    return done, total
-
-
-def _connect(
-    reader: ImageReaderStage, scheduler: str | None, scheduler_file: str | None, workers: int | None
-) -> AbstractContextManager[Client]:
+def connect_for_reader(reader: ImageReaderStage, **options: Any) -> AbstractContextManager[Client]:
+    """Return ``connect_client`` with options that fit a reader, if a cluster is to be started."""
     return connect_client(
-        scheduler=scheduler,
-        scheduler_file=scheduler_file,
-        n_workers=workers,
-        # Headers are read by cores: one process for each, not one for each GPU.
+        # Headers are read by cores: with a process for each core, not for each GPU.
         device=reader.device if reader.decode else "cpu",
         num_gpus_per_worker=reader.num_gpus_per_worker,
         verbose=False,
+        **options,
     )
 
 
+def _choose_client(
+    client: Client | AbstractContextManager[Client] | None, reader: ImageReaderStage
+) -> AbstractContextManager[Client]:
+    if isinstance(client, Client):
+        return nullcontext(client)  # it is the caller's to close, though it is a context manager
+    return connect_for_reader(reader) if client is None else client
+
+
+def _choose_reader(
+    reader: ImageReaderStage | None, *, decode: bool, relative_to: str | None
+) -> ImageReaderStage:
+    reader = reader or ImageReaderStage(decode=decode, sidecars=decode)
+    return reader if relative_to is None else reader.with_options(relative_to=relative_to)
+
+
+def _choose_row_maker(
+    fn: BatchFunction | None, reader: ImageReaderStage, meta: pd.DataFrame | None
+) -> RowMaker:
+    if fn is None:
+        return MetadataRows()
+    if not reader.decode:
+        raise ValueError("a function of images needs a reader with decode=True")
+    meta = getattr(fn, "meta", None) if meta is None else meta
+    return FunctionRows(fn, reader.on_error, None if meta is None else read_meta(meta))
+
+
+def _open_folder(
+    out: str, storage_options: dict[str, Any], out_options: dict[str, Any] | None
+) -> JobFolder:
+    if out_options is None:
+        out_options = {} if is_local(out) else storage_options
+    return JobFolder(resolve_path(os.path.expanduser(out)), out_options)
+
+
+def _find_wanted(plan: Plan, retry_failed: bool) -> tuple[bytearray, Count]:
+    """Return 1 for each partition that is to be done, and the count of the others."""
+    wanted = bytearray(not done for done in plan.folder.mark_done(plan.partitions))
+    total = Count()
+    parts = (number for number, missing in enumerate(bytes(wanted)) if not missing)
+    for number, footer in plan.folder.read_footers(parts):
+        if footer is None or footer.job != plan.job_id or (retry_failed and footer.failed):
+            wanted[number] = 1
+        else:
+            total += footer.count()
+    return wanted, total
+
+
+def _check_parts(plan: Plan) -> None:
+    """Raise JobError if a part is missing that a worker has written."""
+    if not all(plan.folder.mark_done(plan.partitions)):
+        raise JobError(
+            f"what workers wrote is not in {redact_url(plan.folder.url)}: give a folder that "
+            "client and workers share"
+        )
+
+
 @contextmanager
-def _tell_lost_cluster() -> Iterator[None]:
+def _raise_job_errors() -> Iterator[None]:
     """Raise JobError where the scheduler or all workers are lost."""
     try:
         yield
@@ -300,35 +296,35 @@ def _tell_lost_cluster() -> Iterator[None]:
         raise JobError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The partitions that are to be done, made when they are taken, as often as is asked."""
-
-    folder: JobFolder
-    job_id: str
-    shards: list[Shard]
-    options: dict[str, Any]
-    wanted: bytearray
-
-    def __iter__(self) -> Iterator[tuple[int, FileGroupTask]]:
-        return iterate_tasks(self.folder, self.job_id, self.shards, self.options, self.wanted)
-
-
-def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress: Progress) -> Count:
-    """Do the tasks on the cluster; return what they came to.
+def _write_parts(
+    client: Client,
+    writer: PartWriter,
+    plan: Plan,
+    wanted: bytearray,
+    retries: int,
+    progress: Progress,
+) -> Count:
+    """Do the partitions that are wanted on the cluster; return the count of their images.
 
     Raises
     ------
     JobError
-        If a task ends in an error that is not an image's, and so is still to be done.
+        If tasks end in errors that are not an image's; their partitions are still to be done.
     """
     total = Count()
     errors: list[str] = []
-    options = job.reader.annotations(client) | {"pure": False, "retries": retries}
-    options |= {"smallest_window": _SMALLEST_WINDOW}
-    for done, ((number, task), result) in enumerate(run_tasks(client, job, tasks, **options), 1):
+    tasks = run_tasks(
+        client,
+        writer,
+        plan.iterate_tasks(wanted),
+        pure=False,
+        retries=retries,
+        smallest_window=_SMALLEST_WINDOW,
+        **writer.reader.annotations(client),
+    )
+    for ended, ((number, task), result) in enumerate(tasks, 1):
         if isinstance(result, KilledWorker):
-            result = job.write_lost(number, task, result)
+            result = writer.write_lost(number, task, result)
         if isinstance(result, ReadError | OtherJobError):
             raise result
         if isinstance(result, SchemaError):
@@ -341,93 +337,10 @@ def _run(client: Client, job: PartWriter, tasks: _Tasks, retries: int, progress:
                 break
         else:
             total += result
-        progress.update(done - len(errors), total.images, total.failed)
+        progress.update(ended - len(errors), total.images, total.failed)
     if errors:
         raise JobError(
             f"{len(errors)} partitions could not be done, such as {errors[0]}. The same call tries "
             "them again"
         )
     return total
-
-
-def _find_schema(
-    client: Client, job: PartWriter, meta: pd.DataFrame | None, tasks: _Tasks
-) -> pa.Schema:
-    """Return the columns and types of all parts; for a function, written when first found."""
-    if job.fn is None:
-        return to_table(describe_batch(ImageBatch(), job.reader.sidecars)).schema
-    try:
-        return job.folder.read_table(SCHEMA).schema
-    except FileNotFoundError:
-        pass
-    meta = getattr(job.fn, "meta", None) if meta is None else meta
-    schema = None if meta is None else _read_meta(meta)
-    if schema is None or any(pa.types.is_null(field.type) for field in schema):
-        schema = _infer_schema(client, job, tasks, schema)
-    job.folder.write_table(SCHEMA, schema.empty_table())
-    return schema
-
-
-def _read_meta(meta: pd.DataFrame) -> pa.Schema:
-    """Return the types of an empty frame; null where it tells none, as an empty Index does."""
-    schema = to_table(meta).schema
-    if isinstance(meta.index, pd.RangeIndex) and meta.index.name is not None:
-        place = schema.get_field_index(meta.index.name)
-        schema = schema.set(place, pa.field(meta.index.name, pa.null()))
-    return schema
-
-
-def _infer_schema(
-    client: Client, job: PartWriter, tasks: _Tasks, known: pa.Schema | None
-) -> pa.Schema:
-    """Run the function on a few images, on a worker; keep the types that are known."""
-    assert job.fn is not None
-    name = name_function(job.fn)
-    small = replace(job, reader=job.reader.with_options(dali_batch_size=INFERRED_BATCH))
-    options = job.reader.annotations(client)
-    for _, task in islice(tasks, INFERRED_TASKS):
-        try:
-            schemas = _infer_schemas(client, small, task, options)
-        except (CancelledError, NoWorkersError):
-            raise
-        except Exception as error:
-            reason = hide_secrets(describe_failure(error), task.storage_options)
-            raise JobError(f"{name} fails on the first images of {task!r}: {reason}") from error
-        if schemas:
-            return _unify(schemas, known, name)
-    raise JobError(
-        f"no image of the first {INFERRED_TASKS} partitions could be read, to tell the columns "
-        f"of {name} by: give them with meta"
-    )
-
-
-def _infer_schemas(
-    client: Client, job: PartWriter, task: FileGroupTask, options: dict[str, Any]
-) -> list[pa.Schema]:
-    """Do so on a worker; if it dies, once more with a picture's death costing only itself."""
-    try:
-        return run_one(client, job.infer_schemas, task, **options)
-    except KilledWorker:
-        return run_one(client, job.isolated().infer_schemas, task, **options)
-
-
-def _unify(schemas: list[pa.Schema], known: pa.Schema | None, name: str) -> pa.Schema:
-    try:
-        found = pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise JobError(f"{name} gives rows of several types: {error}") from None
-    if known is not None:
-        if set(known.names) != set(found.names):
-            raise JobError(f"{name} gives the columns {found.names}, meta has {known.names}")
-        for field in known:
-            if pa.types.is_null(field.type):
-                place = known.get_field_index(field.name)
-                known = known.set(place, found.field(field.name))
-        found = known
-    empty = [field.name for field in found if pa.types.is_null(field.type)]
-    if empty:
-        raise JobError(
-            f"{name}: the first images do not tell the type of {', '.join(empty)}: give it with "
-            f"meta, an empty DataFrame, such as {name}.meta"
-        )
-    return found

@@ -21,7 +21,7 @@ from PIL import Image
 from dask_imgread.decoding.geometry import resize
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.jobs.folder import JOB, JobFolder, name_records, write_whole
+from dask_imgread.jobs.folder import JOB, JobFolder, name_records
 from dask_imgread.report.plots import TOP, embed_plots, say, tell_time
 from dask_imgread.report.statistics import (
     LISTED,
@@ -35,6 +35,7 @@ from dask_imgread.report.statistics import (
 )
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource
+from dask_imgread.storage.files import write_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.storage.retries import with_retries

@@ -20,7 +20,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from dask_imgread.jobs.folder import FOOTER, Footer, open_bytes
+from dask_imgread.jobs.folder import FOOTER, Footer
+from dask_imgread.storage.files import open_bytes
 from dask_imgread.storage.retries import with_retries
 
 LISTED = 10  # failures of a cause that are kept

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
 from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.samples import cut_at_samples, index_members
@@ -19,6 +19,23 @@ from dask_imgread.tasks import FileGroupTask
 PathsOrTasks: TypeAlias = Paths | FileGroupTask | Iterable[FileGroupTask]
 
 _WALKERS = 8  # shards whose headers are read at the same time
+
+
+class Partitioning(TypedDict, total=False):
+    """How shards are divided into tasks: one of these, or none; see ``partition_shards``."""
+
+    files_per_partition: int | None
+    images_per_partition: int | None
+    blocksize: int | None
+
+
+class PartitionOptions(Partitioning, total=False):
+    """All keyword arguments of ``partition_shards``."""
+
+    storage_options: dict[str, Any] | None
+    limit: int | None
+    dataset_name: str
+    relative_to: str | None
 
 
 def partition_shards(
@@ -101,7 +118,7 @@ def partition_shards(
 
 @dataclass(frozen=True)
 class Division:
-    """How shards are divided into tasks; see ``partition_shards``."""
+    """A ``Partitioning`` whose values are checked."""
 
     files_per_partition: int | None = None
     images_per_partition: int | None = None
@@ -116,6 +133,20 @@ class Division:
             raise ValueError(
                 f"{' and '.join(given)} can't be given together: they divide differently; give one"
             )
+
+    @classmethod
+    def of(cls, function: str, partitioning: Partitioning) -> Self:
+        """Make one of a function's keyword arguments.
+
+        Raises
+        ------
+        TypeError
+            If the function has no such argument, with the message that Python itself gives.
+        """
+        for name in partitioning:
+            if name not in Partitioning.__optional_keys__:
+                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        return cls(**partitioning)
 
 
 def _check_positive(name: str, number: int | None) -> None:
@@ -135,7 +166,9 @@ def divide_shards(
     return _group(shards, division.files_per_partition or 1, config)
 
 
-def list_tasks(paths_or_tasks: PathsOrTasks, **partitioning: Any) -> list[FileGroupTask]:
+def list_tasks(
+    paths_or_tasks: PathsOrTasks, **partitioning: Unpack[PartitionOptions]
+) -> list[FileGroupTask]:
     """Return tasks as they are; divide paths into tasks with ``partition_shards``."""
     if isinstance(paths_or_tasks, FileGroupTask):
         return [paths_or_tasks]

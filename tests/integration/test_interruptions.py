@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client, LocalCluster
 
-from dask_imgread import JobError, run_job, start_cluster, verify_shards
+from dask_imgread import JobError, connect_client, run_job, start_cluster, verify_shards
 from dask_imgread.cli.main import main
+from dask_imgread.cli.preview import read_samples
 from dask_imgread.cluster import start as cluster
 from dask_imgread.cluster.window import run_one
 from dask_imgread.errors import NoWorkersError
@@ -141,8 +142,9 @@ def test_workers_that_can_not_do_the_work_are_none(client, impatient):
 def test_an_adaptive_cluster_starts_from_nothing(folder, shards, workers):
     with start_local(0) as local:
         local.adapt(minimum=0, maximum=2, interval="100ms")
-        options = {"images_per_partition": 50, "scheduler": local.scheduler_address}
-        assert run_job(shards, "out", count_slowly, n_workers=workers, **options).images == 199
+        client = connect_client(scheduler=local.scheduler_address, n_workers=workers)
+        options = {"images_per_partition": 50, "client": client}
+        assert run_job(shards, "out", count_slowly, **options).images == 199
 
 
 def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, monkeypatch):
@@ -251,6 +253,7 @@ def test_nobody_reads_its_output(folder, shards):
 
 AT_EXIT = """
 import os, sys, threading
+from dask_imgread.cli.preview import read_samples
 from dask_imgread.jobs.folder import JobFolder
 
 def spin():
@@ -264,7 +267,7 @@ for _ in range(50):
     if not child:
         # As threads of a cluster do: one of Arrow's waits for its turn, until it is too late.
         threading.Thread(target=spin, daemon=True).start()
-        JobFolder("out").read_samples()
+        read_samples(JobFolder("out"))
         sys.exit()
     statuses.append(os.waitpid(child, 0)[1])
 print(sum(map(bool, statuses)))
@@ -295,7 +298,7 @@ def test_arrow_is_given_no_file_of_pythons_to_read(folder, shards, client, monke
     for module, name in ((pq, "read_table"), (pq, "ParquetFile"), (pa.ipc, "open_file")):
         watch(module, name)
     job = JobFolder("out")
-    assert len(job.read_samples()[0]) == 5
+    assert len(read_samples(job)[0]) == 5
     assert len(job.read_table("_plan.arrow")) == 4
     write_report("out")
     assert len(given) >= 4

@@ -14,6 +14,7 @@ from dask_imgread import (
     FileGroupTask,
     ImageReaderStage,
     JobError,
+    connect_client,
     partition_shards,
     run_job,
     verify_shards,
@@ -240,7 +241,8 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
 
     there = pd.read_parquet("s3://results/out", storage_options=s3.storage_options)
     reader = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
-    run_job(folder, tmp_path / "out", reader=reader, images_per_partition=10, n_workers=1)
+    local = connect_client(device="cpu", n_workers=1, verbose=False)
+    run_job(folder, tmp_path / "out", reader=reader, images_per_partition=10, client=local)
     here = pd.read_parquet(tmp_path / "out")
     for frame in (there, here):
         frame.index = frame.index.str.replace(r"-\w{10}/", "/", regex=True)

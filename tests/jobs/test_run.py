@@ -18,9 +18,18 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from dask_imgread import ImageReaderStage, JobError, OtherJobError, ReadError, run_job
+from dask_imgread import (
+    ImageReaderStage,
+    JobError,
+    OtherJobError,
+    ReadError,
+    connect_client,
+    read_bag,
+    run_job,
+)
 from dask_imgread.cli.main import main
 from dask_imgread.jobs import plan
+from dask_imgread.jobs import run as jobs
 from dask_imgread.jobs.folder import Footer, JobFolder
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
@@ -191,6 +200,74 @@ def test_a_scheduler_that_is_there_and_is_lost(folder, shards):
     status, out, _ = run(*job, "--workers", 2)
     assert status == 0
     assert "1997 images, 3 failed" in out
+
+
+def test_a_cluster_is_connected_to_only_if_anything_is_left_to_do(folder, client, shards):
+    address = client.scheduler.address
+    first = run_job(shards[:1], "out", client=connect_client(scheduler=address))
+    assert (first.images, first.new_partitions) == (500, 1)
+    nowhere = connect_client(scheduler_file="nope.json", n_workers=0)  # would raise
+    again = run_job(shards[:1], "out", client=nowhere)
+    assert (again.images, again.new_partitions) == (500, 0)
+    with pytest.raises(ValueError, match="n_workers must be at least 1"):
+        run_job(shards[:1], "out", client=nowhere, overwrite=True)
+
+
+def test_whose_client_it_is(folder, client, shards):
+    """The caller's stays open; one that the job has opened is closed, after an error too."""
+    run_job(shards[:1], "out", client=client)
+    assert client.status == "running"
+
+    opened = []
+
+    @contextlib.contextmanager
+    def connect():
+        with connect_client(scheduler=client.scheduler.address) as own:
+            opened.append(own)
+            yield own
+
+    run_job(shards[:1], "out", client=connect(), overwrite=True)
+
+    def wrong(batch):
+        raise KeyError("colour")
+
+    with pytest.raises(JobError, match="colour"):
+        run_job(shards[:1], "wrong", wrong, client=connect(), reader=DECODING)
+    assert [own.status for own in opened] == ["closed", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "asked"),
+    [
+        (None, {"device": "cpu", "num_gpus_per_worker": 0.25}),
+        (ImageReaderStage(), {"device": "auto", "num_gpus_per_worker": 0.25}),
+        (
+            ImageReaderStage(device="gpu", num_gpus_per_worker=0.5),
+            {"device": "gpu", "num_gpus_per_worker": 0.5},
+        ),
+    ],
+)
+def test_the_cluster_that_a_job_starts_fits_its_reader(folder, shards, monkeypatch, reader, asked):
+    given = []
+
+    def refuse(**options):
+        given.append(options)
+        raise RuntimeError("no cluster here")
+
+    monkeypatch.setattr(jobs, "connect_client", refuse)
+    with pytest.raises(RuntimeError, match="no cluster here"):
+        run_job(shards[:1], "out", reader=reader)
+    assert given == [asked | {"verbose": False}]
+
+
+def test_a_wrong_keyword_is_named(folder, shards):
+    for wrong in ("image_per_partition", "scheduler"):
+        told = rf"^run_job\(\) got an unexpected keyword argument '{wrong}'$"
+        with pytest.raises(TypeError, match=told):
+            run_job(shards, "out", **{wrong: 1})
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+            read_bag(shards, **{wrong: 1})
+    assert not (folder / "out").exists()
 
 
 def test_another_job_is_refused_and_told_apart(folder, client, shards):

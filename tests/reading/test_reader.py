@@ -241,12 +241,12 @@ def test_all_that_a_reader_holds_is_in_its_keys(make):
 
 
 @pytest.mark.parametrize("make", [AtLeast, Slotted])
-def test_all_that_a_reader_holds_is_in_its_jobs_description(make, tmp_path):
-    from dask_imgread.jobs.folder import JobFolder
-    from dask_imgread.jobs.writer import PartWriter
+def test_all_that_a_reader_holds_is_in_its_jobs_description(make):
+    from dask_imgread.jobs.description import describe_job
+    from dask_imgread.jobs.row_makers import MetadataRows
 
     def describe(least):
-        return PartWriter(make(least), None, JobFolder(str(tmp_path), {})).describe()
+        return describe_job(make(least), MetadataRows())
 
     assert describe(1) == describe(1) != describe(2)
     assert describe([1, 2]) == describe([1, 2]) != describe([2, 1])

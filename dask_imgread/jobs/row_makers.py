@@ -1,0 +1,184 @@
+"""What makes the rows of a job: from the images' metadata, or with a function of the images."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import Any, ClassVar, Literal
+
+import pandas as pd
+import pyarrow as pa
+
+from dask_imgread.errors import SchemaError
+from dask_imgread.jobs.schema import SchemaFinder
+from dask_imgread.rows import (
+    BatchFunction,
+    describe_failure,
+    make_rows_singly,
+    name_function,
+    to_table,
+)
+from dask_imgread.tasks import ImageBatch, ImageObject
+
+logger = logging.getLogger("dask_imgread")
+
+_LOGGED_PER_BATCH = 5  # failures of a function; the records have all of them
+
+
+class RowMaker(ABC):
+    """Makes the rows of a job. Plain values: it is pickled to workers.
+
+    Attributes
+    ----------
+    keeps_records
+        Whether the images' records are written beside the rows, as the rows don't hold them.
+    """
+
+    keeps_records: ClassVar[bool]
+
+    @abstractmethod
+    def describe(self) -> dict[str, str | None]:
+        """Return its part of the job's description."""
+
+    @abstractmethod
+    def find_schema(self, finder: SchemaFinder) -> pa.Schema:
+        """Return the columns and types of all rows."""
+
+    @abstractmethod
+    def make_rows(self, batch: ImageBatch, schema: pa.Schema) -> pa.Table:
+        """Return the rows of a batch, with that schema."""
+
+
+@dataclass(frozen=True)
+class MetadataRows(RowMaker):
+    """A row for each image, failed ones too: its record, and its sidecars if they are read."""
+
+    keeps_records: ClassVar[bool] = False
+
+    def describe(self) -> dict[str, str | None]:
+        """Return its part of the job's description."""
+        return {"command": "metadata", "function": None}
+
+    def find_schema(self, finder: SchemaFinder) -> pa.Schema:
+        """Return the columns of the records, and ``sidecars`` if the reader reads them."""
+        return to_table(describe_batch(ImageBatch(), finder.reader.sidecars)).schema
+
+    def make_rows(self, batch: ImageBatch, schema: pa.Schema) -> pa.Table:
+        """Return the rows of a batch."""
+        return to_table(describe_batch(batch, "sidecars" in schema.names))
+
+
+@dataclass(frozen=True)
+class FunctionRows(RowMaker):
+    """What a function returns for the images that were read.
+
+    Parameters
+    ----------
+    fn
+        The function.
+    on_error
+        What becomes of an image for which it raises, as of one that can't be read.
+    declared
+        The schema that the user has declared, with null for a type that is left open; None if
+        there is none.
+    """
+
+    fn: BatchFunction
+    on_error: Literal["record", "skip", "raise"] = "record"
+    declared: pa.Schema | None = None
+
+    keeps_records: ClassVar[bool] = True
+
+    def describe(self) -> dict[str, str | None]:
+        """Return its part of the job's description."""
+        return {"command": "apply", "function": name_function(self.fn)}
+
+    def find_schema(self, finder: SchemaFinder) -> pa.Schema:
+        """Return what is kept, declared or inferred."""
+        return finder.find(self.fn, self.declared)
+
+    def make_rows(self, batch: ImageBatch, schema: pa.Schema) -> pa.Table:
+        """Return the rows of a batch; images for which the function raises become its failures."""
+        rows, failures = make_rows_singly(self.fn, batch, "image_id" in schema.names)
+        if failures:
+            if self.on_error == "raise":
+                raise failures[0][1]
+            self._move_failures(batch, failures)
+        try:
+            tables = [_conform(to_table(each), schema) for each in rows]
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise SchemaError(
+                f"rows of {name_function(self.fn)}: {error}. Give all columns and types with meta"
+            ) from None
+        return pa.concat_tables([schema.empty_table(), *tables])
+
+    def _move_failures(
+        self, batch: ImageBatch, failures: Sequence[tuple[ImageObject, Exception]]
+    ) -> None:
+        """Count the images for which the function raises as failed, and not as read."""
+        logger.error("%s failed", name_function(self.fn), exc_info=failures[0][1])
+        for number, (image, error) in enumerate(failures):
+            image.image_data = None
+            image.error = f"function failed: {describe_failure(error)}"
+            if number < _LOGGED_PER_BATCH:
+                logger.warning("%s: %s", image.image_path, image.error)
+        if len(failures) > _LOGGED_PER_BATCH:
+            logger.warning("and %d more of its batch", len(failures) - _LOGGED_PER_BATCH)
+        batch.data = [image for image in batch.data if image.error is None]
+        if self.on_error == "skip":
+            batch.skipped += len(failures)
+        else:
+            batch.failed += [image for image, _ in failures]
+
+
+def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give a table the schema of all parts."""
+    if not len(table):
+        return schema.empty_table()
+    if set(table.column_names) != set(schema.names):
+        raise ValueError(f"columns {table.column_names} came where {schema.names} are expected")
+    columns = []
+    for field in schema:
+        column = table[field.name]
+        if pa.types.is_struct(field.type) and not pa.types.is_null(column.type):
+            lost = {f.name for f in column.type} - {f.name for f in field.type}
+            if lost:  # a cast would drop them silently
+                raise ValueError(f"column {field.name!r}: no place for {sorted(lost)}")
+        try:
+            columns.append(column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"column {field.name!r} ({field.type}): {error}") from None
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def describe_batch(batch: ImageBatch, sidecars: bool) -> pd.DataFrame:
+    """Return a batch's metadata, with the sidecars as a column of JSON if they are asked for."""
+    frame = batch.to_frame()
+    if sidecars:
+        texts = [_to_json(image.metadata) for image in [*batch.data, *batch.failed]]
+        frame["sidecars"] = pd.array(texts, dtype="string[pyarrow]")
+    return frame
+
+
+def _to_json(sidecars: dict[str, Any]) -> str:
+    # json.dumps escapes what is not ASCII. A sidecar may hold a lone surrogate, which has no UTF-8.
+    dump = partial(json.dumps, default=lambda content: {"base64": b64encode(content).decode()})
+    try:
+        return dump(sidecars, allow_nan=False)
+    except ValueError:
+        return dump(_drop_non_finite(sidecars))
+
+
+def _drop_non_finite(value: Any) -> Any:
+    """Return a value with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _drop_non_finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_drop_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
