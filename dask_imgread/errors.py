@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ReadError(RuntimeError):
-    """An image could not be read, under ``on_error="raise"``. Names shard and member."""
+    """An image could not be read, under ``on_error="raise"``; names the shard and the member."""
 
 
 class OtherJobError(ValueError):
@@ -12,16 +12,16 @@ class OtherJobError(ValueError):
 
 
 class JobError(RuntimeError):
-    """A job could not finish. What is done is kept, and the same call goes on from there."""
+    """A job could not finish. What is done is kept, and the same call resumes from there."""
 
 
 class SchemaError(ValueError):
-    """What a function returns is no rows, or has other columns or types than other rows."""
+    """A function returned something other than rows, or rows of the wrong columns or types."""
 
 
 class NoWorkersError(TimeoutError):
-    """A cluster has had no workers, or none that can do the work, for too long."""
+    """For too long a cluster had no workers, or none that can run the tasks."""
 
 
 class StorageError(OSError):
-    """A store did not give what was asked for; the message names the URL and the reason."""
+    """A request to a store failed; the message names the URL and the reason."""

@@ -1,4 +1,4 @@
-"""The contract of a processing stage, in the shape that NVIDIA NeMo Curator gave it."""
+"""The interface of a processing stage, modelled on that of NVIDIA NeMo Curator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one running stage holds.
+    """What a stage occupies while it runs.
 
     Parameters
     ----------
     cpus
         CPU cores.
     gpus
-        GPUs; a fraction is a share of one.
+        GPUs; a fraction is a share of one GPU.
     """
 
     cpus: float = 1.0
@@ -39,15 +39,15 @@ class Resources:
 class ProcessingStage(ABC, Generic[Input, Output]):
     """A step that turns one task into a list of results.
 
-    A stage is plain values until it runs: it can be pickled, sent to a worker, and
-    called there. Calling a stage is ``process``.
+    Until it runs a stage consists of plain values, so that it can be pickled and sent to a
+    worker. Calling a stage calls its ``process``.
     """
 
     name: str
 
     @property
     def resources(self) -> Resources:
-        """What one running stage holds."""
+        """What the stage occupies while it runs."""
         return Resources()
 
     @abstractmethod
@@ -63,5 +63,5 @@ class ProcessingStage(ABC, Generic[Input, Output]):
         return [], []
 
     def __call__(self, task: Input) -> list[Output]:
-        """Do what ``process`` does, so that a stage can be given to ``client.map``."""
+        """Call ``process``, so that a stage can be passed to ``client.map``."""
         return self.process(task)

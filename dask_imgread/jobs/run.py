@@ -217,7 +217,7 @@ def run_job(
             job = replace(job, schema=_find_schema(used, job, meta, tasks))
             with choose_progress(partitions, sum(done), hidden=not progress) as shown:
                 count = _run(used, job, tasks, retries, shown)
-                rate = shown.tell_rate()
+                rate = shown.measure_rate()
     if not all(job.folder.mark_done(partitions)):
         raise JobError(
             f"what workers wrote is not in {redact_url(job.folder.url)}: give a folder that client "
