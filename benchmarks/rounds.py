@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 
@@ -31,13 +32,14 @@ def serve(
 class Contender:
     """A process that runs rounds of one contender."""
 
+    context: BaseContext = multiprocessing.get_context("spawn")
+
     def __init__(
         self, name: str, *arguments: Any, module: str = "benchmarks.contenders", **options: Any
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self._pipe, theirs = self.context.Pipe()
         given = theirs, module, name, arguments, options
-        self._process = context.Process(target=serve, args=given)
+        self._process = self.context.Process(target=serve, args=given)
         self._process.start()
         self.pid = self._process.pid
         self.cpu_seconds: list[float] = []  # an image, of all threads, round by round
