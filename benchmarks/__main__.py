@@ -1,7 +1,7 @@
-"""Measure, and print one table: ``python -m benchmarks``.
+"""Run the benchmarks and print one table: ``python -m benchmarks``.
 
-Each contender runs in a process of its own; the rounds alternate; a ratio is the median of
-the ratios round by round.
+Each contender runs in its own process, and the rounds alternate. A ratio is the median of the
+ratios round by round.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from benchmarks.photographs import (
 from benchmarks.rounds import Contender, alternate
 from benchmarks.table import Pair, Row, describe_machine, format_table, make_rows, write_json
 
-_REPEATS = 8  # of all images, where a cluster reads them
+_REPEATS = 8  # of all images, in the benchmarks of a cluster
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """How much to measure."""
 
     images: int = 2000
     rounds: int = 5
-    kinds: int = 3  # of pictures, by size
-    long: int = 20_000
+    kinds: int = 3  # sizes of pictures
+    long: int = 20_000  # images of the longest run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
@@ -47,27 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=Size.rounds)
     parser.add_argument("--kinds", type=int, default=Size.kinds, help="sizes of pictures")
     parser.add_argument("--only", metavar="WORD", default="", help="rows whose name has the word")
-    options = parser.parse_args(arguments)
-    size = Size(options.images, options.rounds, options.kinds, options.long)
+    args = parser.parse_args(argv)
+    size = Size(args.images, args.rounds, args.kinds, args.long)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
             for name, measure in MEASURES.items()
-            if options.only in name
+            if args.only in name
             for row in measure(Path(folder), size)
         ]
     about = describe_machine() | {
         "size": f"{size.images} images, {size.rounds} alternating rounds",
     }
     print(format_table(rows, about))
-    if options.json:
-        write_json(Path(options.json), rows, about)
+    if args.json:
+        write_json(Path(args.json), rows, about)
     return 0
 
 
 def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[Pair]) -> list[Row]:
-    """Run contenders, each a function of `contenders` and its arguments, and compare pairs."""
-    running = [Contender(f"prepare_{name}", *given) for name, *given in contenders.values()]
+    """Race contenders, each given as a class of `contenders` and its arguments; compare pairs."""
+    running = [Contender(name, *args) for name, *args in contenders.values()]
     for contender in running:
         contender.wait()
     rates = dict(zip(contenders, alternate(running, rounds), strict=True))
@@ -77,7 +77,7 @@ def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[P
 
 
 def measure_decoding(folder: Path, size: Size) -> list[Row]:
-    """Compare a reader on one core with the decoder alone and with peers, by size of picture."""
+    """Compare a reader on one core with the decoder alone and with peers, for each picture size."""
     shards = {
         "0.2 MP": make_photo_shards(folder / "photos", size.images),
         "3 MP": make_large_shard(folder / "3", (2048, 1536), max(2, size.images // 25)),
@@ -87,11 +87,11 @@ def measure_decoding(folder: Path, size: Size) -> list[Row]:
     rows = []
     for name, paths in list(shards.items())[: size.kinds]:
         contenders = {
-            "ours": ("stream", paths, 1),
-            "floor": ("floor", paths, 1),
-            "DALI": ("bare_dali", paths, 1),
-            "Pillow": ("pillow", paths),
-            "Curator": ("curator", paths, 1),
+            "ours": ("Stream", paths, 1),
+            "floor": ("Floor", paths, 1),
+            "DALI": ("BareDali", paths, 1),
+            "Pillow": ("Pillow", paths),
+            "Curator": ("Curator", paths, 1),
         }
         pairs = [
             (f"stream, {name} : floor", "ours", "floor", targets[name]),
@@ -104,7 +104,7 @@ def measure_decoding(folder: Path, size: Size) -> list[Row]:
 
 
 def measure_resizing(folder: Path, size: Size) -> list[Row]:
-    """Compare ``resize=224`` on one core with what decodes at the same scale, and with peers."""
+    """Compare ``resize=224`` on one core with decoding at the same scale, and with peers."""
     rows = []
     cases = ((1024, 768, 2, 10), (2048, 1536, 4, 33), (4000, 3000, 8, 80))
     for width, height, scale, share in cases[: size.kinds]:
@@ -112,10 +112,10 @@ def measure_resizing(folder: Path, size: Size) -> list[Row]:
         images = max(2, size.images // share)
         paths = make_large_shard(folder / f"{width}", (width, height), images)
         contenders = {
-            "ours": ("stream", paths, 1, 224),
-            "floor": ("resized_floor", paths, 224, scale),
-            "Pillow": ("pillow", paths, 224),
-            "DALI": ("bare_dali", paths, 1, 224),
+            "ours": ("Stream", paths, 1, 224),
+            "floor": ("ResizedFloor", paths, 224, scale),
+            "Pillow": ("Pillow", paths, 224),
+            "DALI": ("BareDali", paths, 1, 224),
         }
         pairs = [
             (f"{name} : simplejpeg at 1/{scale}, Pillow's bilinear", "ours", "floor", 0.95),
@@ -127,24 +127,24 @@ def measure_resizing(folder: Path, size: Size) -> list[Row]:
 
 
 def measure_broken(folder: Path, size: Size) -> list[Row]:
-    """Compare shards of which one picture in ten is broken with whole ones."""
+    """Compare shards in which one picture in ten is broken with intact ones."""
     whole = make_photo_shards(folder / "whole", size.images)
     broken = break_shards(folder / "broken", whole, 0.1)
-    contenders = {"ours": ("stream", broken, 1), "whole": ("stream", whole, 1)}
+    contenders = {"ours": ("Stream", broken, 1), "whole": ("Stream", whole, 1)}
     return _race(
         contenders, size.rounds, [("stream, 10 % broken : none broken", "ours", "whole", 0.95)]
     )
 
 
 def measure_cluster(folder: Path, size: Size) -> list[Row]:
-    """Compare what goes through a cluster with the floor and with what one writes by hand."""
+    """Compare ``map_images`` on a cluster with the floor and with Dask code written by hand."""
     few = make_photo_shards(folder / "few", size.images)
     shards = repeat_shards(folder / "many", few, _REPEATS)
     contenders = {
-        "500": ("cluster", shards, 500),
-        "125": ("cluster", shards, 125),
-        "floor": ("floor", few, CORES, _REPEATS),
-        "by hand": ("by_hand", shards),
+        "500": ("Cluster", shards, 500),
+        "125": ("Cluster", shards, 125),
+        "floor": ("Floor", few, CORES, _REPEATS),
+        "by hand": ("ByHand", shards),
     }
     name = f"map_images, {_REPEATS * size.images:,} photographs"
     pairs = [
@@ -156,11 +156,11 @@ def measure_cluster(folder: Path, size: Size) -> list[Row]:
 
 
 def measure_headers(folder: Path, size: Size) -> list[Row]:
-    """Compare what reads headers only with what decodes, and with tarfile."""
+    """Compare reading headers with decoding, and partitioning with tarfile."""
     shards = make_photo_shards(folder / "triples", size.images, sidecars=("json", "txt"))
     walks = [
-        ("header-only metadata : decoding, one core", "headers", "decoded_rows", 25),
-        ("partition_shards : tarfile.getmembers, members", "partition", "tarfile", 4),
+        ("header-only metadata : decoding, one core", "Headers", "DecodedRows", 25),
+        ("partition_shards : tarfile.getmembers, members", "Partition", "Tarfile", 4),
     ]
     return [
         row
@@ -170,10 +170,10 @@ def measure_headers(folder: Path, size: Size) -> list[Row]:
 
 
 def measure_length(folder: Path, size: Size) -> list[Row]:
-    """Compare the time for an image in a long run with that in a short one."""
+    """Compare the rate of a long run with that of a short one."""
     contenders = {
-        "long": ("stream", make_photo_shards(folder / "long", size.long)),
-        "short": ("stream", make_photo_shards(folder / "short", size.images)),
+        "long": ("Stream", make_photo_shards(folder / "long", size.long)),
+        "short": ("Stream", make_photo_shards(folder / "short", size.images)),
     }
     name = f"rate in {size.long:,} images : in {size.images:,}"
     return _race(contenders, size.rounds, [(name, "long", "short", 0.95)])

@@ -1,11 +1,13 @@
-"""What is measured: each function prepares, and returns what one round runs.
+"""The contenders: each is prepared when it is made, and then runs rounds.
 
 A round returns the number of images, or of members, that it went through.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +15,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.photographs import CORES, read_all
-
-Round = Callable[[], int]
 
 
 def run_in_threads(work: Callable[[Any], int], parts: list[Any]) -> int:
@@ -32,93 +32,103 @@ def run_in_threads(work: Callable[[Any], int], parts: list[Any]) -> int:
     return sum(counts)
 
 
-def take_cores(count: int) -> list[int]:
-    """Leave this process so many cores, and return their numbers within it."""
+def pin_to_cores(count: int) -> list[int]:
+    """Pin this process to its first ``count`` cores, and number them."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
     return list(range(count))
 
 
-def prepare_floor(shards: list[str], cores: int = CORES, times: int = 1) -> Round:
-    """libjpeg-turbo, bytes in memory, results thrown away."""
-    import simplejpeg
+class Floor:
+    """libjpeg-turbo; input in memory, output discarded."""
 
-    contents = read_all(shards)
+    def __init__(self, shards: list[str], cores: int = CORES, times: int = 1) -> None:
+        self._contents = read_all(shards)
+        self._times = times
+        self._cores = pin_to_cores(cores)
 
-    def decode(number: int) -> int:
-        part = contents[number::cores] * times
+    def run(self) -> int:
+        """Decode everything ``times`` times."""
+        return run_in_threads(self._decode, self._cores)
+
+    def _decode(self, core: int) -> int:
+        import simplejpeg
+
+        part = self._contents[core :: len(self._cores)] * self._times
         for content in part:
             simplejpeg.decode_jpeg(content, "RGB")
         return len(part)
 
-    numbers = take_cores(cores)
-    return lambda: run_in_threads(decode, numbers)
 
+class ResizedFloor:
+    """libjpeg-turbo at 1/``scale`` and Pillow's bilinear, on one core, output discarded."""
 
-def prepare_resized_floor(shards: list[str], side: int, scale: int) -> Round:
-    """libjpeg-turbo at 1/``scale`` and Pillow's bilinear, on one core, results thrown away."""
-    import simplejpeg
-    from PIL import Image
+    def __init__(self, shards: list[str], side: int, scale: int) -> None:
+        self._contents = read_all(shards)
+        self._side, self._scale = side, scale
+        pin_to_cores(1)
 
-    contents = read_all(shards)
-    take_cores(1)
+    def run(self) -> int:
+        """Decode and resize everything."""
+        import simplejpeg
+        from PIL import Image
 
-    def run() -> int:
-        for content in contents:
+        for content in self._contents:
             height, width, *_ = simplejpeg.decode_jpeg_header(content)
             pixels = simplejpeg.decode_jpeg(
                 content,
                 "RGB",
-                min_height=-(-height // scale),
-                min_width=-(-width // scale),
-                min_factor=scale,
+                min_height=-(-height // self._scale),
+                min_width=-(-width // self._scale),
+                min_factor=self._scale,
             )
-            ratio = side / min(height, width)
+            ratio = self._side / min(height, width)
             size = round(width * ratio), round(height * ratio)
             np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-        return len(contents)
-
-    return run
+        return len(self._contents)
 
 
-def prepare_pillow(shards: list[str], side: int | None = None) -> Round:
-    """Pillow on one core, with ``draft`` where it resizes, results thrown away."""
-    import io
+class Pillow:
+    """Pillow on one core, with ``draft`` where it resizes, output discarded."""
 
-    from PIL import Image
+    def __init__(self, shards: list[str], side: int | None = None) -> None:
+        self._contents = read_all(shards)
+        self._side = side
+        pin_to_cores(1)
 
-    contents = read_all(shards)
-    take_cores(1)
+    def run(self) -> int:
+        """Decode, and perhaps resize, everything."""
+        from PIL import Image
 
-    def run() -> int:
-        for content in contents:
+        for content in self._contents:
             image = Image.open(io.BytesIO(content))
-            if side is not None:
-                ratio = side / min(image.size)
+            if self._side is not None:
+                ratio = self._side / min(image.size)
                 size = round(image.width * ratio), round(image.height * ratio)
                 image.draft("RGB", size)
                 np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
             else:
                 np.asarray(image.convert("RGB"))
-        return len(contents)
-
-    return run
+        return len(self._contents)
 
 
 def choose_batch(images: int) -> int:
-    """Return 100, as is usual; less for a few large pictures, of which no more are there."""
+    """Return the usual batch size, 100; less where there are only a few large pictures."""
     return max(1, min(100, images // 4))
 
 
-def prepare_bare_dali(shards: list[str], cores: int = CORES, side: int | None = None) -> Round:
-    """One DALI pipeline a core, bytes in memory, outputs thrown away."""
-    from nvidia.dali import Pipeline, fn, types
+class BareDali:
+    """One DALI pipeline for each core, input in memory, output discarded."""
 
-    contents = [np.frombuffer(content, np.uint8) for content in read_all(shards)]
-    numbers = take_cores(cores)
-    batch = choose_batch(len(contents))
+    def __init__(self, shards: list[str], cores: int = CORES, side: int | None = None) -> None:
+        self._contents = [np.frombuffer(content, np.uint8) for content in read_all(shards)]
+        self._cores = pin_to_cores(cores)
+        self._batch = choose_batch(len(self._contents))
+        self._pipelines = [self._build(side) for _ in self._cores]
 
-    def make() -> Pipeline:
-        pipeline = Pipeline(batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def _build(self, side: int | None) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        pipeline = Pipeline(self._batch, num_threads=1, device_id=None, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded", no_copy=True)
             images = fn.decoders.image(encoded, output_type=types.RGB)
@@ -128,67 +138,92 @@ def prepare_bare_dali(shards: list[str], cores: int = CORES, side: int | None = 
         pipeline.build()
         return pipeline
 
-    pipelines = [make() for _ in numbers]
+    def run(self) -> int:
+        """Decode, and perhaps resize, everything."""
+        return run_in_threads(self._decode, self._cores)
 
-    def decode(number: int) -> int:
-        part = contents[number::cores]
-        for start in range(0, len(part), batch):
-            pipelines[number].feed_input("encoded", part[start : start + batch])
-            pipelines[number].run()
+    def _decode(self, core: int) -> int:
+        part = self._contents[core :: len(self._cores)]
+        pipeline = self._pipelines[core]
+        for start in range(0, len(part), self._batch):
+            pipeline.feed_input("encoded", part[start : start + self._batch])
+            pipeline.run()
         return len(part)
 
-    return lambda: run_in_threads(decode, numbers)
 
+class Stream:
+    """``ImageReaderStage.stream`` in one process, one reader for each core."""
 
-def prepare_stream(shards: list[str], cores: int = CORES, side: int | None = None) -> Round:
-    """``ImageReaderStage.stream`` in one process, a reader a core."""
-    from dask_imgread import FileGroupTask, ImageReaderStage
+    def __init__(self, shards: list[str], cores: int = CORES, side: int | None = None) -> None:
+        from dask_imgread import ImageReaderStage
 
-    reader = ImageReaderStage(device="cpu", verbose=False, resize=side, num_threads=1)
-    numbers = take_cores(cores)
+        self._reader = ImageReaderStage(device="cpu", verbose=False, resize=side, num_threads=1)
+        self._shards = shards
+        self._cores = pin_to_cores(cores)
 
-    def read(number: int) -> int:
-        batches = reader.stream(FileGroupTask(data=shards[number::cores]))
+    def run(self) -> int:
+        """Read all shards."""
+        return run_in_threads(self._read, self._cores)
+
+    def _read(self, core: int) -> int:
+        from dask_imgread import FileGroupTask
+
+        batches = self._reader.stream(FileGroupTask(data=self._shards[core :: len(self._cores)]))
         return sum(batch.num_items + len(batch.failed) for batch in batches)
 
-    return lambda: run_in_threads(read, numbers)
 
-
-def prepare_headers(shards: list[str]) -> Round:
+class Headers:
     """``read_metadata`` without decoding, on one core."""
-    from dask_imgread import read_metadata
 
-    return lambda: len(read_metadata(shards).compute(scheduler="sync"))
+    def __init__(self, shards: list[str]) -> None:
+        self._shards = shards
+
+    def run(self) -> int:
+        """Read the headers of all images."""
+        from dask_imgread import read_metadata
+
+        return len(read_metadata(self._shards).compute(scheduler="sync"))
 
 
-def prepare_decoded_rows(shards: list[str]) -> Round:
+class DecodedRows:
     """``read_metadata(decode=True)`` on one core."""
-    from dask_imgread import ImageReaderStage, read_metadata
 
-    reader = ImageReaderStage(verbose=False, num_threads=1)
-    frame = read_metadata(shards, reader=reader, decode=True)
-    return lambda: len(frame.compute(scheduler="sync"))
+    def __init__(self, shards: list[str]) -> None:
+        from dask_imgread import ImageReaderStage, read_metadata
+
+        reader = ImageReaderStage(verbose=False, num_threads=1)
+        self._frame = read_metadata(shards, reader=reader, decode=True)
+
+    def run(self) -> int:
+        """Decode all images."""
+        return len(self._frame.compute(scheduler="sync"))
 
 
-def prepare_curator(shards: list[str], cores: int = CORES, device: str = "cpu") -> Round:
-    """Read as NeMo Curator does: with DALI's own tar reader, copying each picture."""
-    from nvidia.dali import Pipeline, fn, types
+class Curator:
+    """NeMo Curator's way to read: DALI's own tar reader, and a copy of each picture."""
 
-    from dask_imgread.decoding.dali import DALI_DEVICES
+    def __init__(self, shards: list[str], cores: int = CORES, device: str = "cpu") -> None:
+        if device == "cpu":
+            pin_to_cores(cores)
+        self._shards, self._threads, self._device = shards, cores, device
+        self._batch = choose_batch(len(read_all(shards[:1])))
 
-    if device == "cpu":
-        take_cores(cores)
-    batch = choose_batch(len(read_all(shards[:1])))
+    def run(self) -> int:
+        """Read all shards."""
+        return sum(map(self._read, self._shards))
 
-    def read_shard(shard: str) -> int:
-        pipeline = Pipeline(batch, num_threads=cores, device_id=DALI_DEVICES[device].device_id)
+    def _read(self, shard: str) -> int:
+        from nvidia.dali import Pipeline, fn, types
+
+        from dask_imgread.decoding.dali import DALI_DEVICES
+
+        place = DALI_DEVICES[self._device]
+        pipeline = Pipeline(self._batch, num_threads=self._threads, device_id=place.device_id)
         with pipeline:
             encoded = fn.readers.webdataset(
                 paths=shard, ext=["jpg"], missing_component_behavior="skip", pad_last_batch=False
             )
-            images = fn.decoders.image(
-                encoded, device=DALI_DEVICES[device].decoder, output_type=types.RGB
-            )
+            images = fn.decoders.image(encoded, device=place.decoder, output_type=types.RGB)
             pipeline.set_outputs(images)
         pipeline.build()
         left = size = pipeline.epoch_size()[next(iter(pipeline.epoch_size()))]
@@ -198,8 +233,6 @@ def prepare_curator(shards: list[str], cores: int = CORES, device: str = "cpu") 
             kept += [images.at(n) for n in range(min(len(images), left))]
             left -= len(images)
         return int(size)
-
-    return lambda: sum(map(read_shard, shards))
 
 
 def _start_cluster() -> Any:
@@ -215,73 +248,84 @@ def _make_row(batch: Any) -> Any:
     return pd.DataFrame({"width": [image.width for image in batch.data]}, index=ids)
 
 
-def prepare_cluster(shards: list[str], images_per_partition: int) -> Round:
+class Cluster:
     """``map_images`` through a LocalCluster: shards in, one row for each image out."""
-    import pandas as pd
 
-    from dask_imgread import ImageReaderStage, map_images, partition_shards
+    def __init__(self, shards: list[str], images_per_partition: int) -> None:
+        import pandas as pd
 
-    client = _start_cluster()
-    ids = pd.Index([], dtype="str", name="image_id")
-    meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, index=ids)
-    tasks = partition_shards(shards, images_per_partition=images_per_partition)
-    reader = ImageReaderStage(verbose=False)
-    frame = map_images(_make_row, tasks, reader=reader, meta=meta)
-    return lambda: len(client.compute(frame).result())
+        from dask_imgread import ImageReaderStage, map_images, partition_shards
 
+        self._client = _start_cluster()
+        ids = pd.Index([], dtype="str", name="image_id")
+        meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, index=ids)
+        tasks = partition_shards(shards, images_per_partition=images_per_partition)
+        reader = ImageReaderStage(verbose=False)
+        self._frame = map_images(_make_row, tasks, reader=reader, meta=meta)
 
-def prepare_by_hand(shards: list[str]) -> Round:
-    """Do what a Dask user writes: a bag over shards, tarfile and Pillow, on the same cluster."""
-    import dask.bag as db
-
-    client = _start_cluster()
-
-    def read(path: str) -> list[tuple[str, int]]:
-        import io
-        import tarfile
-
-        from PIL import Image
-
-        rows = []
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    image = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
-                    rows.append((member.name, image.shape[1]))
-        return rows
-
-    bag = db.from_sequence(shards, npartitions=len(shards)).map(read).flatten()
-    return lambda: len(client.compute(bag).result())
+    def run(self) -> int:
+        """Compute the rows of all images."""
+        return len(self._client.compute(self._frame).result())
 
 
-def prepare_partition(shards: list[str]) -> Round:
-    """``partition_shards(images_per_partition=...)``: members walked, three for each image."""
-    from dask_imgread import ImageReaderStage, partition_shards
+class ByHand:
+    """What a Dask user would write: a bag over shards, tarfile and Pillow, on such a cluster."""
 
-    images = sum(
-        batch.num_items
-        for task in partition_shards(shards)
-        for batch in ImageReaderStage(decode=False, sidecars=False, verbose=False).stream(task)
-    )
+    def __init__(self, shards: list[str]) -> None:
+        import dask.bag as db
 
-    def run() -> int:
-        partition_shards(shards, images_per_partition=100)
-        return 3 * images
+        self._client = _start_cluster()
+        bag = db.from_sequence(shards, npartitions=len(shards))
+        self._rows = bag.map(_read_by_hand).flatten()
 
-    return run
+    def run(self) -> int:
+        """Compute the rows of all images."""
+        return len(self._client.compute(self._rows).result())
 
 
-def prepare_tarfile(shards: list[str]) -> Round:
+def _read_by_hand(path: str) -> list[tuple[str, int]]:
+    from PIL import Image
+
+    rows = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                file = tar.extractfile(member)
+                assert file is not None
+                image = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
+                rows.append((member.name, image.shape[1]))
+    return rows
+
+
+class Partition:
+    """``partition_shards(images_per_partition=...)``, which walks three members for each image."""
+
+    def __init__(self, shards: list[str]) -> None:
+        from dask_imgread import ImageReaderStage, partition_shards
+
+        reader = ImageReaderStage(decode=False, sidecars=False, verbose=False)
+        tasks = partition_shards(shards)
+        self._shards = shards
+        self._images = sum(batch.num_items for task in tasks for batch in reader.stream(task))
+
+    def run(self) -> int:
+        """Walk all members."""
+        from dask_imgread import partition_shards
+
+        partition_shards(self._shards, images_per_partition=100)
+        return 3 * self._images
+
+
+class Tarfile:
     """``tarfile.getmembers()``."""
-    import tarfile
 
-    def run() -> int:
+    def __init__(self, shards: list[str]) -> None:
+        self._shards = shards
+
+    def run(self) -> int:
+        """Walk all members."""
         count = 0
-        for shard in shards:
+        for shard in self._shards:
             with tarfile.open(shard) as tar:
                 count += len(tar.getmembers())
         return count
-
-    return run

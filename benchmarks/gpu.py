@@ -1,8 +1,8 @@
-"""All that is to be known of a GPU, in one command: ``python -m benchmarks.gpu --out FILE``.
+"""Test and measure on a GPU, in one command: ``python -m benchmarks.gpu --out FILE``.
 
-First the tests that are marked ``gpu``; then rates in alternating rounds, with what NVML says of
-the GPU meanwhile; then a sweep of the decoder's options. Writes JSON to FILE, and the tables as
-Markdown beside it.
+Runs the tests marked ``gpu``; measures rates in alternating rounds, with NVML's readings of the
+GPU meanwhile; and sweeps the decoder's options. Writes JSON to FILE, and the tables as Markdown
+beside it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from benchmarks.rounds import Contender, alternate
 from benchmarks.table import Pair, Row, describe_machine, format_table, make_rows, write_json
 
 _MOST_ROUNDS = 15
-_NEEDED = 4 << 30  # bytes of pictures, and room to spare
-# Of the time that is left after the tests.
+_NEEDED = 4 << 30  # bytes: the pictures, and room to spare
+# Fractions of the time that is left after the tests.
 _SHARES = {"40 kB": 0.45, "2 MB": 0.35, "sweep": 0.2}
-_TEST_SHARE = 0.4  # of all of it, at most
+_TEST_SHARE = 0.4  # of all the time, at most
 
 _PAIRS: tuple[Pair, ...] = (
     ("stream, 1 reader : floor with the same copy", "stream", "floor, copy in graph", 0),
@@ -62,7 +62,7 @@ _SWEEP: dict[str, dict[str, Any]] = {
 
 
 class Meter:
-    """What NVML says of the first GPU while each contender runs: a thread that asks it."""
+    """Samples NVML's readings of the first GPU, in a thread, while each contender runs."""
 
     def __init__(self) -> None:
         self.readings: dict[str, list[dict[str, float]]] = {}
@@ -80,7 +80,7 @@ class Meter:
 
     @contextmanager
     def watch(self, name: str, pid: int) -> Iterator[None]:
-        """Take what is read meanwhile for this contender's, and its process's."""
+        """Assign the readings taken meanwhile to a contender and its process."""
         self._running = name, pid
         yield
         self._running = "", -1
@@ -108,10 +108,9 @@ class Meter:
 
 
 def read_gpu(gpu: Any, pid: int) -> dict[str, float]:
-    """Ask NVML what a GPU does, and how much of its memory a process has.
+    """Read the load of a GPU, and how much of its memory a process uses, from NVML.
 
-    Utilizations are in per cent, of memory MB, of PCI Express MB/s. What the GPU does not answer is
-    left out.
+    Readings that the GPU does not support are left out.
     """
     import pynvml
 
@@ -136,18 +135,18 @@ def read_gpu(gpu: Any, pid: int) -> dict[str, float]:
 class GpuContender(Contender):
     """A contender that a meter watches."""
 
-    def __init__(self, meter: Meter, label: str, name: str, *given: Any, **options: Any) -> None:
-        module = "benchmarks." + ("contenders" if name == "curator" else "gpu_contenders")
-        super().__init__(f"prepare_{name}", *given, module=module, **options)
+    def __init__(self, meter: Meter, label: str, name: str, *args: Any, **kwargs: Any) -> None:
+        module = "benchmarks." + ("contenders" if name == "Curator" else "gpu_contenders")
+        super().__init__(name, *args, module=module, **kwargs)
         self._meter, self._label = meter, label
 
     def run(self) -> float:
-        """Return how many a second one round went through."""
+        """Run one round; return images per second."""
         with self._meter.watch(self._label, self.pid or -1):
             return super().run()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Test, measure and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=8, help="that all of it may take")
@@ -159,16 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="without a GPU and without tests, a few pictures: the figures mean nothing",
     )
-    options = parser.parse_args(arguments)
-    ends = time.monotonic() + 60 * options.minutes
-    report, out = Report(), Path(options.out)
-    if not options.rehearse:
-        report.tests = run_tests(60 * options.minutes * _TEST_SHARE)
+    args = parser.parse_args(argv)
+    ends = time.monotonic() + 60 * args.minutes
+    report, out = Report(), Path(args.out)
+    if not args.rehearse:
+        report.tests = run_tests(60 * args.minutes * _TEST_SHARE)
         write_report(out, report)
     free = shutil.disk_usage("/dev/shm").free
-    place = "/dev/shm" if free > _NEEDED else None  # containers give it little
+    place = "/dev/shm" if free > _NEEDED else None  # it is small in containers
     with tempfile.TemporaryDirectory(dir=place) as folder, Meter() as meter:
-        for step in measure(Path(folder), meter, ends, report, rehearse=options.rehearse):
+        for step in measure(Path(folder), meter, ends, report, rehearse=args.rehearse):
             print(f"{step} is done", file=sys.stderr)
             write_report(out, report)
     print(out.with_suffix(".md").read_text())
@@ -176,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tests(seconds: float) -> str:
-    """Run the tests that are marked ``gpu``; return the end of what they print."""
+    """Run the tests marked ``gpu``; return the end of their output."""
     command = [
         sys.executable,
         "-m",
@@ -190,19 +189,21 @@ def run_tests(seconds: float) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        printed = (error.stdout or b"").decode()  # bytes, whatever was asked for
+        printed = (error.stdout or b"").decode()  # bytes, in spite of text=True
         return f"not finished in {seconds:.0f} s\n{printed}"[-4000:]
     return done.stdout[-4000:]
 
 
 @dataclass
 class Report:
-    """What was measured so far."""
+    """What has been measured so far."""
 
     tests: str = "not run"
     rows: list[Row] = field(default_factory=list)
-    uses: dict[str, dict[str, float]] = field(default_factory=dict)  # what each contender takes
-    sweep: dict[str, float] = field(default_factory=dict)  # images a second
+    uses: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # resources used by each contender
+    sweep: dict[str, float] = field(default_factory=dict)  # images per second
 
 
 def measure(
@@ -214,7 +215,7 @@ def measure(
     left = ends - time.monotonic()
     for size, (shards, broken) in pictures.items():
         contenders = list_contenders(shards, broken, device)
-        if rehearse:  # four processes each, in which nothing is other than in one
+        if rehearse:  # without those of four processes, which rehearse nothing more
             contenders = {name: c for name, c in contenders.items() if not name.endswith("x 4")}
         rates, uses = race(contenders, meter, f"{size}: ", _SHARES[size] * left)
         pairs = [
@@ -226,7 +227,7 @@ def measure(
         report.uses.update(uses)
         yield size
     small, _ = pictures["40 kB"]
-    sweep = {name: ("dali", (small, device, "external"), given) for name, given in _SWEEP.items()}
+    sweep = {name: ("Dali", (small, device, "external"), kwargs) for name, kwargs in _SWEEP.items()}
     if rehearse:
         sweep = dict(list(sweep.items())[:2])
     rates, _ = race(sweep, meter, "sweep: ", _SHARES["sweep"] * left)
@@ -235,7 +236,7 @@ def measure(
 
 
 def write_pictures(folder: Path, *, rehearse: bool) -> dict[str, tuple[list[str], list[str]]]:
-    """Write shards of two sizes of pictures, and the same with one picture in a hundred broken."""
+    """Write shards of two picture sizes, and copies with one picture in a hundred broken."""
     images, times = (16, 4) if rehearse else (1000, 8)
     sources = {"40 kB": make_photo_shards(folder / "photos", images, shards=1)}
     if not rehearse:
@@ -247,44 +248,44 @@ def write_pictures(folder: Path, *, rehearse: bool) -> dict[str, tuple[list[str]
     return pictures
 
 
-Given = tuple[str, tuple[Any, ...], dict[str, Any]]  # a contender, and what it is given
+Spec = tuple[str, tuple[Any, ...], dict[str, Any]]  # a contender's class and its arguments
 
 
-def list_contenders(shards: list[str], broken: list[str], device: str) -> dict[str, Given]:
-    """Return what is compared."""
+def list_contenders(shards: list[str], broken: list[str], device: str) -> dict[str, Spec]:
+    """Return the contenders by label."""
     batch = choose_batch(len(read_all(shards[:1])))
     floor = {"batch": batch}
-    ours = "benchmarks.gpu_contenders", "prepare_stream"
-    curators = "benchmarks.contenders", "prepare_curator"
+    ours = "benchmarks.gpu_contenders", "Stream"
+    curators = "benchmarks.contenders", "Curator"
     return {
-        "floor": ("dali", (shards, device), floor),
-        "floor, copy in graph": ("dali", (shards, device), floor | {"copy": "graph"}),
-        "floor, as_cpu()": ("dali", (shards, device), floor | {"copy": "as_cpu"}),
-        "external": ("dali", (shards, device, "external"), floor),
-        "stream": ("stream", (shards, device, 1), {}),
-        "stream 2": ("stream", (shards, device, 2), {}),
-        "stream 4": ("stream", (shards, device, 4), {}),
-        "device 4": ("stream", (shards, device, 4), {"output": "device"}),
-        "resize": ("stream", (shards, device, 4), {"resize": 224}),
-        "broken": ("stream", (broken, device, 4), {}),
-        "stream 2 x 2": ("processes", (2, *ours, shards, device, 2), {}),
-        "stream x 4": ("processes", (4, *ours, shards, device, 1), {}),
-        "Curator": ("curator", (shards, CORES, device), {}),
-        "Curator x 4": ("processes", (4, *curators, shards, CORES, device), {}),
+        "floor": ("Dali", (shards, device), floor),
+        "floor, copy in graph": ("Dali", (shards, device), floor | {"copy": "graph"}),
+        "floor, as_cpu()": ("Dali", (shards, device), floor | {"copy": "as_cpu"}),
+        "external": ("Dali", (shards, device, "external"), floor),
+        "stream": ("Stream", (shards, device, 1), {}),
+        "stream 2": ("Stream", (shards, device, 2), {}),
+        "stream 4": ("Stream", (shards, device, 4), {}),
+        "device 4": ("Stream", (shards, device, 4), {"output": "device"}),
+        "resize": ("Stream", (shards, device, 4), {"resize": 224}),
+        "broken": ("Stream", (broken, device, 4), {}),
+        "stream 2 x 2": ("Processes", (2, *ours, shards, device, 2), {}),
+        "stream x 4": ("Processes", (4, *ours, shards, device, 1), {}),
+        "Curator": ("Curator", (shards, CORES, device), {}),
+        "Curator x 4": ("Processes", (4, *curators, shards, CORES, device), {}),
     }
 
 
 def race(
-    contenders: Mapping[str, Given], meter: Meter, prefix: str, seconds: float
+    contenders: Mapping[str, Spec], meter: Meter, prefix: str, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Run contenders in turn; return the rates of each, and what each takes of the machine.
+    """Run contenders in turn; return the rates of each, and the resources that it uses.
 
-    One that fails is left out.
+    A contender that fails is left out.
     """
     ends = time.monotonic() + seconds
     running = {
-        label: GpuContender(meter, prefix + label, name, *given, **options)
-        for label, (name, given, options) in contenders.items()
+        label: GpuContender(meter, prefix + label, name, *args, **kwargs)
+        for label, (name, args, kwargs) in contenders.items()
     }
     for label, contender in list(running.items()):
         try:
@@ -296,7 +297,7 @@ def race(
     uses = {}
     for (label, contender), measured in zip(running.items(), rates, strict=True):
         use = uses[prefix + label] = {"images/s": statistics.median(measured)}
-        if contenders[label][0] != "processes":  # the time of its children is not its own
+        if contenders[label][0] != "Processes":  # whose CPU time is that of its children
             use["CPU ms an image"] = 1e3 * statistics.median(contender.cpu_seconds)
         use |= meter.summarize(prefix + label)
         contender.close()

@@ -1,7 +1,7 @@
-"""What a job of many partitions takes of client and scheduler: ``python -m benchmarks.job``.
+"""Measure client and scheduler in jobs of many partitions: ``python -m benchmarks.job``.
 
-The reader returns at once, so that what is left is planning, scheduling and writing. Each number
-of partitions runs in a process of its own, which is client and scheduler; two workers write.
+The reader returns at once, so that planning, scheduling and writing remain. Each job runs in its
+own process, which is both client and scheduler; two workers write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MEMBERS_IN_A_SHARD = 10_000
 
 
 def make_shards(folder: Path, partitions: int) -> list[str]:
-    """Write shards of one empty image for each partition."""
+    """Write shards with one empty image for each partition."""
 
     def name_members(start: int) -> Iterable[tuple[str, bytes]]:
         stop = min(start + MEMBERS_IN_A_SHARD, partitions)
@@ -36,7 +36,7 @@ def make_shards(folder: Path, partitions: int) -> list[str]:
 
 
 def measure(partitions: int) -> None:
-    """Run a job of so many partitions and print what it took."""
+    """Run a job of ``partitions`` partitions and print memory and times."""
     from distributed import Client, LocalCluster
 
     with TemporaryDirectory() as folder:
@@ -65,11 +65,11 @@ def read_peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure each number of partitions in its own process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.job", description=__doc__)
     parser.add_argument("partitions", type=int, nargs="*", default=[1_000, 10_000, 100_000])
-    numbers = parser.parse_args(arguments).partitions
+    numbers = parser.parse_args(argv).partitions
     if len(numbers) == 1:
         measure(numbers[0])
     else:

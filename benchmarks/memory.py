@@ -1,4 +1,4 @@
-"""The peak memory of a stream, above an interpreter that has imported DALI."""
+"""The peak memory of a stream, beyond that of an interpreter that has imported DALI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read_peak() -> int:
 
 
 def measure_peak_batches(shard: str) -> tuple[int, int]:
-    """Return the bytes above an importing interpreter, and those of the largest batch."""
+    """Return the stream's peak memory and the size of its largest batch, in bytes."""
     command = [sys.executable, "-m", "benchmarks.memory", shard]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     above, batch = map(int, printed.split())

@@ -16,7 +16,7 @@ _NAMES = [
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
     "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
 ]  # fmt: skip
-_TILE = 500  # pixels, of the mosaics
+_TILE = 500  # pixels: the tiles of the mosaics
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def make_photo_shards(
 
 
 def make_large_shard(folder: Path, size: tuple[int, int], images: int) -> list[str]:
-    """Write pictures of ``size`` (width, height), each a mosaic of the photographs as they are."""
+    """Write pictures of ``size`` (width, height), each a mosaic of unscaled photographs."""
     photographs = load_photographs()
     rng = np.random.default_rng(0)
     members = []
@@ -73,7 +73,7 @@ def make_large_shard(folder: Path, size: tuple[int, int], images: int) -> list[s
 
 
 def repeat_shards(folder: Path, shards: list[str], times: int) -> list[str]:
-    """Write the images of some shards again and again, under other names."""
+    """Write the images of some shards ``times`` times, under new names."""
     contents = read_all(shards)
     return [
         write_shard(
@@ -85,7 +85,7 @@ def repeat_shards(folder: Path, shards: list[str], times: int) -> list[str]:
 
 
 def break_shards(folder: Path, shards: list[str], share: float) -> list[str]:
-    """Write the images of some shards again, a share of them cut in half or with bytes changed."""
+    """Copy shards with a share of their images truncated or overwritten in part."""
     rng = np.random.default_rng(0)
     paths = []
     for number, shard in enumerate(shards):

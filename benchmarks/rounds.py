@@ -1,4 +1,4 @@
-"""Run contenders in processes of their own, in turn, and keep what each round took."""
+"""Run contenders in turn, each in its own process, and record the rate of each round."""
 
 from __future__ import annotations
 
@@ -9,45 +9,48 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 
 def serve(
-    pipe: Connection, module: str, name: str, arguments: Sequence[Any], options: dict[str, Any]
+    pipe: Connection, module: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    """Prepare a contender in this process; run a round whenever asked."""
+    """Make a contender in this process; run a round for each request."""
     import importlib
 
-    run = getattr(importlib.import_module(module), name)(*arguments, **options)
-    run()  # what is loaded and built once is not what is measured
+    contender = getattr(importlib.import_module(module), name)(*args, **kwargs)
+    contender.run()  # a warm-up: what is loaded and built once is not measured
     pipe.send("ready")
-    with suppress(EOFError):  # who asked is gone
+    with suppress(EOFError):  # the parent process is gone
         while pipe.recv() == "go":
             start, cpu = time.perf_counter(), time.process_time()
-            count = run()
+            count = contender.run()
             pipe.send((count / (time.perf_counter() - start), (time.process_time() - cpu) / count))
 
 
 class Contender:
     """A process that runs rounds of one contender."""
 
+    context: BaseContext = multiprocessing.get_context("spawn")
+
     def __init__(
-        self, name: str, *arguments: Any, module: str = "benchmarks.contenders", **options: Any
+        self, name: str, *args: Any, module: str = "benchmarks.contenders", **kwargs: Any
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        given = theirs, module, name, arguments, options
-        self._process = context.Process(target=serve, args=given)
+        self._pipe, theirs = self.context.Pipe()
+        self._process = self.context.Process(
+            target=serve, args=(theirs, module, name, args, kwargs)
+        )
         self._process.start()
         self.pid = self._process.pid
-        self.cpu_seconds: list[float] = []  # an image, of all threads, round by round
+        self.cpu_seconds: list[float] = []  # for each image, of all threads, round by round
 
     def wait(self) -> None:
-        """Wait until it is prepared: several prepare at the same time."""
+        """Wait until the contender is made; several are made at the same time."""
         self._pipe.recv()
 
     def run(self) -> float:
-        """Return how many a second one round went through."""
+        """Run one round; return images, or members, per second."""
         self._pipe.send("go")
         rate, cpu = self._pipe.recv()
         self.cpu_seconds.append(cpu)
@@ -64,7 +67,7 @@ def alternate(
 ) -> list[list[float]]:
     """Run all contenders in turn, ``rounds`` times; return the rates of each.
 
-    Two rounds at least; of the others those that begin within so many seconds.
+    After two rounds no round begins later than ``seconds`` after the start.
     """
     rates: list[list[float]] = [[] for _ in contenders]
     ends = time.monotonic() + seconds
@@ -77,5 +80,5 @@ def alternate(
 
 
 def compare(ours: list[float], theirs: list[float]) -> float:
-    """Return the median of the ratios, round by round: a machine's drift falls out."""
+    """Return the median of the ratios round by round, which cancels the machine's drift."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))

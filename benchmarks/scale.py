@@ -1,6 +1,6 @@
-"""What happens past one machine, measured where it can be: ``python -m benchmarks.scale``.
+"""Measure the cost of scheduling, by which scaling is estimated: ``python -m benchmarks.scale``.
 
-The reader returns at once, so that what is left is what scheduling costs.
+The reader returns at once, so that only the scheduling is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from dask_imgread import FileGroupTask, ImageBatch, ImageReaderStage, map_windowed, read_metadata
 from dask_imgread.testing import make_shards
 
-IMAGES_PER_SECOND_A_GPU = 4000  # assumed, not measured: no GPU was at hand
+IMAGES_PER_SECOND_A_GPU = 4000  # assumed, not measured
 
 
 @dataclass
@@ -45,7 +45,7 @@ def read_memory() -> float:
 
 
 def time_call(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds that a call takes, and the MB that it leaves behind."""
+    """Return the seconds that a call takes, and the MB by which its result grows the process."""
     before, start = read_memory(), time.perf_counter()
     kept = call()
     seconds = time.perf_counter() - start
@@ -54,18 +54,18 @@ def time_call(call: Callable[[], Any]) -> tuple[float, float]:
     return seconds, grown
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, compute, and print."""
     from distributed import Client, LocalCluster
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--partitions", type=int, default=1_000_000)
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     reader = InstantReader(verbose=False)
     with TemporaryDirectory() as folder:
         (path,) = make_shards(folder, shards=1, images_per_shard=1)
-        few, many = make_tasks(options.tasks, path), make_tasks(options.partitions, path)
+        few, many = make_tasks(args.tasks, path), make_tasks(args.partitions, path)
         with (
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
             Client(cluster) as client,

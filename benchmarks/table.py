@@ -1,4 +1,4 @@
-"""The table of what was measured."""
+"""The table of results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = (
     "simplejpeg",
 )
 
-Pair = tuple[str, str, str, float]  # what to what, ours, the other, and the ratio wanted
+Pair = tuple[str, str, str, float]  # title, our contender, the other, and the target ratio
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def make_rows(rates: Mapping[str, list[float]], pairs: Sequence[Pair]) -> list[R
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the figures depend on."""
+    """Return the machine and the versions that the figures depend on."""
     return {
         "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
@@ -71,6 +71,6 @@ def format_table(rows: Sequence[Row], about: Mapping[str, str]) -> str:
 
 
 def write_json(path: Path, rows: Sequence[Row], about: Mapping[str, str], **more: Any) -> None:
-    """Write the table, and what else there is, as JSON."""
+    """Write the table, with any further results, as JSON."""
     table = {"about": dict(about), "rows": [asdict(row) for row in rows], **more}
     path.write_text(json.dumps(table, indent=2) + "\n")

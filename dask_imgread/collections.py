@@ -1,4 +1,4 @@
-"""Dask collections of what is read: a bag of batches, frames of rows."""
+"""Dask collections of images: a bag of batches, and DataFrames of rows."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def read_bag(
     if not tasks:
         return db.from_sequence([], npartitions=1)
     name = f"read-images-{tokenize(reader, tasks)}"
-    # `reify` is what Dask's optimization takes away where a function follows, so that it streams.
+    # Where a function follows, Dask's optimization removes `reify`, so that batches are streamed.
     graph = {
         (name, number): (db.core.reify, (_stream, reader, task))
         for number, task in enumerate(tasks)
@@ -209,27 +209,27 @@ def map_images(
     meta = _infer_meta(reader, fn, tasks) if meta is None else _complete_meta(meta)
     if not tasks:
         return dd.from_pandas(meta, npartitions=1)
-    # The rows have the types of `meta` already: Dask would add a second task to each partition,
-    # to turn objects into strings.
+    # The rows have the types of `meta` already. Without this setting Dask would add a second task
+    # to each partition, to convert objects to strings.
     with dask.config.set({"dataframe.convert-string": False}):
         read = PartitionReader(reader, fn, meta)
         return dd.from_map(read, tasks, meta=meta, enforce_metadata=False, label="map-images")
 
 
 def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame whose index of ids has their type; pandas gives an empty one another."""
-    untold = isinstance(meta.index, pd.RangeIndex) or is_object_dtype(meta.index.dtype)
-    return meta[:0].set_axis(make_index([])) if meta.index.name == "image_id" and untold else meta
+    """Return ``meta`` with the ids' type for its index: pandas gives an empty index another."""
+    untyped = isinstance(meta.index, pd.RangeIndex) or is_object_dtype(meta.index.dtype)
+    return meta[:0].set_axis(make_index([])) if meta.index.name == "image_id" and untyped else meta
 
 
 def _infer_meta(
     reader: ImageReaderStage, fn: BatchFunction, tasks: list[FileGroupTask]
 ) -> pd.DataFrame:
-    """Run the function on a few images, where Dask computes; return no rows of their types."""
+    """Run the function on a few images, where Dask computes; return an empty frame of the types."""
     small = reader.with_options(dali_batch_size=INFERRED_BATCH)
     for task in tasks[:INFERRED_TASKS]:
-        look = functools.partial(_infer_from_task, small, fn, task)
-        meta: pd.DataFrame | None = dask.delayed(look, pure=False)().compute()
+        infer = functools.partial(_infer_from_task, small, fn, task)
+        meta: pd.DataFrame | None = dask.delayed(infer, pure=False)().compute()
         if meta is not None:
             return meta
     raise ValueError(
@@ -243,7 +243,7 @@ def _infer_from_task(
 ) -> pd.DataFrame | None:
     batches = (batch for batch in reader.read(task) if batch.data)
     made = (make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES))
-    rows = [each for each in made if len(each)]  # an empty frame tells no types
+    rows = [each for each in made if len(each)]  # an empty frame has no reliable types
     if not rows:
         return None
     seen = pd.concat(rows)
@@ -252,7 +252,7 @@ def _infer_from_task(
 
 
 def _infer_type(column: pd.Series) -> Any:
-    """Return a column's type; Arrow's for what pandas knows as objects, if that can be written."""
+    """Return a column's type; of objects the Arrow type, if there is one."""
     if is_object_dtype(column.dtype):
         with suppress(pa.ArrowException):
             found = to_array(column).type
@@ -261,15 +261,15 @@ def _infer_type(column: pd.Series) -> Any:
 
 
 def to_rows(batch: ImageBatch) -> pd.DataFrame:
-    """Return a batch's metadata."""
+    """Return one row for each image of a batch, as ``read_metadata`` does."""
     return batch.to_frame()
 
 
 class PartitionReader:
     """Reads one task, and returns the rows of all its batches.
 
-    Every task of a frame has one. It is pickled once for all of them, and unpickled on workers
-    alone: pickling a function anew for each task takes the scheduler longer than all else.
+    All tasks of a frame share one. It is pickled once and unpickled only on workers: pickling the
+    function for each task would cost the scheduler more than everything else.
 
     Parameters
     ----------
@@ -295,7 +295,7 @@ class PartitionReader:
         return pd.concat(rows) if rows else meta
 
     def __dask_tokenize__(self) -> object:
-        """Name what is read, alike in every process."""
+        """Return a token that is the same in every process."""
         return type(self).__name__, tokenize(self._parts)
 
     @functools.cached_property
@@ -304,7 +304,7 @@ class PartitionReader:
         return pickled
 
     def __reduce__(self) -> tuple[type[_PickledReader], tuple[bytes]]:
-        """Pickle as something that stays pickled until it is called."""
+        """Pickle as a reader whose parts stay pickled until it is called."""
         return _PickledReader, (self._pickled,)
 
 
@@ -317,7 +317,7 @@ class _PickledReader:
 
 
 def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Give rows the columns and types of ``meta``, where nothing is lost by it."""
+    """Convert rows to the columns and types of ``meta``, where that loses nothing."""
     if not len(rows):
         return meta
     index = rows.index
@@ -333,7 +333,7 @@ def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:
         return pd.DataFrame(columns, columns=meta.columns).set_axis(index)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise SchemaError(
-            f"rows of {name} have {_tell_types(rows)}, where meta has {_tell_types(meta)} "
+            f"rows of {name} have {_format_types(rows)}, where meta has {_format_types(meta)} "
             f"({error}): leave meta out to have it from the first images, or give what the "
             "function returns"
         ) from None
@@ -349,7 +349,7 @@ def _cast(column: pd.Series, dtype: Any) -> pd.Series:
     if is_object_dtype(dtype):
         lost = not isinstance(column.dtype, pd.StringDtype)
     elif dtype.kind == column.dtype.kind == "f":
-        lost = False  # of another precision
+        lost = False  # precision may differ
     else:
         lost = not ((cast == column) | column.isna()).fillna(False).all()
     if lost:
@@ -357,7 +357,7 @@ def _cast(column: pd.Series, dtype: Any) -> pd.Series:
     return cast
 
 
-def _tell_types(rows: pd.DataFrame) -> str:
+def _format_types(rows: pd.DataFrame) -> str:
     index = [
         f"{name}: {rows.index.get_level_values(level).dtype} (index)"
         for level, name in enumerate(rows.index.names)

@@ -23,7 +23,7 @@ class OtherJobError(ValueError):
 
 
 class JobError(RuntimeError):
-    """A job could not finish. What is done is kept, and the same call goes on from there."""
+    """A job could not finish. What is done is kept, and the same call resumes from there."""
 
 
 class SchemaError(ValueError):
@@ -41,8 +41,8 @@ class SchemaError(ValueError):
 
 
 class NoWorkersError(TimeoutError):
-    """A cluster has had no workers, or none that can do the work, for too long."""
+    """For too long a cluster had no workers, or none that can run the tasks."""
 
 
 class StorageError(OSError):
-    """A store did not give what was asked for; the message names the URL and the reason."""
+    """A request to a store failed; the message names the URL and the reason."""

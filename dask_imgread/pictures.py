@@ -1,4 +1,4 @@
-"""Draw small pictures and put them into shards, for the demo and for tests."""
+"""Draw small pictures and write them into shards, for the demo and for tests."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
     top, bottom = rng.integers(60, 256, (2, 1, 1, 3))
     fade = np.linspace(0, 1, height)[:, None, None]
     sky = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3))
-    grain = rng.normal(
-        0, 3, (height, width, 1)
-    )  # as a camera's, so that no two rows compress alike
+    # Noise, as a camera has it, so that no two rows compress alike.
+    grain = rng.normal(0, 3, (height, width, 1))
     image = Image.fromarray((sky + grain).clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     radius = min(size) * rng.uniform(0.08, 0.2)
@@ -49,11 +48,11 @@ def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
 
 
 def encode_picture(image: Image.Image, extension: str = "jpg") -> bytes:
-    """Encode a picture in the format that a member with this extension has."""
+    """Encode a picture in the format of a file extension."""
     buffer = io.BytesIO()
     image = {"pgm": image.convert("L"), "pbm": image.convert("1")}.get(extension, image)
-    options = {"quality": 90} if extension in ("jpg", "jpeg", "webp") else {}
-    image.save(buffer, _PILLOW_FORMATS.get(extension, extension.upper()), **options)
+    kwargs = {"quality": 90} if extension in ("jpg", "jpeg", "webp") else {}
+    image.save(buffer, _PILLOW_FORMATS.get(extension, extension.upper()), **kwargs)
     return buffer.getvalue()
 
 
@@ -92,9 +91,9 @@ def make_shards(
     Parameters
     ----------
     folder
-        Where to write ``00000.tar`` and so on; made if it is not there.
+        Where to write ``00000.tar`` and so on; created if missing.
     shards, images_per_shard
-        How many.
+        How many shards, and how many images in each.
     extensions
         Extensions of the images, used in turn: any of
         ``dask_imgread.shards.samples.IMAGE_EXTENSIONS``.
@@ -103,9 +102,9 @@ def make_shards(
     size
         Width and height in pixels.
     broken
-        How many of all images to cut short, evenly spread, so that they can't be decoded.
+        How many of all images to truncate, evenly spread, so that they can't be decoded.
     seed
-        Other seeds draw other pictures.
+        Seed of the random numbers: another seed gives other pictures.
 
     Returns
     -------
@@ -115,7 +114,7 @@ def make_shards(
     Raises
     ------
     FileExistsError
-        If one of them is there already: nothing is overwritten.
+        If one of the shards exists already: nothing is overwritten.
 
     Examples
     --------
@@ -126,9 +125,9 @@ def make_shards(
     if unknown or not extensions:
         raise ValueError(f"extensions must be of {sorted(IMAGE_EXTENSIONS)}, not {extensions!r}")
     paths = [Path(folder) / f"{number:05d}.tar" for number in range(shards)]
-    there = [path for path in paths if path.exists()]
-    if there:
-        raise FileExistsError(f"{there[0]} is there already, and stays: give another folder")
+    existing = [path for path in paths if path.exists()]
+    if existing:
+        raise FileExistsError(f"{existing[0]} is there already, and stays: give another folder")
     total = shards * images_per_shard
     cut = {total * (2 * n + 1) // (2 * broken) for n in range(broken)}
     for shard, path in enumerate(paths):

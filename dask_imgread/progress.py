@@ -1,4 +1,4 @@
-"""Show on stderr how far a run has come: a bar on a terminal, lines in a log."""
+"""Report progress on stderr: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from tqdm import tqdm
 
 logger = logging.getLogger("dask_imgread")
 
-_LINE_EVERY = 10.0  # seconds
-_LINE = (
+_LOG_INTERVAL = 10.0  # seconds
+_LOG_LINE = (
     "%(partitions_done)d of %(partitions)d partitions, %(images)d images, %(failed)d failed, "
     "%(images_per_second).0f images/s"
 )
-_DRAWN_EVERY = 1.0  # seconds: a line of the log takes the bar's place until then
-_ERASE = "\r\x1b[K"  # what stands in a terminal's line
-_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+_BAR_INTERVAL = 1.0  # seconds: a log line that has erased the bar stands alone for as long
+_ERASE_LINE = "\r\x1b[K"  # ANSI: to the start of the line, and erase it
+_STANDARD_ATTRIBUTES = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 class Progress:
-    """What shows how far a run has come, again and again; a context manager. This shows nothing.
+    """Counts the partitions and images that are done; subclasses show the counts at intervals.
+
+    A context manager. This class itself shows nothing.
 
     Parameters
     ----------
@@ -34,46 +36,46 @@ class Progress:
         How many there are, and how many were done before this run.
     """
 
-    every: float | None = None  # seconds
+    interval: float | None = None  # seconds between two calls of `show`
 
     def __init__(self, partitions: int, done: int = 0) -> None:
         self._partitions, self._before = partitions, done
         self._start = time.monotonic()
-        self._last = (0, 0, 0)
+        self._counts = (0, 0, 0)
         self._ended = threading.Event()
-        # A thread: that nothing comes to an end is to be seen too.
-        self._teller = threading.Thread(target=self._tell_often, daemon=True)
+        # A thread, so that progress is shown even while no partition gets done.
+        self._thread = threading.Thread(target=self._show_repeatedly, daemon=True)
 
     def __enter__(self) -> Self:
-        if self.every is not None:
-            self._teller.start()
+        if self.interval is not None:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        if self.every is not None:
-            self._teller.join()
-        self.tell()
+        if self.interval is not None:
+            self._thread.join()
+        self.show()
 
     def update(self, done: int, images: int, failed: int) -> None:
-        """Note that ``done`` partitions are done, with so many images so far, this run's."""
-        self._last = done, images, failed
+        """Set the totals of this run: partitions done, images read, images failed."""
+        self._counts = done, images, failed
 
-    def tell_rate(self) -> float:
-        """Return the images done in a second, those that failed too, since the run began."""
-        _, images, failed = self._last
+    def measure_rate(self) -> float:
+        """Return images per second since the run began; failed images count too."""
+        _, images, failed = self._counts
         return (images + failed) / max(time.monotonic() - self._start, 1e-9)
 
-    def tell(self) -> None:
-        """Show how far it has come."""
+    def show(self) -> None:
+        """Show the counts."""
 
-    def _tell_often(self) -> None:
-        while not self._ended.wait(self.every):
-            self.tell()
+    def _show_repeatedly(self) -> None:
+        while not self._ended.wait(self.interval):
+            self.show()
 
 
 def choose_progress(partitions: int, done: int = 0, *, hidden: bool = False) -> Progress:
-    """Return a bar where stderr is a terminal and the log is not JSON, else lines in the log.
+    """Return a progress bar if stderr is a terminal and the log is not JSON, else log lines.
 
     Parameters
     ----------
@@ -92,7 +94,7 @@ def choose_progress(partitions: int, done: int = 0, *, hidden: bool = False) -> 
 class ProgressBar(Progress):
     """A bar: partitions done, images, failures, images per second, time left."""
 
-    every = _DRAWN_EVERY
+    interval = _BAR_INTERVAL
 
     def __init__(self, partitions: int, done: int = 0) -> None:
         super().__init__(partitions, done)
@@ -105,28 +107,28 @@ class ProgressBar(Progress):
         self._bar.close()
 
     def update(self, done: int, images: int, failed: int) -> None:
-        """Draw that ``done`` partitions are done, with so many images so far, this run's."""
+        """Set the totals of this run and draw the bar."""
         super().update(done, images, failed)
-        self._bar.set_postfix_str(self._tell_images(), refresh=False)
+        self._bar.set_postfix_str(self._format_counts(), refresh=False)
         self._bar.update(done + self._before - self._bar.n)
 
-    def tell(self) -> None:
+    def show(self) -> None:
         """Draw the bar."""
-        self._bar.set_postfix_str(self._tell_images())
+        self._bar.set_postfix_str(self._format_counts())
 
-    def _tell_images(self) -> str:
-        _, images, failed = self._last
-        return f"{images} images, {failed} failed, {self.tell_rate():.0f} images/s"
+    def _format_counts(self) -> str:
+        _, images, failed = self._counts
+        return f"{images} images, {failed} failed, {self.measure_rate():.0f} images/s"
 
 
 class ProgressLog(Progress):
-    """A line every ten seconds, and one at the end: in the log, or on stderr as it is."""
+    """A line every ten seconds, and one at the end: in the log, or printed to stderr."""
 
-    every = _LINE_EVERY
+    interval = _LOG_INTERVAL
 
-    def tell(self) -> None:
+    def show(self) -> None:
         """Write a line."""
-        done, images, failed = self._last
+        done, images, failed = self._counts
         seconds = time.monotonic() - self._start
         left = self._partitions - self._before - done
         figures = {
@@ -134,20 +136,20 @@ class ProgressLog(Progress):
             "partitions": self._partitions,
             "images": images,
             "failed": failed,
-            "images_per_second": round(self.tell_rate(), 1),
+            "images_per_second": round(self.measure_rate(), 1),
             "seconds_left": round(seconds / done * left) if done else None,
         }
-        line = _LINE % figures
+        line = _LOG_LINE % figures
         if done:
             line += f", {figures['seconds_left']} s left"
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", line, extra=figures)
-        else:  # whoever asked to see it has not set up a log that shows it
+        else:  # progress was asked for, but the log is not set up to show it
             print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", file=sys.stderr)
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON, with whatever ``extra`` it carries."""
+    """Formats a log record as one line of JSON, with the fields given as ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -157,17 +159,19 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        line |= {
+            name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES
+        }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
 class StderrHandler(logging.StreamHandler[Any]):
-    """Writes the log, and Python's warnings, to stderr; on a terminal in place of the bar.
+    """Writes the log and Python's warnings to stderr; on a terminal, over the progress bar.
 
-    The bar is another process's, where a worker writes: so its line is erased, whoever drew it,
-    and drawn again below.
+    A worker process shares the terminal with the process that draws the bar. So each record
+    erases the line that it is written to, and the bar is drawn again below it.
     """
 
     def __init__(self) -> None:
@@ -175,9 +179,9 @@ class StderrHandler(logging.StreamHandler[Any]):
         logging.captureWarnings(True)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with what erases a bar before it."""
+        """Return the line; on a terminal it begins with what erases the bar."""
         line = super().format(record)
-        return f"{_ERASE}{line}" if self.stream.isatty() else line
+        return f"{_ERASE_LINE}{line}" if self.stream.isatty() else line
 
 
 def logs_json() -> bool:
@@ -186,11 +190,11 @@ def logs_json() -> bool:
 
 
 def start_logging(log_format: Literal["text", "json"]) -> None:
-    """Send this process's log, Dask's and that of workers it starts, to stderr."""
+    """Send the logs of this process, of Dask, and of the workers started here to stderr."""
     import dask
     from distributed.config import initialize_logging
 
-    form = (
+    formatter = (
         {"()": f"{__name__}.{JsonFormatter.__name__}"}
         if log_format == "json"
         else {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
@@ -198,11 +202,11 @@ def start_logging(log_format: Literal["text", "json"]) -> None:
     settings = {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": form},
+        "formatters": {"line": formatter},
         "handlers": {"stderr": {"()": f"{__name__}.{StderrHandler.__name__}", "formatter": "line"}},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {"dask_imgread": {"level": "INFO"}},
     }
     initialize_logging({"logging": settings})
-    # Worker processes set up their logs when they import Dask, by what they inherit.
+    # Worker processes set up their logs when they import Dask, from the inherited configuration.
     os.environ["DASK_INTERNAL_INHERIT_CONFIG"] = dask.config.serialize({"logging": settings})

@@ -1,4 +1,4 @@
-"""What a function makes of a batch of images, as rows."""
+"""Run a user's function on batches of images, and convert what it returns to rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from dask_imgread.tasks import ImageBatch, ImageObject, make_index
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 BatchFunction: TypeAlias = Callable[[ImageBatch], Rows]
 
-INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10  # images that tell columns and types
+# Columns and types are inferred from so many images a batch, batches a task, and tasks at most.
+INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10
 
-_LONGEST_TEXT = 2000  # characters of an exception
+_MAX_ERROR_LENGTH = 2000  # characters
 
 logger = logging.getLogger("dask_imgread")
 
 
 def name_function(fn: BatchFunction) -> str:
     """Return ``module:function``."""
-    if isinstance(fn, partial):  # its arguments may be secret
+    if isinstance(fn, partial):  # only a token of its arguments, which may be secret
         return f"{name_function(fn.func)} with {tokenize(fn.args, fn.keywords)[:8]}"
     name = getattr(fn, "__qualname__", type(fn).__qualname__)
     return f"{fn.__module__}:{name}"
@@ -49,14 +50,14 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
     fn
         The function.
     batch
-        What it is given; its lists are copied, so that ``fn`` may empty them.
+        What ``fn`` is called with; its lists are copied, so that ``fn`` may change them.
     with_ids
-        Whether the index of a DataFrame may be set.
+        Whether a DataFrame may get the images' ids as its index.
 
     Raises
     ------
     SchemaError
-        If what it returns is nothing of these.
+        If ``fn`` returns anything else.
 
     Examples
     --------
@@ -73,7 +74,7 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
     except Exception as error:
         if batch.data:
             raise
-        # Such as np.stack of nothing: there is no image that it could be the failure of.
+        # Such as np.stack of an empty list: there is no image to record as failed.
         logger.warning(
             "%s fails on a batch of which no image could be read: %s",
             *(name_function(fn), describe_failure(error)),
@@ -101,12 +102,12 @@ def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd
 
 
 def describe_failure(error: Exception) -> str:
-    """Return what a function has raised as text that can be written: whole, short, no secrets."""
+    """Return an exception as text to store: valid UTF-8, short, without secrets."""
     try:
         text = str(error)
-    except Exception:  # even that may raise
+    except Exception:  # a broken __str__
         text = "(no text)"
-    text = text[:_LONGEST_TEXT].encode("utf-8", "backslashreplace").decode()
+    text = text[:_MAX_ERROR_LENGTH].encode("utf-8", "backslashreplace").decode()
     return hide_secrets(f"{type(error).__name__}: {text}")
 
 
@@ -118,11 +119,12 @@ def make_rows_singly(
     Returns
     -------
     rows, failures
-        The images for which the function raises, each with the error, have no rows.
+        The rows of all images but those for which the function raises; those images, each with
+        the exception.
     """
     try:
         return [make_rows(fn, batch, with_ids)], []
-    except SchemaError:  # no image's failure
+    except SchemaError:  # not the failure of an image
         raise
     except Exception as error:
         if len(batch.data) == 1 and not batch.failed:
@@ -141,7 +143,7 @@ def make_rows_singly(
 
 
 def _split(batch: ImageBatch) -> Iterator[ImageBatch]:
-    """Yield a batch for each image, and one for those that could not be read."""
+    """Yield a batch for each image, and one for all that could not be read."""
     for image in batch.data:
         yield replace(batch, data=[image], failed=[], skipped=0)
     if batch.failed or batch.skipped:
@@ -149,20 +151,20 @@ def _split(batch: ImageBatch) -> Iterator[ImageBatch]:
 
 
 def _set_ids(rows: pd.DataFrame, ids: pd.Index) -> pd.DataFrame:
-    """Index rows by their images' ids, where there is one for each image and no other index."""
+    """Index rows by image id, if there is one row for each image and no index of the user's own."""
     named = any(name is not None for name in rows.index.names)
     if named or "image_id" in rows or not len(rows):
         return rows
     if rows.index.isin(ids).all():
         return rows.rename_axis("image_id")
     numbered = rows.index.dtype.kind == "i" and sorted(rows.index) == list(range(len(ids)))
-    return rows.set_axis(ids.take(rows.index)) if numbered else rows  # sorted rows, too
+    return rows.set_axis(ids.take(rows.index)) if numbered else rows  # in any order
 
 
 def _to_column(what: str, values: Any, count: int) -> Any:
-    """Return one value for each image; of an array with more dimensions, an array."""
+    """Return a column of one value for each image; of a stack of arrays, one array for each."""
     if isinstance(values, pd.Series):
-        values = values.array  # its own index is not to be looked at
+        values = values.array  # without its index, to which pandas would align
     elif hasattr(values, "__array__") and not isinstance(values, ExtensionArray):
         values = np.asarray(values)
     dimensions = getattr(values, "ndim", 1)
@@ -178,14 +180,14 @@ def _check_count(what: str, entries: int, images: int) -> None:
 
 
 def to_table(rows: pd.DataFrame) -> pa.Table:
-    """Return rows as Arrow holds them, their index as a column if it has a name.
+    """Convert rows to an Arrow table, with their index as a column if it has a name.
 
-    Arrays of one shape become a column of lists of a fixed size.
+    Arrays of one shape become a column of fixed-size lists.
     """
     packed = {name: array for name, column in rows.items() if (array := _pack(column)) is not None}
-    # An index without a name only numbers the rows.
     named = any(name is not None for name in rows.index.names)
-    # pandas does not read a file that says that its lists are Arrow's: these come by themselves.
+    # Converted on its own: if the table's pandas metadata named an Arrow list type, pandas could
+    # not read the file.
     rest = rows.copy(deep=False)
     for name in packed:
         rest[name] = None
@@ -196,13 +198,13 @@ def to_table(rows: pd.DataFrame) -> pa.Table:
 
 
 def to_array(column: pd.Series) -> pa.Array:
-    """Return a column as Arrow holds it."""
+    """Convert a column to an Arrow array."""
     packed = _pack(column)
     return pa.array(column, from_pandas=True) if packed is None else packed
 
 
 def _pack(column: pd.Series) -> pa.Array | None:
-    """Return a column of lists or of arrays of one shape as Arrow's; None if it is another."""
+    """Convert a column of Arrow lists, or of arrays of one shape; None for any other column."""
     if isinstance(column.dtype, pd.ArrowDtype):
         return pa.array(column) if pa.types.is_nested(column.dtype.pyarrow_dtype) else None
     if not is_object_dtype(column.dtype) or not all(
@@ -213,7 +215,7 @@ def _pack(column: pd.Series) -> pa.Array | None:
     if len(kinds) != 1:
         return None
     shape, dtype = kinds.pop()
-    if not shape or 0 in shape or dtype.hasobject:  # empty arrays are lists of any size
+    if not shape or 0 in shape or dtype.hasobject:  # empty arrays stay lists of any size
         return None
     packed = pa.array(np.stack(list(column)).ravel())
     for size in reversed(shape):

@@ -1,4 +1,4 @@
-"""The contract of a processing stage, in the shape that NVIDIA NeMo Curator gave it."""
+"""The interface of a processing stage, modelled on that of NVIDIA NeMo Curator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one running stage holds.
+    """What a stage occupies while it runs.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class ProcessingStage(ABC, Generic[Input, Output]):
 
     @property
     def resources(self) -> Resources:
-        """What one running stage holds."""
+        """What the stage occupies while it runs."""
         return Resources()
 
     @abstractmethod
@@ -82,5 +82,5 @@ class ProcessingStage(ABC, Generic[Input, Output]):
         return [], []
 
     def __call__(self, task: Input) -> list[Output]:
-        """Do what ``process`` does, so that a stage can be given to ``client.map``."""
+        """Call ``process``, so that a stage can be passed to ``client.map``."""
         return self.process(task)

@@ -1,4 +1,4 @@
-"""The data model: the shards that a task reads, and the images that come out."""
+"""The data model: tasks, images and batches of images."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ class FileGroupTask:
     Parameters
     ----------
     dataset_name
-        A name for the dataset; it is handed on to the batches.
+        A name for the dataset, passed on to the batches.
     data
         Paths or URLs of tar shards.
     task_id
-        A name for the task; batches are numbered after it.
+        A name for the task; the batches' ids are made from it.
     reader_config
-        What the reader is told about these shards: ``storage_options``, a dict for
-        fsspec's file system, and ``relative_to``. It is left out of ``repr``, since it may
-        hold credentials, as are those in URLs.
+        Settings for these shards: ``storage_options``, a dict for fsspec's file system, and
+        ``relative_to``. Left out of ``repr``, since it may hold credentials; those in URLs are
+        left out, too.
     byte_range
-        Offsets of the first header to read and of the first not to (None: to the end).
-        For a task with one shard only.
+        Offsets of the first tar header to read and of the first not to read (None: read to
+        the end). Only for a task with one shard.
     index_whole_shard
-        Whether samples have members outside ``byte_range``, so that the whole shard's
-        headers must be walked to put them together.
+        Whether samples have members outside ``byte_range``, so that the headers of the whole
+        shard are needed to assemble them.
     versions
         A token for the content of each shard, so that a changed shard is read again;
         looked up when it is needed if not given.
@@ -112,16 +112,18 @@ class FileGroupTask:
 
     @property
     def start(self) -> int:
-        """The offset of the first header to read, in the one shard of a part or in each."""
+        """The offset of the first tar header to read, in each shard."""
         return self.byte_range[0] if self.byte_range else 0
 
     @property
     def relative_to(self) -> str | None:
-        """The folder or URL below which the shards' paths make their ids; None for whole paths."""
+        """The folder or URL that ids are relative to; None if they are made from whole paths."""
         return self.reader_config.get("relative_to")
 
     def name_shards(self, relative_to: str | None = None) -> dict[str, str]:
-        """Return the id of each shard, by its path; ``relative_to`` is the reader's, if any.
+        """Return the id of each shard by path.
+
+        ``relative_to`` is the reader's; that of the task takes precedence.
 
         Raises
         ------
@@ -133,17 +135,17 @@ class FileGroupTask:
         return {path: make_shard_id(path, base) for path in map(resolve_path, self.data)}
 
     def __repr__(self) -> str:
-        """Return what Dask writes into its logs when the task fails."""
+        """Return what Dask logs when the task fails: no credentials."""
         data = [redact_url(path) for path in self.data]
         return f"FileGroupTask({self.task_id!r}, data={data}, byte_range={self.byte_range})"
 
     def __dask_tokenize__(self) -> object:
-        """Name what is read, the shards' content included, alike in every process."""
-        versions = self.versions or tuple(self._look_up(path) for path in self.data)
+        """Return a token of what is read, the shards' content included, equal in every process."""
+        versions = self.versions or tuple(self._look_up_version(path) for path in self.data)
         paths = [resolve_path(path) for path in self.data]
         whole = self.index_whole_shard
-        # The token of the options, never the options: keys are shown on the dashboard.
-        options = tokenize(self.reader_config)
+        # A token, since keys are shown on the dashboard and the configuration may hold secrets.
+        config = tokenize(self.reader_config)
         return (
             type(self).__name__,
             self.dataset_name,
@@ -151,17 +153,17 @@ class FileGroupTask:
             self.byte_range,
             whole,
             versions,
-            options,
+            config,
         )
 
-    def _look_up(self, path: str) -> str:
+    def _look_up_version(self, path: str) -> str:
         try:
             return stat_shard(path, self.storage_options).version
         except OSError:
             return "missing"
 
 
-@dataclass(slots=True)  # there are many
+@dataclass(slots=True)  # there may be millions
 class ImageObject:
     """One image member of a shard: its pixels, or the reason why there are none.
 
@@ -170,9 +172,9 @@ class ImageObject:
     image_path
         ``<shard path>/<member name>``.
     image_id
-        Unique in a dataset, the same however the shards are grouped, partitioned or
-        ordered. Made from the shard's path, whole or below ``relative_to``, and the member's
-        name.
+        Unique in a dataset, and independent of how the shards are grouped, partitioned or
+        ordered. Made from the shard's path, whole or relative to ``relative_to``, and the
+        member's name.
     image_data
         uint8 array ``(height, width, 3)``, RGB; None if the image was not decoded.
     metadata
@@ -183,11 +185,11 @@ class ImageObject:
     offset, size
         Where the encoded bytes lie in the (decompressed) shard, and how many there are.
     format
-        ``"jpeg"``, ``"png"`` and so on, by the content and not by the name; None if unknown.
+        ``"jpeg"``, ``"png"`` and so on, from the content, not from the name; None if unknown.
     width, height, channels
-        Upright size in pixels as the file's header says, and the channels stored in it.
+        Size in pixels, upright, and stored channels, from the image's header.
     backend
-        What decoded it: ``"libjpeg-turbo"``, ``"dali-gpu"``, ``"dali-cpu"`` or ``"pillow"``;
+        The decoder: ``"libjpeg-turbo"``, ``"dali-gpu"``, ``"dali-cpu"`` or ``"pillow"``;
         None if not decoded.
     error
         ``"<cause>: <detail>"`` if the image could not be read, else None.
@@ -225,7 +227,7 @@ class ImageObject:
 
 @dataclass
 class ImageBatch:
-    """Images that were decoded together.
+    """Images that were read together.
 
     Parameters
     ----------
@@ -283,7 +285,7 @@ def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:
 
 
 def make_index(images: Iterable[ImageObject]) -> pd.Index:
-    """Return the images' ids, as the index of their rows."""
+    """Return the index of the images' rows: their ids."""
     ids = [image.image_id for image in images]
     return pd.Index(ids, dtype="string[pyarrow]", name="image_id")
 
@@ -294,14 +296,14 @@ def _sizeof_record(image: ImageObject) -> int:
 
 
 def _sizeof_image(image: ImageObject) -> int:
-    # Dask's own guess for a dataclass sees no pixels. Those on a GPU are not the host's memory.
+    # Dask's estimate for a dataclass misses the pixels. Pixels on a GPU take no host memory.
     return _sizeof_record(image) + getattr(image.image_data, "nbytes", 0)
 
 
 def _sizeof_batch(batch: ImageBatch) -> int:
     records = sum(map(_sizeof_record, chain(batch.data, batch.failed)))
     pixels = (image.image_data for image in batch.data)
-    # The images of a batch share their memory: any of them keeps all of it.
+    # The images of a batch share one buffer, which any of them keeps alive.
     return 200 + records + count_bytes_held(p for p in pixels if isinstance(p, np.ndarray))
 
 

@@ -1,4 +1,4 @@
-"""What tests of image pipelines need: shards of pictures. See also ``pytest_plugin``."""
+"""Shards of drawn pictures, for tests of image pipelines. See also ``pytest_plugin``."""
 
 from __future__ import annotations
 

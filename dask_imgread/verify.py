@@ -1,4 +1,4 @@
-"""Decode everything, keep nothing, and say what is broken."""
+"""Decode every image, keep none, and report those that are broken."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Verification:
         return len(self.bad) == 0
 
     def __str__(self) -> str:
-        """Return the table of the shards in which something is bad, and the totals."""
+        """Return the table of shards with bad images, and the totals."""
         causes = self.table.drop(columns="good")
         shown = self.table[causes.sum(axis=1) > 0]
         total = self.table.sum().to_frame("total").T
@@ -60,8 +60,8 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class _Tally:
-    """What one task came to."""
+class _TaskResult:
+    """How many images of a task are good, and which are not."""
 
     good: Counter[str]  # by shard
     bad: list[ImageObject]
@@ -69,20 +69,20 @@ class _Tally:
 
 @dataclass(frozen=True)
 class _Verify:
-    """Decode one task's images and keep only what is wrong."""
+    """Decodes the images of one task and keeps only the records of bad ones."""
 
     reader: ImageReaderStage
 
     def isolated(self) -> _Verify:
         return _Verify(self.reader.isolated())
 
-    def __call__(self, task: FileGroupTask) -> _Tally:
+    def __call__(self, task: FileGroupTask) -> _TaskResult:
         good = Counter({redact_url(resolve_path(path)): 0 for path in task.data})
         bad: list[ImageObject] = []
         for batch in self.reader.read(task):
             good.update(image.shard for image in batch.data)
             bad += batch.failed
-        return _Tally(good, bad)
+        return _TaskResult(good, bad)
 
 
 def verify_shards(
@@ -131,36 +131,38 @@ def verify_shards(
     >>> found.ok, list(found.bad.index.str[-10:]), found.table["good"].tolist()
     (False, ['000004.jpg'], [4, 3])
     """
-    # Sidecars are read too: one that is broken is a warning in the log.
+    # Sidecars are read too: a broken one is logged as a warning.
     reader = reader or ImageReaderStage(verbose=False)
     verify = _Verify(reader.with_options(on_error="record"))
     tasks = list_tasks(paths_or_tasks, **partitioning)
     good: Counter[str] = Counter()
     bad: list[ImageObject] = []
     with choose_progress(len(tasks), hidden=not progress) as shown:
-        for done, tally in enumerate(_run(verify, tasks, client), 1):
-            good.update(tally.good)  # a Counter's update adds
-            bad += tally.bad
+        for done, result in enumerate(_run(verify, tasks, client), 1):
+            good.update(result.good)  # a Counter's update adds
+            bad += result.bad
             shown.update(done, good.total(), len(bad))
     bad.sort(key=lambda image: (image.shard, image.offset))
     return Verification(make_frame(bad), _make_table(good, bad))
 
 
-def _run(verify: _Verify, tasks: list[FileGroupTask], client: Client | None) -> Iterator[_Tally]:
+def _run(
+    verify: _Verify, tasks: list[FileGroupTask], client: Client | None
+) -> Iterator[_TaskResult]:
     if client is None:
         with ThreadPoolExecutor(CPU_COUNT) as pool:
             yield from pool.map(verify, tasks)
         return
     wait_for_workers(client)
-    options = verify.reader.annotations(client)
-    for task, result in run_tasks(client, verify, tasks, pure=False, **options):
-        if isinstance(result, _Tally):
+    annotations = verify.reader.annotations(client)
+    for task, result in run_tasks(client, verify, tasks, pure=False, **annotations):
+        if isinstance(result, _TaskResult):
             yield result
         elif not isinstance(result, KilledWorker):
             raise result
         else:
             lost = describe_lost_shards(task, verify.reader.relative_to, result)
-            yield _Tally(Counter(dict.fromkeys((image.shard for image in lost), 0)), lost)
+            yield _TaskResult(Counter(dict.fromkeys((image.shard for image in lost), 0)), lost)
 
 
 def _make_table(good: Counter[str], bad: list[ImageObject]) -> pd.DataFrame:

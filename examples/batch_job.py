@@ -20,14 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
     parser.add_argument("--out", required=True, help="folder or URL for the table")
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     reader = ImageReaderStage(num_gpus_per_worker=SHARE, sidecars=False)
     cluster = connect_client(num_gpus_per_worker=SHARE)  # started if anything is left to do
-    summary = run_job(
-        options.shards, options.out, measure, client=cluster, reader=reader, progress=True
-    )
-    rows = pd.read_parquet(options.out, columns=["brightness"])
+    summary = run_job(args.shards, args.out, measure, client=cluster, reader=reader, progress=True)
+    rows = pd.read_parquet(args.out, columns=["brightness"])
     print(f"{summary.images} images, mean brightness {rows['brightness'].mean():.1f}")
 
 

@@ -90,7 +90,7 @@ def test_what_nothing_can_be_inferred_from_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("meta", "told"),
+    ("meta", "message"),
     [
         ({"mean": int}, "mean: float64, where meta has image_id: string.*, mean: int64"),
         ({"mean": str}, r"mean: float64, where meta has .*mean: str \(column 'mean' is float64"),
@@ -98,10 +98,10 @@ def test_what_nothing_can_be_inferred_from_is_said(tmp_path):
         ({"means": float}, "mean: float64, where meta has .*means: float64"),
     ],
 )
-def test_rows_are_checked_against_meta(shards, meta, told):
+def test_rows_are_checked_against_meta(shards, meta, message):
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in meta.items()})
     frame = map_images(as_dict, shards, reader=READER, meta=empty.rename_axis("image_id"))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         frame.compute(scheduler="sync")
     frame = map_images(as_dict, shards, reader=READER, meta=empty)
     with pytest.raises(ValueError, match="leave meta out"):
@@ -125,7 +125,7 @@ def make_batch():
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         ({"a": [1, 2]}, r"column 'a' has 2 entries for 3 images"),
         ([{"a": 1}], r"a list of dicts has 1 entries for 3 images"),
@@ -136,8 +136,8 @@ def make_batch():
         ([1, 2, 3], r"a list of dicts is expected, not list"),
     ],
 )
-def test_what_is_no_rows(made, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_no_rows(made, message):
+    with pytest.raises(ValueError, match=message):
         make_rows(lambda batch: made, make_batch())
 
 
@@ -260,7 +260,7 @@ class UnspeakableError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "start"),
     [
         (ValueError("\ud800 bad"), r"ValueError: \ud800 bad"),
         (ValueError("m" * 1_000_000), "ValueError: mmmm"),
@@ -268,11 +268,11 @@ class UnspeakableError(Exception):
         (UnspeakableError(), "UnspeakableError: (no text)"),
     ],
 )
-def test_whatever_a_function_raises_can_be_written(error, said):
+def test_whatever_a_function_raises_can_be_written(error, start):
     from dask_imgread.rows import describe_failure
 
     text = describe_failure(error)
-    assert text.startswith(said)
+    assert text.startswith(start)
     assert len(text) < 3000
     text.encode()
 

@@ -203,7 +203,7 @@ def run_job(
             done = plan.partitions - sum(wanted)
             with choose_progress(plan.partitions, done, hidden=not progress) as shown:
                 count = _write_parts(opened, writer, plan, wanted, retries, shown)
-                rate = shown.tell_rate()
+                rate = shown.measure_rate()
     _check_parts(plan)
     folder.remove_drafts()
     return Summary(

@@ -1,1 +1,1 @@
-"""Pages and pictures of a job's output."""
+"""The HTML report and the contact sheet of a job."""

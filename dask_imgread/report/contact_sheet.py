@@ -1,10 +1,11 @@
-"""Pictures of what was read."""
+"""Contact sheets: thumbnails of the images that were read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
+from math import ceil
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -19,7 +20,7 @@ _TILE, _LABEL, _GAP = 160, 16, 8
 def make_thumbnails(
     task: FileGroupTask, *, reader: ImageReaderStage, count: int
 ) -> list[tuple[str, Pixels]]:
-    """Decode the first ``count`` images of a task; return (key, small RGB array) for each."""
+    """Decode the first ``count`` images of a task; return (key, thumbnail as RGB) for each."""
     images = (image for batch in reader.read(task) for image in batch.data)
     return [(image.key, _shrink(image.image_data)) for image in islice(images, count)]
 
@@ -33,8 +34,8 @@ def draw_contact_sheet(
     thumbnails: Iterable[tuple[str, Pixels]], path: str | os.PathLike[str], columns: int = 6
 ) -> None:
     """Save a sheet of thumbnails, each with its key under it, as an image file."""
-    tiles: Sequence[tuple[str, Pixels]] = list(thumbnails)
-    rows = max(1, -(-len(tiles) // columns))
+    tiles = list(thumbnails)
+    rows = max(1, ceil(len(tiles) / columns))
     cell, height = _TILE + _GAP, _TILE + _LABEL + _GAP
     sheet = Image.new("RGB", (columns * cell + _GAP, rows * height + _GAP), (250, 250, 250))
     draw = ImageDraw.Draw(sheet)

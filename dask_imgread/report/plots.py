@@ -1,4 +1,4 @@
-"""The plots of a job's page, and numbers told for people."""
+"""The plots of a job's report, and how its numbers are formatted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bokeh.themes import Theme
 from bokeh.transform import dodge
 from numpy.typing import NDArray
 
-from dask_imgread.report.statistics import MEASURES, Floats, Spread, Tally
+from dask_imgread.report.statistics import MEASURES, Floats, Histogram, Statistics
 
 TOP = 20  # causes, shards and formats that are drawn
 _TIME_BINS = 60
 
-_INK, _BLUE, _RED = "#76828f", "#4a86e8", "#e0566a"  # to be read on white and on black
+_INK, _BLUE, _RED = "#76828f", "#4a86e8", "#e0566a"  # legible on a light and on a dark background
 _FONT = "system-ui, sans-serif"
 _THEME = Theme(
     json={
@@ -54,15 +54,17 @@ _THEME = Theme(
 )
 
 
-def embed_plots(tally: Tally, times: Floats) -> tuple[dict[str, str], str, str]:
-    """Return HTML: that of each plot by its name, the script that draws them, and bokeh's own."""
+def embed_plots(stats: Statistics, times: Floats) -> tuple[dict[str, str], str, str]:
+    """Return HTML: each plot's div by name, the script that draws them, and Bokeh's scripts."""
     plots: dict[str, figure] = {}
-    if tally.failed:
-        plots["causes"] = _draw_ranking(tally.causes, _RED)
-        plots["shards"] = _draw_ranking(tally.shards, _RED)
-    if tally.images:
-        plots["format"] = _draw_ranking(tally.formats, _BLUE)
-        plots |= {name: _draw_spread(tally.spreads[name], *MEASURES[name]) for name in MEASURES}
+    if stats.failed:
+        plots["causes"] = _draw_ranking(stats.causes, _RED)
+        plots["shards"] = _draw_ranking(stats.shards, _RED)
+    if stats.images:
+        plots["format"] = _draw_ranking(stats.formats, _BLUE)
+        plots |= {
+            name: _draw_histogram(stats.histograms[name], *MEASURES[name]) for name in MEASURES
+        }
     if times.size:
         plots["rate"] = _draw_rates(times)
     if not plots:
@@ -72,7 +74,7 @@ def embed_plots(tally: Tally, times: Floats) -> tuple[dict[str, str], str, str]:
 
 
 def _draw_ranking(counts: Counter[str], color: str) -> figure:
-    """Draw a bar for each name, with the name and the number above it."""
+    """Draw a bar for each of the most frequent names, with name and count above it."""
     names, numbers = zip(*counts.most_common(TOP), strict=True)
     total = counts.total()
     source = ColumnDataSource(
@@ -81,7 +83,7 @@ def _draw_ranking(counts: Counter[str], color: str) -> figure:
             "name": names,
             "short": [n if len(n) <= 40 else f"{n[:12]}…{n[-27:]}" for n in names],
             "number": numbers,
-            "told": [f"{number:,} ({number / total:.1%})" for number in numbers],
+            "label": [f"{number:,} ({number / total:.1%})" for number in numbers],
         }
     )
     plot = figure(
@@ -95,19 +97,22 @@ def _draw_ranking(counts: Counter[str], color: str) -> figure:
     style = {"text_color": _INK, "text_font": value(_FONT), "text_font_size": "13px"}
     y = dodge("place", -0.2)
     plot.text(0, y, "short", source=source, **style)
-    plot.text(max(numbers), y, "told", source=source, text_align="right", **style)
-    plot.add_tools(HoverTool(renderers=[lines], tooltips="@name: @told"))
+    plot.text(max(numbers), y, "label", source=source, text_align="right", **style)
+    plot.add_tools(HoverTool(renderers=[lines], tooltips="@name: @label"))
     plot.axis.visible = plot.grid.visible = False
     return plot
 
 
-def _draw_spread(spread: Spread, title: str, unit: str) -> figure:
-    edges, counts = spread.bins()
-    spans = [f"{say(low, unit)} to {say(high, unit)}" for low, high in pairwise(edges)]
+def _draw_histogram(histogram: Histogram, title: str, unit: str) -> figure:
+    edges, counts = histogram.bins()
+    spans = [
+        f"{format_number(low, unit)} to {format_number(high, unit)}"
+        for low, high in pairwise(edges)
+    ]
     labels = [
         f"{span}: {count:,} images" for span, count in zip(spans, counts.tolist(), strict=True)
     ]
-    margin = max(1.05, (2 * edges[0] / edges[-1]) ** 0.5)  # an octave at least
+    margin = max(1.05, (2 * edges[0] / edges[-1]) ** 0.5)  # so that the axis spans an octave
     low, high = edges[0] / margin, edges[-1] * margin
     name = title.lower()
     plot = _draw_bars(
@@ -122,12 +127,12 @@ def _draw_spread(spread: Spread, title: str, unit: str) -> figure:
     plot.yaxis.ticker.min_interval = 1
     ticks = _choose_ticks(low, high)
     plot.xaxis.ticker = FixedTicker(ticks=ticks)
-    plot.xaxis.major_label_overrides = {tick: say(tick) for tick in ticks}
+    plot.xaxis.major_label_overrides = {tick: format_number(tick) for tick in ticks}
     return plot
 
 
 def _choose_ticks(low: float, high: float) -> list[float]:
-    """Return as many round numbers as can be read on a logarithmic axis.
+    """Return round numbers for a logarithmic axis, as many as stay legible.
 
     >>> _choose_ticks(90, 600), _choose_ticks(99, 126)
     ([100.0, 200.0, 500.0], [100.0, 105.0, 110.0, 115.0, 120.0, 125.0])
@@ -150,7 +155,7 @@ def _draw_rates(times: Floats) -> figure:
     done = [(images * ((edge - began) / (ended - began)).clip(0, 1)).sum() for edge in edges]
     rates = np.diff(done) / np.diff(edges)
     labels = [
-        f"{tell_time(start)}: {say(rate)} images/s"
+        f"{format_time(start)}: {format_number(rate)} images/s"
         for start, rate in zip(edges[:-1], rates, strict=True)
     ]
     return _draw_bars(
@@ -165,12 +170,12 @@ def _draw_rates(times: Floats) -> figure:
 
 
 def _draw_bars(
-    edges: Floats, heights: NDArray[Any], labels: Sequence[str], **options: Any
+    edges: Floats, heights: NDArray[Any], labels: Sequence[str], **kwargs: Any
 ) -> figure:
     source = ColumnDataSource(
         {"left": edges[:-1], "right": edges[1:], "height": heights, "label": labels}
     )
-    plot = figure(height=220, tools="", y_range=Range1d(0, 1.05 * heights.max() or 1), **options)
+    plot = figure(height=220, tools="", y_range=Range1d(0, 1.05 * heights.max() or 1), **kwargs)
     bars = plot.quad(
         left="left", right="right", top="height", bottom=0, source=source, color=_BLUE,
         hover_alpha=0.6,
@@ -182,11 +187,13 @@ def _draw_bars(
     return plot
 
 
-def say(number: float, unit: str = "") -> str:
-    """Return a number for people.
+def format_number(number: float, unit: str = "") -> str:
+    """Return a number in a few digits, with an SI prefix from 10,000 on.
 
-    >>> say(1.618, "MP"), say(1024, "px"), say(31_400_000, "B"), say(20_000)
-    ('1.62 MP', '1,024 px', '31.4 MB', '20 k')
+    >>> format_number(1.618, "MP"), format_number(1024, "px")
+    ('1.62 MP', '1,024 px')
+    >>> format_number(31_400_000, "B"), format_number(20_000)
+    ('31.4 MB', '20 k')
     """
     prefix = ""
     if number >= 10_000:
@@ -196,6 +203,6 @@ def say(number: float, unit: str = "") -> str:
     return f"{digits} {prefix}{unit}".rstrip()
 
 
-def tell_time(seconds: float) -> str:
-    """Return a time, in seconds since 1970, for people."""
+def format_time(seconds: float) -> str:
+    """Return the date and time of day, in UTC, of a time in seconds since 1970."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"

@@ -1,4 +1,4 @@
-"""What is known of a job's images, counted part by part in bounded memory."""
+"""Statistics of a job's images, gathered part by part in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dask_imgread.jobs.folder import FOOTER, Footer
 from dask_imgread.storage.files import open_bytes
 from dask_imgread.storage.retries import with_retries
 
-LISTED = 10  # failures of a cause that are kept
-MEASURES = {  # title and unit of what is drawn as a histogram
+LISTED = 10  # failures that are kept for each cause
+MEASURES = {  # title and unit of each histogram
     "width": ("Width", "px"),
     "height": ("Height", "px"),
     "aspect": ("Aspect ratio (width / height)", ""),
@@ -33,17 +33,17 @@ MEASURES = {  # title and unit of what is drawn as a histogram
     "bytes": ("Encoded size", "B"),
 }
 
-_THREADS, _REMOTE_THREADS = 4, 32  # that read parts: of a remote store they mostly wait
-_ROWS = 1 << 14  # that a thread holds
-_OCTAVES = range(-20, 44)  # from 1 pixel, in megapixels, to 17 TB, in bytes
-_STEPS = 16  # histogram bins in an octave
-_MOST_BINS = 48
+_THREADS, _REMOTE_THREADS = 4, 32  # that read parts; those that read a remote store mostly wait
+_ROWS = 1 << 14  # held by each thread
+_OCTAVES = range(-20, 44)  # of the histograms: from 1 pixel, as megapixels, to 17 TB, as bytes
+_BINS_PER_OCTAVE = 16
+_MAX_DRAWN_BINS = 48
 
 Floats = NDArray[np.float64]
 
 
 class Row(NamedTuple):
-    """What the report needs of an image's row."""
+    """The columns of an image's row that the report needs, and the part that it is in."""
 
     image_id: str
     shard: str
@@ -73,71 +73,71 @@ _get_offset = attrgetter("offset")
 
 
 @dataclass
-class _Draw:
-    """Some rows out of all: those with the lowest of random numbers, so that draws add up."""
+class _Sample:
+    """A random sample: the rows with the lowest random numbers, so that samples can be merged."""
 
     size: int
     numbers: list[float] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
-    def offer(self, rows: pa.Table, rng: np.random.Generator) -> None:
+    def add(self, rows: pa.Table, rng: np.random.Generator) -> None:
         numbers = rng.random(len(rows))
         limit = self.numbers[-1] if self.numbers and len(self.numbers) == self.size else 1.0
         low = np.flatnonzero(numbers < limit)
         low = low[np.argsort(numbers[low])][: self.size]
-        self.add(_Draw(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
+        self.merge(_Sample(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
 
-    def add(self, other: _Draw) -> None:
+    def merge(self, other: _Sample) -> None:
         pairs = zip(self.numbers + other.numbers, self.rows + other.rows, strict=True)
         kept = sorted(pairs, key=lambda pair: pair[0])[: self.size]
         self.numbers, self.rows = [number for number, _ in kept], [row for _, row in kept]
 
 
 @dataclass
-class Spread:
+class Histogram:
     """The distribution of a number, in bins of equal width on a logarithmic axis."""
 
     counts: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(len(_OCTAVES) * _STEPS, np.int64)
+        default_factory=lambda: np.zeros(len(_OCTAVES) * _BINS_PER_OCTAVE, np.int64)
     )
     low: float = np.inf
     high: float = 0.0
 
-    def count(self, values: Floats) -> None:
-        """Count some numbers."""
-        bins = np.floor((np.log2(values) - _OCTAVES.start) * _STEPS).astype(np.int64)
+    def add(self, values: Floats) -> None:
+        """Add values."""
+        bins = np.floor((np.log2(values) - _OCTAVES.start) * _BINS_PER_OCTAVE).astype(np.int64)
         bins = bins.clip(0, len(self.counts) - 1)
         self.counts += np.bincount(bins, minlength=len(self.counts))
         self.low = values.min(initial=self.low)
         self.high = values.max(initial=self.high)
 
-    def add(self, other: Spread) -> None:
-        """Add what another has counted."""
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of another histogram."""
         self.counts += other.counts
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def median(self) -> float:
-        """Return about the median, from the middle of its bin."""
+        """Return the approximate median: the middle of its bin."""
         half = np.searchsorted(self.counts.cumsum(), self.counts.sum() / 2)
-        middle = 2 ** (_OCTAVES.start + (half + 0.5) / _STEPS)
+        middle = 2 ** (_OCTAVES.start + (half + 0.5) / _BINS_PER_OCTAVE)
         return float(np.clip(middle, self.low, self.high))
 
     def bins(self) -> tuple[Floats, NDArray[np.int64]]:
-        """Return the edges and counts of bins as fine as can be drawn."""
+        """Return edges and counts of at most ``_MAX_DRAWN_BINS`` bins, as fine as that allows."""
         used = np.flatnonzero(self.counts)
-        wide = 1
-        while (used[-1] // wide) - (used[0] // wide) >= _MOST_BINS:
-            wide *= 2
-        first, last = used[0] // wide, used[-1] // wide + 1
-        counts = self.counts.reshape(-1, wide).sum(axis=1)[first:last]
-        return 2 ** (_OCTAVES.start + np.arange(first, last + 1) * wide / _STEPS), counts
+        width = 1
+        while (used[-1] // width) - (used[0] // width) >= _MAX_DRAWN_BINS:
+            width *= 2
+        first, last = used[0] // width, used[-1] // width + 1
+        counts = self.counts.reshape(-1, width).sum(axis=1)[first:last]
+        return 2 ** (_OCTAVES.start + np.arange(first, last + 1) * width / _BINS_PER_OCTAVE), counts
 
 
 @dataclass
-class Tally:
-    """What is known of any number of rows; of one size however many they are."""
+class Statistics:
+    """Statistics of any number of rows, in memory that does not grow with them."""
 
-    samples: _Draw
+    samples: _Sample
     images: int = 0
     failed: int = 0
     pixels: int = 0
@@ -145,42 +145,45 @@ class Tally:
     formats: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, _Draw] = field(default_factory=lambda: defaultdict(lambda: _Draw(LISTED)))
-    spreads: dict[str, Spread] = field(
-        default_factory=lambda: {name: Spread() for name in MEASURES}
+    failures: dict[str, _Sample] = field(
+        default_factory=lambda: defaultdict(lambda: _Sample(LISTED))
     )
-    times: array[float] = field(default_factory=lambda: array("d"))  # images, began, ended of each
+    histograms: dict[str, Histogram] = field(
+        default_factory=lambda: {name: Histogram() for name in MEASURES}
+    )
+    # Images, began and ended of each part, one after the other.
+    times: array[float] = field(default_factory=lambda: array("d"))
     workers: set[str] = field(default_factory=set)
 
-    def count(self, rows: pa.Table, rng: np.random.Generator) -> None:
-        """Count some rows."""
+    def add(self, rows: pa.Table, rng: np.random.Generator) -> None:
+        """Add rows."""
         fine = rows["error"].is_null()
         good, bad = rows.filter(fine), rows.filter(pc.invert(fine))
         self.images += len(good)
         self.failed += len(bad)
         self.formats += _count_values(good["format"])
         self.shards += _count_values(bad["shard"])
-        self.samples.offer(good, rng)
+        self.samples.add(good, rng)
         causes = pc.replace_substring_regex(bad["error"], "(?s):.*", "")
         for cause, number in _count_values(causes).items():
             self.causes[cause] += number
-            self.failures[cause].offer(bad.filter(pc.equal(causes, cause)), rng)
+            self.failures[cause].add(bad.filter(pc.equal(causes, cause)), rng)
         width, height, size = (
             good[name].to_numpy().astype(np.float64).clip(1) for name in ("width", "height", "size")
         )
         self.pixels += int((width * height).sum())
         self.bytes += int(size.sum())
         values = (width, height, width / height, width * height / 1e6, size)
-        for spread, counted in zip(self.spreads.values(), values, strict=True):
-            spread.count(counted)
+        for histogram, added in zip(self.histograms.values(), values, strict=True):
+            histogram.add(added)
 
-    def note(self, footer: Footer) -> None:
-        """Note when and where a part was made."""
+    def add_footer(self, footer: Footer) -> None:
+        """Add when and by which worker a part was written."""
         self.times.extend((footer.images + footer.failed, footer.began, footer.ended))
         self.workers.add(footer.worker)
 
-    def add(self, other: Tally) -> None:
-        """Add what another knows."""
+    def merge(self, other: Statistics) -> None:
+        """Add the statistics of other rows."""
         self.images += other.images
         self.failed += other.failed
         self.pixels += other.pixels
@@ -190,28 +193,28 @@ class Tally:
         self.shards += other.shards
         self.times += other.times
         self.workers |= other.workers
-        self.samples.add(other.samples)
-        for name, spread in self.spreads.items():
-            spread.add(other.spreads[name])
-        for cause, draw in other.failures.items():
-            self.failures[cause].add(draw)
+        self.samples.merge(other.samples)
+        for name, histogram in self.histograms.items():
+            histogram.merge(other.histograms[name])
+        for cause, sample in other.failures.items():
+            self.failures[cause].merge(sample)
 
     def list_failures(self) -> list[Row]:
-        """Return failures with the causes in turn, and first those of shards not yet seen."""
-        draws = [self.failures[cause].rows for cause, _ in self.causes.most_common()]
+        """Return the kept failures, ordered so that the first ones differ in cause and in shard."""
+        samples = [self.failures[cause].rows for cause, _ in self.causes.most_common()]
         seen: Counter[str] = Counter()
         ranked = []
-        for row in (row for turn in zip_longest(*draws) for row in turn if row):
+        for row in (row for turn in zip_longest(*samples) for row in turn if row):
             ranked.append((seen[row.shard], row))
             seen[row.shard] += 1
         return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> Tally:
-    """Count the rows of all parts; keep as many samples, drawn at random."""
+def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> Statistics:
+    """Gather the statistics of all parts, with ``samples`` images drawn at random."""
     threads = _THREADS if isinstance(fs, LocalFileSystem) else _REMOTE_THREADS
 
-    def read(first: int, tally: Tally) -> Iterator[pa.Table]:
+    def read(first: int, stats: Statistics) -> Iterator[pa.Table]:
         for number in range(first, len(parts), threads):
             with _open_part(fs, parts[number]) as file:
                 try:
@@ -221,24 +224,24 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> T
                 yield from _read_tables(parquet, number)
                 footer = (parquet.metadata.metadata or {}).get(FOOTER)
             if footer:
-                tally.note(Footer(**json.loads(footer)))
+                stats.add_footer(Footer(**json.loads(footer)))
 
-    def count(first: int) -> Tally:
-        tally = Tally(_Draw(samples))
-        rng = np.random.default_rng(first)  # the same page for the same rows
-        for rows in _join(read(first, tally)):
-            tally.count(rows, rng)
-        return tally
+    def count(first: int) -> Statistics:
+        stats = Statistics(_Sample(samples))
+        rng = np.random.default_rng(first)  # so that the same rows give the same page
+        for rows in _join(read(first, stats)):
+            stats.add(rows, rng)
+        return stats
 
-    total = Tally(_Draw(samples))
+    total = Statistics(_Sample(samples))
     with ThreadPoolExecutor(threads) as pool:
-        for tally in pool.map(count, range(threads)):
-            total.add(tally)
+        for stats in pool.map(count, range(threads)):
+            total.merge(stats)
     return total
 
 
 def _open_part(fs: AbstractFileSystem, path: str) -> pa.NativeFile:
-    """Open a local part in place; fetch any other whole."""
+    """Open a local part in place; download a remote one whole."""
     if isinstance(fs, LocalFileSystem):
         return pa.OSFile(path)
     return open_bytes(with_retries(fs.cat_file, path, path))
@@ -251,7 +254,7 @@ def _read_tables(parquet: pq.ParquetFile, part: int) -> Iterator[pa.Table]:
 
 
 def _join(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Put small tables together: each that is counted costs as much as thousands of rows."""
+    """Concatenate small tables: adding one costs as much as thousands of rows do."""
     held: list[pa.Table] = []
     total = 0
     for table in tables:
@@ -275,12 +278,13 @@ def _count_values(column: pa.ChunkedArray) -> Counter[str]:
 def find_neighbours(
     fs: AbstractFileSystem, parts: Sequence[str], failed: Iterable[Row]
 ) -> list[Trio]:
-    """Put each failed image between the images before and after it in its shard."""
+    """Return each failed image with the readable images before and after it in its shard."""
 
     def find(row: Row) -> Trio:
         before = after = None
         near: list[Row] = []
-        for number in (row.part, row.part - 1, row.part + 1):  # a shard's parts are neighbours too
+        # The parts before and after may hold images of the same shard.
+        for number in (row.part, row.part - 1, row.part + 1):
             if 0 <= number < len(parts) and not (before and after):
                 near += _list_near(fs, parts[number], row)
                 earlier = (other for other in near if other.offset < row.offset)
@@ -294,7 +298,7 @@ def find_neighbours(
 
 
 def _list_near(fs: AbstractFileSystem, part: str, row: Row) -> list[Row]:
-    """Return images that lie close to ``row`` in its shard, the closest among them."""
+    """Return readable images of a part that are near ``row`` in its shard, the nearest included."""
     same = (pc.field("shard") == row.shard) & pc.field("error").is_null()
     near: list[Row] = []
     with _open_part(fs, part) as file:

@@ -1,1 +1,1 @@
-"""File systems, and the requests to them."""
+"""File systems and stores: paths, requests, secrets."""

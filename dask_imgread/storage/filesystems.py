@@ -1,4 +1,4 @@
-"""File systems: which one a path or URL lies in, and how it is spelled."""
+"""File systems: find the one of a path or URL, and normalize paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dask_imgread.storage.redaction import hide_secrets, redact_url
 
 
 def resolve_path(path: str) -> str:
-    """Return the one spelling of a shard's path that its ids are made from."""
+    """Return a path in the form from which ids are made: a local one absolute, a URL unchanged."""
     if is_local(path):
         return os.path.abspath(path.removeprefix("file://").removeprefix("local://"))
     return path
@@ -23,7 +23,7 @@ def is_local(path: str) -> bool:
     return "://" not in path or path.startswith(("file://", "local://"))
 
 
-def connect(path: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a path or URL, and the path in it.
 
     Raises
@@ -31,15 +31,16 @@ def connect(path: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSyst
     ImportError
         If the package for the URL's store is not installed; the message names it.
     ValueError
-        If there is no such store, or the options don't fit it.
+        If fsspec knows no such store, or the store does not take these options.
     """
     if path.startswith(("s3://", "s3a://")):
-        # Its libraries' own attempts, 25 for each of ours, would take hours on a dead server.
-        options = {"config_kwargs": {"retries": {"max_attempts": 0}}} | options
+        # s3fs and botocore would make 25 attempts for each of ours: hours, if the server is down.
+        no_retries = {"config_kwargs": {"retries": {"max_attempts": 0}}}
+        storage_options = no_retries | storage_options
     try:
-        fs, name = url_to_fs(path, **options)
+        fs, name = url_to_fs(path, **storage_options)
     except TypeError as error:
-        reason = hide_secrets(str(error), options)
+        reason = hide_secrets(str(error), storage_options)
         raise ValueError(f"{redact_url(path)}: storage options that don't fit: {reason}") from None
     if "s3" in fs.protocol:
         fs.retries = 1

@@ -1,4 +1,4 @@
-"""What of URLs and messages may be shown: no secrets."""
+"""Remove secrets from URLs and messages before they are shown or stored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 _URL = re.compile(r"(?<![\w+.-])[\w+.-]{1,32}://[^\s'\"<>]+")
 _USER_INFO = re.compile(r"(?<=://)[^/?#]*@")
 _SECRET_NAME = re.compile(r"secret|passw|token|credential|signature|auth|cookie|key|^pass$", re.I)
-# How S3, Google and Azure sign a URL: all of it changes whenever the URL is signed anew.
-_SIGNED_BY = re.compile(
+# The query parameters of URLs signed for S3, Google and Azure: a new signature changes them all.
+_SIGNING_PARAMETER = re.compile(
     r"x-(amz|goog)-.*|AWSAccessKeyId|Signature|Expires|Policy|Key-Pair-Id"
     r"|sig|s[ekprtv]|spr|sip|srt|ss|sk(oid|tid|t|e|s|v)",
     re.I,
@@ -19,7 +19,7 @@ _SIGNATURE = re.compile(r"[?&](x-(amz|goog)-signature|signature|sig)=", re.I)
 
 
 def drop_signature(url: str) -> str:
-    """Return a URL without user, password and signature: what stays when it is signed anew.
+    """Return a URL without user, password and signature: what a new signature leaves unchanged.
 
     >>> drop_signature("https://me:pw@host/a.tar?v=2&X-Amz-Signature=1f0c&X-Amz-Expires=99")
     'https://host/a.tar?v=2'
@@ -29,12 +29,14 @@ def drop_signature(url: str) -> str:
     head, mark, query = _USER_INFO.sub("", url).partition("?")
     if not _SIGNATURE.search(mark + query):
         return head + mark + query
-    kept = [part for part in query.split("&") if not _SIGNED_BY.fullmatch(part.split("=")[0])]
+    kept = [
+        part for part in query.split("&") if not _SIGNING_PARAMETER.fullmatch(part.split("=")[0])
+    ]
     return head + mark + "&".join(kept) if kept else head
 
 
 def redact_url(url: str) -> str:
-    """Return a URL as it may be shown: without its signature, and with its secrets masked.
+    """Return a URL without user, password and signature, and with other secrets masked.
 
     >>> redact_url("https://me:pw@host/a.tar?v=2&token=1f0c")
     'https://host/a.tar?v=2&token=***'
@@ -50,14 +52,14 @@ def redact_url(url: str) -> str:
     return head + mark + "&".join(shown)
 
 
-def hide_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """Return a message without the secrets of the URLs and the storage options in it.
+def hide_secrets(text: str, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Return a message with URLs redacted and the secrets among the storage options masked.
 
     >>> hide_secrets("no https://me:pw@host/a.tar with s3cret", {"secret": "s3cret"})
     'no https://host/a.tar with ***'
     """
     text = _URL.sub(lambda match: redact_url(match.group()), text)
-    for secret in _list_secrets(options or {}):
+    for secret in _list_secrets(storage_options or {}):
         text = text.replace(secret, "***")
     return text
 

@@ -1,4 +1,4 @@
-"""Requests to object stores and web servers, made again where that helps."""
+"""Retry requests to object stores and web servers that fail for the moment."""
 
 from __future__ import annotations
 
@@ -17,40 +17,45 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger("dask_imgread")
 
-ATTEMPTS = 7  # with the pauses below: half a minute of pauses
+ATTEMPTS = 7  # with half a minute of pauses in all
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds
-GIVEN_UP = threading.Event()  # set when the process is to end: threads try nothing again
-PATIENCE = 60.0  # seconds after which no other attempt is made
+GIVEN_UP = threading.Event()  # set when the process is to end: then no thread tries again
+PATIENCE = 60.0  # seconds after which no further attempt is made
 
 _REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY = 408, 425, 429
 _PERMANENT = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
-# What aiohttp, botocore and http.client raise when a connection fails, by name: which of them are
-# installed depends on the stores that are read.
-_BROKEN = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteRead"}
-_UNTRUSTED = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
+# What aiohttp, botocore and http.client raise when a connection fails; by name, since not all of
+# them need be installed.
+_CONNECTION_ERRORS = {
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "HTTPClientError",
+    "IncompleteRead",
+}
+_CERTIFICATE_ERRORS = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
 
 
 def with_retries(
     call: Callable[P, Result], url: str, /, *args: P.args, **kwargs: P.kwargs
 ) -> Result:
-    """Call ``call(*args, **kwargs)``, again with longer and longer pauses while it may yet work.
+    """Call ``call(*args, **kwargs)``; retry transient errors, with exponential backoff.
 
     Parameters
     ----------
     call
-        Something that asks a store, such as a method of an fsspec file system.
+        A request to a store, such as a method of an fsspec file system.
     url
-        What is asked for, for the messages.
+        What is requested, for messages.
 
     Raises
     ------
     StorageError
-        If the answer is still a time-out, a broken connection or a status such as 503 after
-        about a minute, or is an error of another kind that is not an OSError.
+        If a time-out, a broken connection or a status such as 503 persists for about a minute,
+        or for any other error that the store's library raises.
     FileNotFoundError, PermissionError
-        At once, if the answer is 404, or 401 or 403.
+        At once, if the status is 404, or 401 or 403.
     ValueError
-        If the store's options don't fit it.
+        If the store does not take the storage options.
     """
     return until_stopped(threading.Event(), call, url, *args, **kwargs)
 
@@ -70,7 +75,7 @@ def until_stopped(
             return call(*args, **kwargs)
         except Exception as error:
             if not is_transient(error):
-                raise _explain(error, url) from None  # the cause may print what is secret
+                raise _explain(error, url) from None  # the cause's message may hold secrets
             reason = f"{redact_url(url)}: {_describe(error)}"
         seconds = time.monotonic() - start
         if attempt == ATTEMPTS or seconds > PATIENCE:
@@ -94,14 +99,14 @@ def _pause(seconds: float, stopped: threading.Event) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed if tried again."""
     status = find_status(error)
     if status is not None:
         return status >= 500 or status in (_REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY)
     kinds = {kind.__name__ for cause in _list_causes(error) for kind in type(cause).__mro__}
-    if kinds & _UNTRUSTED:
+    if kinds & _CERTIFICATE_ERRORS:
         return False
-    return bool(kinds & (_BROKEN | {"ConnectionError", "TimeoutError", "EOFError"}))
+    return bool(kinds & (_CONNECTION_ERRORS | {"ConnectionError", "TimeoutError", "EOFError"}))
 
 
 def _list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -119,7 +124,7 @@ def find_status(error: BaseException) -> int | None:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
             names = ["status", "status_code"]
-            if type(cause).__module__.startswith("gcsfs"):  # elsewhere it is no answer's
+            if type(cause).__module__.startswith("gcsfs"):  # elsewhere `code` is no HTTP status
                 names.append("code")
             status = next((getattr(cause, name) for name in names if hasattr(cause, name)), None)
         if isinstance(status, int) and 300 <= status < 600:
@@ -128,9 +133,9 @@ def find_status(error: BaseException) -> int | None:
 
 
 def _explain(error: Exception, url: str) -> Exception:
-    """Return a permanent error with its URL in its message, as an OSError where it was none."""
+    """Return the exception to raise for a permanent error, with the URL and without secrets."""
     status = find_status(error)
-    if isinstance(error, TypeError):  # some stores look at their options when they are asked
+    if isinstance(error, TypeError):  # some stores check their options only on the first request
         return ValueError(f"{redact_url(url)}: storage options that don't fit: {error}")
     if status is None and type(error).__module__ == "builtins":
         shown = hide_secrets(str(error))

@@ -14,7 +14,7 @@ from dask_kubernetes.operator import KubeCluster, make_cluster_spec
 from dask_imgread import ImageReaderStage, run_job
 
 READERS = 4  # that share a GPU
-SECRET = "imgread-storage"  # its keys become the environment of whoever opens shards
+SECRET = "imgread-storage"  # its keys become environment variables of the workers
 
 
 def make_spec(name: str, image: str, workers: int) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def make_spec(name: str, image: str, workers: int) -> dict[str, Any]:
         n_workers=workers,
         env=[],
         worker_command=command,
-        idle_timeout=3600,  # if this client does not come back; a new GPU node takes its time
+        idle_timeout=3600,  # in case this client does not come back; a new GPU node may take long
     )
     (scheduler,) = spec["spec"]["scheduler"]["spec"]["containers"]
     # make_cluster_spec (dask-kubernetes 2026.3) says `dask-scheduler`, which distributed no
@@ -49,15 +49,15 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="of scheduler and workers")
     parser.add_argument("--workers", type=int, default=8, help="pods, one GPU each")
     parser.add_argument("--name", default="imgread", help="of the DaskCluster")
-    options = parser.parse_args()
+    args = parser.parse_args()
 
-    # As an exception SIGTERM deletes the cluster; process 1 of a pod would just ignore it.
+    # Raised as an exception, SIGTERM deletes the cluster; process 1 of a pod would ignore it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
     with (
         # If this pod's predecessor was killed, its cluster is still there, and is taken over.
         KubeCluster(
-            custom_cluster_spec=make_spec(options.name, options.image, options.workers),
+            custom_cluster_spec=make_spec(args.name, args.image, args.workers),
             shutdown_on_close=True,
             resource_timeout=900,  # to pull the image
             quiet=True,
@@ -65,7 +65,7 @@ def main() -> None:
         cluster.get_client() as client,
     ):
         client.wait_for_workers(1)
-        summary = run_job(options.shards, options.out, client=client, reader=reader, progress=True)
+        summary = run_job(args.shards, args.out, client=client, reader=reader, progress=True)
     print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
 
 

@@ -44,16 +44,16 @@ def main() -> None:
     parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
     parser.add_argument("--out", required=True, help="folder or URL for the metadata")
     parser.add_argument("--jobs", type=int, default=8, help="Slurm jobs, one GPU each")
-    options = parser.parse_args()
+    args = parser.parse_args()
 
-    # As an exception SIGTERM closes the cluster, and so cancels the jobs of its workers.
+    # Raised as an exception, SIGTERM closes the cluster, which cancels its workers' jobs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
     with make_cluster() as cluster, cluster.get_client() as client:
-        # Unlike scale, adapt submits a new job where the time of one is up.
-        cluster.adapt(minimum_jobs=options.jobs, maximum_jobs=options.jobs)
+        # Unlike scale, adapt submits a new job when the time of one is up.
+        cluster.adapt(minimum_jobs=args.jobs, maximum_jobs=args.jobs)
         client.wait_for_workers(1)
-        summary = run_job(options.shards, options.out, client=client, reader=reader, progress=True)
+        summary = run_job(args.shards, args.out, client=client, reader=reader, progress=True)
     print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
 
 

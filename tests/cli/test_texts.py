@@ -175,7 +175,7 @@ def test_no_time_left_is_told_before_it_is_known(capsys):
     from dask_imgread.progress import ProgressLog
 
     with ProgressLog(3) as progress:
-        progress.tell()
+        progress.show()
         progress.update(1, 10, 0)
     first, last = capsys.readouterr().err.splitlines()
     assert first.endswith("0 of 3 partitions, 0 images, 0 failed, 0 images/s")

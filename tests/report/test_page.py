@@ -46,11 +46,11 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
         batches = ImageReaderStage(device="cpu").process(task)
         rows = make_frame([image for batch in batches for image in [*batch.data, *batch.failed]])
         failed = int(rows["error"].notna().sum())
-        told = {"images": len(rows) - failed, "failed": failed, "worker": f"worker-{number % 2}"}
-        told["job"] = "0"
-        told |= {"began": 1.77e9 + number, "ended": 1.77e9 + number + 2}
+        footer = {"images": len(rows) - failed, "failed": failed, "worker": f"worker-{number % 2}"}
+        footer["job"] = "0"
+        footer |= {"began": 1.77e9 + number, "ended": 1.77e9 + number + 2}
         table = pa.Table.from_pandas(rows)
-        metadata = {**table.schema.metadata, b"dask_imgread": json.dumps(told).encode()}
+        metadata = {**table.schema.metadata, b"dask_imgread": json.dumps(footer).encode()}
         name = f"part-{number:07d}.parquet"
         stem = name.replace(".parquet", ".records") if command == "apply" else name
         pq.write_table(table.replace_schema_metadata(metadata), records / stem)
