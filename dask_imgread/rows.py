@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -36,6 +37,21 @@ def name_function(fn: BatchFunction) -> str:
         return f"{name_function(fn.func)} with {tokenize(fn.args, fn.keywords)[:8]}"
     name = getattr(fn, "__qualname__", type(fn).__qualname__)
     return f"{fn.__module__}:{name}"
+
+
+class ByValue:
+    """A function on its way to a worker, where it is the function itself again.
+
+    It travels with its code where its module is registered so (``register_pickle_by_value``).
+    Distributed's pickle asks cloudpickle for that only if the outermost object is of the module.
+    """
+
+    def __init__(self, fn: BatchFunction) -> None:
+        self._fn = fn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what makes it the function again."""
+        return cloudpickle.loads, (cloudpickle.dumps(self._fn),)
 
 
 def make_rows(fn: BatchFunction, batch: ImageBatch, with_ids: bool = True) -> pd.DataFrame:

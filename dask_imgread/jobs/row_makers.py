@@ -19,6 +19,7 @@ from dask_imgread.errors import SchemaError
 from dask_imgread.jobs.schema import SchemaFinder
 from dask_imgread.rows import (
     BatchFunction,
+    ByValue,
     describe_failure,
     make_rows_singly,
     name_function,
@@ -94,6 +95,10 @@ class FunctionRows(RowMaker):
     declared: pa.Schema | None = None
 
     keeps_records: ClassVar[bool] = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let the function travel with its code, if it must."""
+        return FunctionRows, (ByValue(self.fn), self.on_error, self.declared)
 
     def describe(self) -> dict[str, str | None]:
         """Return its part of the job's description."""

@@ -22,6 +22,7 @@ from dask_imgread.rows import (
     INFERRED_BATCHES,
     INFERRED_TASKS,
     BatchFunction,
+    ByValue,
     describe_failure,
     make_rows_singly,
     name_function,
@@ -120,10 +121,11 @@ class SchemaFinder:
         Then a picture that kills its decoder costs only itself.
         """
         small = self.reader.with_options(dali_batch_size=INFERRED_BATCH)
+        carried: Any = ByValue(fn)
         try:
-            return run_one(self.client, partial(infer_schemas, small, fn), task, **annotations)
+            return run_one(self.client, partial(infer_schemas, small, carried), task, **annotations)
         except KilledWorker:
-            isolated = partial(infer_schemas, small.isolated(), fn)
+            isolated = partial(infer_schemas, small.isolated(), carried)
             return run_one(self.client, isolated, task, **annotations)
 
 

@@ -83,7 +83,7 @@ def run(*arguments, **environment):
 @pytest.fixture
 def run_here(client, capsys, monkeypatch):
     """What ``run`` does, on the tests' own cluster and without a new process: many times faster."""
-    monkeypatch.setattr("dask_imgread.progress.start_logging", lambda log_format: None)
+    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
 
     def run_here(*arguments):
         where = "--scheduler", client.scheduler.address
@@ -189,7 +189,8 @@ def test_stopped_by_a_signal_it_keeps_what_is_done(folder, shards, number):
 
 
 def test_a_scheduler_that_is_there_and_is_lost(folder, shards):
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment = dict(os.environ)
+    (folder / "elsewhere").mkdir()  # where the function's module can't be imported
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     where = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
@@ -197,7 +198,8 @@ def test_a_scheduler_that_is_there_and_is_lost(folder, shards):
         [*dask, "scheduler", *where, "--scheduler-file", "where.json"], **quiet
     )
     worker = subprocess.Popen(
-        [*dask, "worker", "--scheduler-file", "where.json", "--nthreads", "1", "--no-dashboard"],
+        [*dask, "worker", "--scheduler-file", "../where.json", "--nthreads", "1", "--no-dashboard"],
+        cwd=folder / "elsewhere",
         **quiet | {"env": environment | {"PAUSE": "0.2"}},
     )
     job = ["apply", "measuring:measure", *shards, "--out", "out", *PARTS]
