@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,6 +29,7 @@ _STARTS = [0, *accumulate(_SIZES)]
 # its own; further ones double while what they bring is read to its end.
 _SKIPPED_BYTES = 512 << 10
 _PIECE_BYTES = 32 << 10
+_KEPT_PIECES = 64
 
 
 class Blocks(Protocol):
@@ -113,6 +115,7 @@ class ReadAhead:
         self._submitted = start  # of a stream: its blocks come in order, and once
         self._needed: int | None = None
         self._next = start  # where the last read ended
+        self._pieces: deque[tuple[int, memoryview]] = deque(maxlen=_KEPT_PIECES)
         self._piece_bytes = 0  # of the next request for headers alone; 0 while reading blocks
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -177,23 +180,35 @@ class ReadAhead:
         """Make the block of an offset the one that is read."""
         start, stop = self._find_block(offset)
         if self._skipping and start not in self._held:
+            for place, piece in self._pieces:  # the image whose header was walked over before
+                if place <= offset < place + len(piece):
+                    self._show(place, piece)
+                    return
             if not 0 <= offset - self._next <= _SKIPPED_BYTES:
                 self._piece_bytes = _PIECE_BYTES
             if 0 < self._piece_bytes <= _SKIPPED_BYTES:
                 wanted = max(self._piece_bytes, min(size, _BLOCK_BYTES))
                 self._piece_bytes *= 2
-                self._show(offset, self._blocks.read(offset, offset + wanted))
+                self._show(offset, memoryview(self._blocks.read(offset, offset + wanted)))
+                self._pieces.append((offset, self._content))
                 return
             if self._piece_bytes:
                 self._piece_bytes, self._base = 0, offset
                 start, stop = self._find_block(offset)
         block = self._held.get(start) or self._fetch(start, stop)
         self._drop(offset)
-        self._submit_ahead(stop)
+        if not self._piece_bytes:
+            self._submit_ahead(stop)
         if not block.future.done():  # too few were on their way, or this is the first
             wait([block.future])
             self._wanted = min(2 * self._wanted, self._most)
-        self._show(start, block.future.result())
+        content = block.future.result()
+        if self._blocks.workers > 1 and len(content) < min(stop, self._blocks.size or 0) - start:
+            # Cut off where the file was thought to end.
+            content += self._blocks.read(start + len(content), stop)
+            block.future = Future()
+            block.future.set_result(content)
+        self._show(start, memoryview(content))
 
     def _fetch(self, start: int, stop: int) -> _Block:
         """Have a block fetched that is needed now, after those of a stream that come before it."""
@@ -204,8 +219,8 @@ class ReadAhead:
                 self._submit(*self._find_block(self._submitted))
         return self._submit(start, stop)
 
-    def _show(self, start: int, content: bytes) -> None:
-        self._content_start, self._content = start, memoryview(content)
+    def _show(self, start: int, content: memoryview) -> None:
+        self._content_start, self._content = start, content
 
     def _find_block(self, offset: int) -> tuple[int, int]:
         """Return the start and stop of the block in which an offset lies."""

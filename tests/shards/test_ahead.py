@@ -1,0 +1,379 @@
+"""Blocks that are fetched in advance: once, in bounded memory, and ended at once."""
+
+import gc
+import gzip
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, read_metadata
+from dask_imgread.shards import ahead
+from dask_imgread.shards.ahead import ReadAhead
+from dask_imgread.storage.ranges import RangeReader
+from dask_imgread.testing import draw_picture, encode_picture, write_shard
+from tests.helpers.images import encode
+from tests.helpers.servers import Faults, serve_http, serve_s3
+
+MIB = 1 << 20
+READER = ImageReaderStage(device="cpu", verbose=False)
+
+
+class Bytes:
+    """Blocks of known bytes, each of which takes a while; notes which were read."""
+
+    compressed, problem = False, ""
+
+    def __init__(self, content, workers, seconds=0.0):
+        self.content, self.workers, self.seconds = content, workers, seconds
+        self.size = len(content) if workers > 1 else None
+        self.reads = []
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def read(self, start, stop):
+        with self.lock:
+            self.reads.append((start, min(stop, len(self.content))))
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.stopped.wait(self.seconds)
+        with self.lock:
+            self.running -= 1
+        if stop >= len(self.content):
+            self.size = len(self.content)
+        return self.content[start:stop]
+
+    def stop(self):
+        self.stopped.set()
+
+    def close(self):
+        self.stopped.set()
+
+
+@pytest.fixture(scope="module")
+def content():
+    return np.random.default_rng(0).bytes(60 * MIB)
+
+
+def count_bytes(requests, size):
+    """Return how many bytes of a file were asked for, by all requests for ranges."""
+    total = 0
+    for request in requests:
+        if request.method == "GET" and request.range:
+            start, _, stop = request.range.removeprefix("bytes=").partition("-")
+            total += min(int(stop), size - 1) - int(start) + 1
+    return total
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_every_byte_is_fetched_once_and_in_bounded_memory(content, workers):
+    blocks = Bytes(content, workers, 0.001)
+    source = ReadAhead(blocks, 16 * MIB)
+    rng = np.random.default_rng(1)
+    offset = 0
+    while offset < len(content):
+        size = int(rng.integers(1, 700_000))
+        assert source.view_at(offset, size) == content[offset : offset + size]
+        held = sum(block.stop - start for start, block in source._held.items())
+        assert held <= (16 + 16 + 8 + 8) * MIB
+        offset += size
+    source.close()
+    reads = sorted(blocks.reads)
+    assert sum(stop - start for start, stop in reads if stop > start) == len(content)
+    assert blocks.most == (1 if workers == 1 else pytest.approx(5, abs=3))
+    assert ahead._BUDGET._left == ahead._WORKER_BYTES
+
+
+def test_more_are_fetched_at_a_time_where_the_reader_waits(content):
+    slow = Bytes(content, 16, 0.02)
+    source = ReadAhead(slow)
+    for offset in range(0, len(content), MIB):
+        source.view_at(offset, MIB)
+    source.close()
+    assert slow.most >= 8
+
+    fast = Bytes(content, 16)
+    source = ReadAhead(fast)
+    for offset in range(0, len(content), MIB):
+        source.view_at(offset, MIB)
+        time.sleep(0.002)
+    source.close()
+    assert fast.most <= 5
+
+
+def test_readers_of_a_process_share_a_budget(content, monkeypatch):
+    monkeypatch.setattr(ahead, "_BUDGET", ahead._Budget(10 * MIB))
+    sources = [ReadAhead(Bytes(content, 8)) for _ in range(4)]
+    for offset in range(0, len(content), 8 * MIB):
+        for source in sources:
+            assert source.view_at(offset, 100) == content[offset : offset + 100]
+            source.keep(offset)
+        taken = [block.taken for source in sources for block in source._held.values()]
+        assert sum(taken) <= 10 * MIB
+    for source in sources:
+        source.close()
+    assert ahead._BUDGET._left == 10 * MIB
+
+
+def test_what_is_needed_is_kept_and_what_is_not_is_let_go(content):
+    source = ReadAhead(Bytes(content, 1), 4 * MIB)
+    source.keep(0)
+    source.read_at(50 * MIB, 100)
+    assert source.read_at(5, 100) == content[5:105]
+    source.keep(45 * MIB)
+    source.read_at(58 * MIB, 100)
+    with pytest.raises(OSError, match="not kept any more"):
+        source.read_at(5, 100)
+    source.close()
+
+
+def test_an_error_costs_its_block_alone_and_is_not_asked_for_again(content):
+    blocks = Bytes(content, 8)
+    read, failed = blocks.read, Counter()
+
+    def fail_one(start, stop):
+        if start <= 20 * MIB < stop:
+            failed[start] += 1
+            raise OSError("gone")
+        return read(start, stop)
+
+    blocks.read = fail_one
+    source = ReadAhead(blocks)
+    errors = 0
+    for offset in range(0, len(content), MIB):
+        try:
+            assert source.read_at(offset, 1000) == content[offset : offset + 1000]
+        except OSError:
+            errors += 1
+    source.close()
+    assert 0 < errors <= 8
+    assert list(failed.values()) == [1]
+
+
+def write_large_shard(path, images=30, side=800):
+    """Write images of noise, of about a byte a pixel and a half, with sidecars."""
+    rng = np.random.default_rng(2)
+    noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+    image = encode(noise, "JPEG", quality=90)
+    members = []
+    for number in range(images):
+        comment = b"\xff\xfe\0\4%02d" % number  # no two are the same
+        members += [
+            (f"{number:03d}.jpg", image[:2] + comment + image[2:]),
+            (f"{number:03d}.json", b"{}"),
+            (f"{number:03d}.txt", b"%d" % number),
+        ]
+    return write_shard(path, members)
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    path = write_large_shard(folder / "a.tar")
+    content = Path(path).read_bytes()
+    with pa.CompressedOutputStream(str(folder / "a.tar.zst"), "zstd") as file:
+        file.write(content)
+    half = len(content) // 2
+    (folder / "a.tar.gz").write_bytes(
+        gzip.compress(content[:half], 1) + gzip.compress(content[half:], 1)
+    )
+    frames = [content[n : n + 5 * MIB] for n in range(0, len(content), 5 * MIB)]
+    (folder / "frames.tar.zst").write_bytes(
+        b"".join(pa.compress(frame, "zstd", asbytes=True) for frame in frames)
+    )
+    return folder
+
+
+def read(path, **options):
+    batches = ImageReaderStage(device="cpu", verbose=False, **options).stream(
+        FileGroupTask(data=[str(path)])
+    )
+    return [
+        (i.key, i.image_data.tobytes(), i.metadata, i.error, i.warning)
+        for b in batches
+        for i in (*b.data, *b.failed)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
+@pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
+def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults):
+    expected = read(large_folder / "a.tar")
+    assert len(expected) == 30
+    assert all(error is None for *_, error, _ in expected)
+    size = os.path.getsize(large_folder / name)
+    with serve_http(large_folder, faults=faults) as server:
+        assert read(f"{server.url}/{name}") == expected
+        good = [r for r in server.requests if r.status == 206]
+        assert faults is None or faults.injected.total() >= 3
+    if faults is None:
+        assert count_bytes(good, size) == size
+
+
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.tar.gz", "frames.tar.zst"])
+def test_a_local_compressed_shard_gives_the_same(large_folder, name):
+    assert read(large_folder / name) == read(large_folder / "a.tar")
+
+
+def test_headers_of_large_images_take_few_bytes(tmp_path):
+    path = write_large_shard(tmp_path / "a.tar", images=60, side=1200)
+    size = os.path.getsize(path)
+    with serve_http(tmp_path) as server:
+        url = f"{server.url}/a.tar"
+        frame = read_metadata(url).compute()
+        fetched = count_bytes(server.requests, size)
+        server.requests.clear()
+        tasks = partition_shards(url, images_per_partition=10)
+        walked = count_bytes(server.requests, size)
+    assert len(frame) == 60
+    assert frame["width"].eq(1200).all()
+    assert len(tasks) == 6
+    assert fetched < 0.05 * size
+    assert walked < 0.05 * size
+
+
+def test_headers_of_small_images_are_read_through(tmp_path):
+    path = write_large_shard(tmp_path / "a.tar", images=99, side=200)
+    with serve_http(tmp_path) as server:
+        assert len(read_metadata(f"{server.url}/a.tar").compute()) == 99
+        gets = [r for r in server.requests if r.method == "GET"]
+        assert count_bytes(gets, os.path.getsize(path)) == os.path.getsize(path)
+        assert len(gets) < 15
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    path = write_large_shard(tmp_path / "a.tar")
+    with serve_http(tmp_path) as server:
+        url = f"{server.url}/a.tar"
+        task = FileGroupTask(data=[url])
+        reader = ImageReaderStage(device="cpu", dali_batch_size=4, read_ahead=MIB, verbose=False)
+        batches = reader.stream(task)
+        good = [next(batches)]
+        os.utime(path, (1, 1))
+        good += list(batches)
+    failed = [image for batch in good for image in batch.failed]
+    assert failed
+    assert all("changed while it was read: its ETag was" in image.error for image in failed)
+    assert all(url in image.error for image in failed)
+    keys = [image.key for batch in good for image in batch.data]
+    assert keys == [f"{n:03d}" for n in range(len(keys))]
+    assert len(keys) < 30
+
+
+def test_an_object_that_changes_is_named_too(large_folder):
+    content = (large_folder / "a.tar").read_bytes()
+    with serve_s3() as server:
+        server.make_bucket("bucket")
+        server.put("bucket", "a.tar", content)
+        task = FileGroupTask(
+            data=["s3://bucket/a.tar"], reader_config={"storage_options": server.storage_options}
+        )
+        reader = ImageReaderStage(device="cpu", dali_batch_size=4, read_ahead=MIB, verbose=False)
+        batches = reader.stream(task)
+        next(batches)
+        server.put("bucket", "a.tar", content[::-1])
+        failed = [image for batch in batches for image in batch.failed]
+    assert any("s3" in image.error or "bucket" in image.error for image in failed)
+    assert all("changed while it was read" in image.error for image in failed)
+
+
+def list_threads():
+    return {t.name for t in threading.enumerate() if t.name.startswith("dask-imgread-ahead")}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst"])
+def test_a_closed_generator_ends_all_requests_at_once(large_folder, name):
+    with serve_http(large_folder) as server:
+        reader = ImageReaderStage(
+            device="cpu", dali_batch_size=2, read_ahead=8 * MIB, verbose=False
+        )
+        batches = reader.stream(FileGroupTask(data=[f"{server.url}/{name}"]))
+        next(batches)
+        time.sleep(0.5)
+        server.faults = Faults(every=1, kinds=("slow",), delay=60)
+        while not server.faults.injected:
+            next(batches)
+        begin = time.monotonic()
+        batches.close()
+        assert time.monotonic() - begin < 5
+    gc.collect()
+    assert list_threads() == set()
+    assert ahead._BUDGET._left == ahead._WORKER_BYTES
+
+
+def test_ctrl_c_ends_it(large_folder):
+    code = """
+import sys
+from dask_imgread import FileGroupTask, ImageReaderStage
+reader = ImageReaderStage(device="cpu", dali_batch_size=2, read_ahead=4 << 20, verbose=False)
+for batch in reader.stream(FileGroupTask(data=[sys.argv[1]])):
+    print(batch.num_items, flush=True)
+"""
+    with serve_http(large_folder) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, f"{server.url}/a.tar"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "2\n"
+        server.faults = Faults(every=1, kinds=("slow",), delay=60)
+        time.sleep(1)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in err
+    assert time.monotonic() - begin < 10
+
+
+def test_the_size_need_not_be_asked_for(large_folder):
+    with serve_http(large_folder) as server:
+        (task,) = partition_shards(f"{server.url}/a.tar")
+        assert task.sizes == (os.path.getsize(large_folder / "a.tar"),)
+        server.requests.clear()
+        READER.process(task)
+        assert {request.method for request in server.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("said", [10, 1 << 40])
+def test_a_wrong_size_is_corrected_by_the_first_answer(large_folder, said):
+    import fsspec
+
+    content = (large_folder / "a.tar").read_bytes()
+    with serve_http(large_folder) as server:
+        source = ReadAhead(RangeReader(fsspec.filesystem("http"), f"{server.url}/a.tar", said))
+        assert source.read_at(0, 5) == content[:5]
+        file = io.BytesIO()
+        while piece := source.read_at(file.tell(), MIB):
+            file.write(piece)
+        source.close()
+    assert file.getvalue() == content
+
+
+def test_a_far_sidecar_of_a_compressed_shard_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_STARTS", [0])
+    monkeypatch.setattr(ahead, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("dask_imgread.shards.samples._REACH", 1 << 16)
+    picture = encode_picture(draw_picture(0, (64, 48)))
+    noise = encode(draw_picture(1, (600, 400)), "PNG")
+    members = [("z.txt", b"far"), *((f"{n}.png", noise) for n in range(20)), ("z.jpg", picture)]
+    plain = write_shard(tmp_path / "s.tar", members)
+    packed = write_shard(tmp_path / "s.tar.gz", members)
+    with serve_http(tmp_path) as server:
+        assert read(f"{server.url}/s.tar") == read(plain)
+    *others, (key, _, metadata, error, warning) = read(packed, max_batch_bytes=MIB)
+    assert len(others) == 20
+    assert (key, metadata, error) == ("z", {}, None)
+    assert "z.txt" in warning
+    assert "not kept any more" in warning
