@@ -20,16 +20,14 @@ from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.errors import StorageError
 from dask_imgread.reading.batches import BatchGatherer, BatchRules, BeginDecoding
+from dask_imgread.reading.members import SidecarReader, is_apple_double, read_encoded
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.records import (
     UNREACHABLE,
-    SidecarReader,
     describe_damage,
     describe_image,
     describe_lost,
     explain_lost,
-    is_dropping,
-    read_encoded,
 )
 from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
@@ -298,7 +296,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                     for note in index.notes.values():
                         logger.warning("%s: %s", shown, note)
                     for entry in index.images:
-                        if is_dropping(source, entry.member):
+                        if is_apple_double(source, entry.member):
                             continue
                         image = describe_image(entry, shown, shard_id)
                         more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0

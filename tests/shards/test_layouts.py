@@ -330,12 +330,12 @@ def test_the_work_is_linear_whatever_the_names(tmp_path, count):
 
 
 def test_a_samples_sidecars_are_read_once_and_shared(tmp_path, monkeypatch):
-    from dask_imgread.reading import records
+    from dask_imgread.reading import members as reading
 
     parsed = []
-    parse = records.parse_sidecar
+    parse = reading.parse_sidecar
     monkeypatch.setattr(
-        records, "parse_sidecar", lambda *given: parsed.append(given) or parse(*given)
+        reading, "parse_sidecar", lambda *given: parsed.append(given) or parse(*given)
     )
     large = json.dumps({"text": "x" * 500_000}).encode()
     members = [*((f"a.{n}.png", PNGS[n % 4]) for n in range(8)), ("a.json", large)]
