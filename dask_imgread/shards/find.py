@@ -138,17 +138,8 @@ def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) 
         with suppress(OSError):  # a broken link is recorded when the reader can't open it
             status = os.stat(name)
             info = info | {"size": status.st_size, "mtime": status.st_mtime}
-    fields = (
-        "size",
-        "ETag",
-        "etag",
-        "md5Hash",
-        "mtime",
-        "LastModified",
-        "last_modified",
-        "updated",
-    )
-    version = "-".join(str(info[field]) for field in fields if info.get(field) is not None)
+    tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+    version = "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
     # One spelling for each file: a shard given under two would be read twice.
     path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
     return Shard(path, info.get("size"), version)

@@ -64,8 +64,8 @@ def partition_shards(
         Number of whole shards per task.
     images_per_partition
         Approximate number of images per task. A shard with more is split into several tasks,
-        each of which reads only its part of the file; samples are never split. The headers of
-        all shards are read for this, by this call. A compressed shard can't be split.
+        each of which reads only its part of the file; samples are never split. For this, the
+        call itself reads the shards' headers. A compressed shard can't be split.
     blocksize
         Approximate number of bytes per task: small shards are grouped, larger ones are split as
         with ``images_per_partition``.
