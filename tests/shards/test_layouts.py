@@ -1,4 +1,4 @@
-"""Shards as people make them: links, archives put together, keys that come again, droppings."""
+"""Shards as people make them: links, joined archives, keys that come again, AppleDouble files."""
 
 import io
 import json
@@ -233,7 +233,7 @@ def test_second_sidecars_without_images_are_told(tmp_path, caplog):
     assert "1 keys have second sidecars without images, such as a: left out" in caplog.text
 
 
-def test_droppings_of_macos_are_no_images(tmp_path):
+def test_apple_double_files_are_no_images(tmp_path):
     double = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100)
     members = [
         ("./._a.png", double),
