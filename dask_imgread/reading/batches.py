@@ -1,4 +1,4 @@
-"""Images on their way into batches: gathered, cut to size, decoded, their failures treated."""
+"""Gather images into batches of bounded size, begin to decode them, handle their failures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from dask_imgread.tasks import ImageBatch, ImageObject
 
 logger = logging.getLogger("dask_imgread")
 
-_BATCHES_AHEAD = {"gpu": 1, "cpu": 0}  # that are decoded while the one before is in use
-_LOGGED_PER_BATCH = 5  # failures; all are in the batch itself
-_HEADERS_PER_BATCH = 1000  # images of a batch from which no pixel is decoded
-
+_BATCHES_AHEAD = {"gpu": 1, "cpu": 0}  # decoded while the user works on the batch before
+_LOGGED_PER_BATCH = 5  # failures; the batch itself has all of them
+_HEADERS_PER_BATCH = 1000  # images of a batch, if only headers are read
 
 BeginDecoding: TypeAlias = Callable[[Sequence[Encoded], DecoderOptions], PendingDecoding]
 
 
 class BatchRules(NamedTuple):
-    """How a reader cuts its batches, and what it does with what fails."""
+    """When a reader's batch is full, and how its failures are handled."""
 
     batch_size: int
     max_batch_bytes: int
@@ -35,11 +34,11 @@ class PendingBatch:
     Parameters
     ----------
     images, failed
-        The records of those that are, and of those that could not be read.
+        The records of the images to be decoded, and of those that could not be read.
     decoding
-        What decodes them; None if their headers are all that is wanted.
+        The decoding of ``images`` that was begun; None if only headers are read.
     on_error
-        What becomes of failures.
+        What to do with failures, as for the reader.
     """
 
     def __init__(
@@ -59,63 +58,69 @@ class PendingBatch:
             batch.data = self._images
         else:
             for image, decoded in zip(self._images, self._decoding.result(), strict=True):
-                place = batch.failed if _complete(image, decoded) else batch.data
-                place.append(image)
-        _treat_failures(batch, self._on_error)
+                _add_pixels(image, decoded)
+                (batch.data if image.error is None else batch.failed).append(image)
+        _handle_failures(batch, self._on_error)
         return batch
 
 
-class BatchGatherer:
-    """Images on their way to the next batch.
+class BatchBuilder:
+    """Gathers images until a batch is full, then begins to decode it.
 
     Parameters
     ----------
     rules
         When a batch is full.
-    options
-        The decoders' options.
-    begin
-        Begins to decode a batch; None if no pixels are wanted.
+    decoder_options
+        Passed to ``begin_decoding``; its device decides how many batches are decoded ahead.
+    begin_decoding
+        Begins to decode a batch; None if only headers are read.
     """
 
     def __init__(
-        self, rules: BatchRules, options: DecoderOptions, begin: BeginDecoding | None
+        self,
+        rules: BatchRules,
+        decoder_options: DecoderOptions,
+        begin_decoding: BeginDecoding | None,
     ) -> None:
-        self._rules, self._options, self._begin = rules, options, begin
+        self._rules, self._decoder_options = rules, decoder_options
+        self._begin_decoding = begin_decoding
         self._images: list[ImageObject] = []
         self._encoded: list[Encoded] = []
         self._failed: list[ImageObject] = []
         self._bytes = 0
-        self._limit = rules.batch_size if begin is not None else _HEADERS_PER_BATCH
+        self._limit = rules.batch_size if begin_decoding is not None else _HEADERS_PER_BATCH
         self._pending: deque[PendingBatch] = deque()
-        self._ahead = _BATCHES_AHEAD[options.device]
+        self._ahead = _BATCHES_AHEAD[decoder_options.device]
 
     def add(
         self, image: ImageObject, encoded: Encoded | None, more_bytes: int = 0
     ) -> Iterator[ImageBatch]:
-        """Take one more image, or a failed one; yield the batches that are to be done by now.
+        """Add an image, failed if ``encoded`` is None; yield the batches that are due.
 
-        ``more_bytes`` is what it takes besides its pixels.
+        ``more_bytes`` are those that it needs besides its pixels.
         """
         size = more_bytes
-        if encoded is not None and self._begin is not None:
-            size += encoded.count_bytes(self._options)
+        if encoded is not None and self._begin_decoding is not None:
+            size += encoded.count_bytes(self._decoder_options)
         if (self._images or self._failed) and self._bytes + size > self._rules.max_batch_bytes:
-            yield from self.empty(self._ahead)
+            yield from self.flush(self._ahead)
         self._bytes += size
         if encoded is None:
             self._failed.append(image)
         else:
             self._images.append(image)
             self._encoded.append(encoded)
-        # Failures alone fill a batch too: a shard of nothing else must not pile up.
+        # Failures alone can fill a batch: those of a shard without any good image take memory too.
         if max(len(self._images), len(self._failed)) >= self._limit:
-            yield from self.empty(self._ahead)
+            yield from self.flush(self._ahead)
 
-    def empty(self, ahead: int = 0) -> Iterator[ImageBatch]:
-        """Begin to decode what was gathered; yield all batches but the last ``ahead``."""
+    def flush(self, ahead: int = 0) -> Iterator[ImageBatch]:
+        """Begin to decode what was gathered; yield all pending batches but the last ``ahead``."""
         if self._images or self._failed:
-            decoding = self._begin(self._encoded, self._options) if self._begin else None
+            decoding = None
+            if self._begin_decoding is not None:
+                decoding = self._begin_decoding(self._encoded, self._decoder_options)
             self._pending.append(
                 PendingBatch(self._images, self._failed, decoding, self._rules.on_error)
             )
@@ -124,14 +129,13 @@ class BatchGatherer:
             yield self._pending.popleft().result()
 
 
-def _complete(image: ImageObject, decoded: Decoded) -> bool:
+def _add_pixels(image: ImageObject, decoded: Decoded) -> None:
     image.image_data, image.backend = decoded.pixels, decoded.backend
     image.error = decoded.error
-    return image.error is not None
 
 
-def _treat_failures(batch: ImageBatch, on_error: str) -> None:
-    """Log the batch's failures; raise or leave them out where the user asked for it."""
+def _handle_failures(batch: ImageBatch, on_error: str) -> None:
+    """Log a batch's failures; with ``on_error`` "raise" or "skip", raise or remove them."""
     if not batch.failed:
         return
     first = batch.failed[0]

@@ -19,17 +19,15 @@ from dask_imgread.decoding.decode import Decoding, choose_backend, release
 from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.errors import StorageError
-from dask_imgread.reading.batches import BatchGatherer, BatchRules, BeginDecoding
+from dask_imgread.reading.batches import BatchBuilder, BatchRules, BeginDecoding
+from dask_imgread.reading.members import SidecarReader, is_apple_double, read_encoded
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.records import (
     UNREACHABLE,
-    SidecarReader,
     describe_damage,
     describe_image,
     describe_lost,
     explain_lost,
-    is_dropping,
-    read_encoded,
 )
 from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
@@ -48,80 +46,79 @@ logger = logging.getLogger("dask_imgread")
 class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]):
     """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
 
-    On a GPU NVIDIA DALI decodes JPEG; on a CPU libjpeg-turbo does. DALI decodes PNG, on the CPU.
-    Pillow decodes everything else, and has the last word on what the others refuse.
+    JPEG is decoded by NVIDIA DALI on a GPU, by libjpeg-turbo on a CPU; PNG by DALI on the CPU.
+    Pillow decodes all other formats, and every image that another decoder rejects.
 
-    A reader is plain values until it runs: it is made on the client, which may have no
-    GPU, and decides on the worker what to decode with. One reader may be used by several
-    threads at once.
+    Until it runs, a reader consists of plain values: it is made on the client, which may have no
+    GPU, and chooses device and decoders on the worker. Several threads may use one reader at once.
 
     Parameters
     ----------
     dali_batch_size
-        Images decoded together, at most.
+        Maximum number of images decoded together: the size of a batch.
     verbose
         Log a line for each task, at level INFO of the logger ``dask_imgread``.
     num_threads
-        Threads that decode, at most. On a Dask worker a reader takes no more than the cores
-        its thread has a right to: on the CPU one, beside a GPU its share of the machine.
+        Maximum number of decoding threads. On a Dask worker a reader uses no more than its
+        thread's share of the cores: one on a CPU; with a GPU, in proportion to its GPU share.
     num_gpus_per_worker
         The share of a GPU that a reader holds while it runs; not used on a CPU.
     name
         The stage's name.
     device
-        ``"auto"`` decodes on the worker's GPU where there is one and on its CPU cores
-        where there is none; ``"gpu"`` and ``"cpu"`` insist. A worker that declares the
-        resource ``GPU`` but has none raises RuntimeError.
+        ``"auto"`` decodes on the worker's GPU if it has one, else on its CPU cores; ``"gpu"``
+        and ``"cpu"`` force either. A worker that declares the resource ``GPU`` but has none
+        raises RuntimeError.
     decode
         If False, only headers are read, and ``image_data`` is None.
     sidecars
         Whether to read the samples' other members into ``ImageObject.metadata``.
     on_error
-        What becomes of an image that can't be read: ``"record"`` puts it, with the
+        What to do with an image that can't be read: ``"record"`` puts it, with the
         reason, into ``ImageBatch.failed``; ``"skip"`` only counts it; ``"raise"`` raises.
     max_pixels
-        Images with more pixels are refused before anything is decoded; None for no limit.
+        Images with more pixels fail before anything is decoded; None for no limit.
     max_batch_bytes
-        A batch is cut so that its decoded images take no more bytes, unless one image
-        alone does. On a GPU two batches exist at a time: one is decoded while the one
-        before is in use. With ``resize`` it is what comes out that counts where pictures are
-        decoded and resized one by one, as JPEG is on a CPU; or their encoded bytes, if more.
+        Maximum size of a batch's decoded images and sidecars, unless one image alone is larger.
+        On a GPU two batches exist at a time: one is decoded while the one before is in use. With
+        ``resize``, an image that is decoded and resized by itself, as JPEG is on a CPU, counts
+        with its resized or its encoded size, whichever is larger.
     resize
         Resize each image after decoding, on the same device: an int is the length of the
         shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
         of an ImageObject stay those of the source.
     decoder
-        ``"auto"`` takes on a CPU what is fastest there. ``"dali"`` insists on DALI's pipeline,
-        as on a GPU, for all that it decodes.
+        On a CPU, ``"auto"`` uses the fastest decoder of each format; ``"dali"`` uses DALI for
+        all formats that it decodes, as on a GPU.
     scaled_decoding
         On a CPU, whether ``resize`` may begin with a JPEG decoded at 1/2, 1/4 or 1/8 of its
-        size, the smallest that leaves 5/3 of what is wanted. A picture of 12 megapixels takes a
-        third of the time; its pixels differ a little from those resized from full size
-        (docs/decoding.md says by how much). False decodes at full size.
+        size, the smallest that is at least 5/3 of the target. A 12-megapixel image takes a third
+        of the time; its pixels differ slightly from those resized from full size
+        (docs/decoding.md has the numbers). False decodes at full size.
     isolate
-        Decode each image by itself in a child process, so that one that kills its decoder
-        costs only itself, and is recorded as ``kills its decoder``. Slower, and for shards
-        that have killed workers; jobs, ``verify_shards`` and ``map_windowed`` do so by
-        themselves. Arrays are then the host's, whatever ``output`` says.
+        Decode each image by itself in a child process, so that an image that crashes its decoder
+        costs only itself, and is recorded as ``kills its decoder``. Slower; meant for shards
+        that have killed workers. Jobs, ``verify_shards`` and ``map_windowed`` turn it on for
+        these by themselves. Arrays are then on the host, whatever ``output`` is.
     relative_to
-        A folder or URL below which the shards lie. Their ids are then made from their paths below
-        it, so that they stay the same where the set is copied, linked or uploaded. A task
-        that was made with its own keeps that.
+        A folder or URL that contains the shards. Ids are then made from paths relative to it, so
+        that they stay the same when the dataset is copied, linked or uploaded. A task's own
+        ``relative_to`` takes precedence.
     read_ahead
-        Bytes of a remote shard that are fetched, or of a compressed one that are inflated, while
-        what came before is decoded, at most. All readers of a process together fetch no more than
-        512 MiB in advance. A plain local shard is read in place.
+        Maximum number of bytes that are fetched (of a remote shard) or decompressed (of a
+        compressed one) in advance. All readers of a process together fetch at most 512 MiB in
+        advance. An uncompressed local shard is read in place.
     output
-        ``"host"`` gives NumPy arrays. ``"device"`` leaves what a GPU decoded on it, as
-        objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
-        ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since
-        they can't travel. Wait for your kernels before you let go of an array: its memory is
-        DALI's again at once. What is not decoded on the GPU stays NumPy.
+        ``"host"`` gives NumPy arrays. ``"device"`` leaves images decoded by a GPU in its memory,
+        as objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
+        ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since they
+        can't be pickled. Wait for your kernels before you release an array: DALI reuses its
+        memory at once. Images not decoded on the GPU are NumPy arrays.
 
     Raises
     ------
     ValueError
-        If an option has a value that it can't have.
+        If an option's value is not allowed.
 
     Examples
     --------
@@ -134,7 +131,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
     @property
     def resources(self) -> Resources:
-        """The share of a GPU that is held where this is asked, 0 where no GPU is to be used."""
+        """The GPU share that the reader would hold in this process; 0 if it would use no GPU."""
         used = self._wants_gpu() and (self.device == "gpu" or gpu.count_gpus() > 0)
         return Resources(gpus=self.num_gpus_per_worker if used else 0.0)
 
@@ -143,25 +140,25 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         return ["data"], ["image_data", "image_path", "image_id"]
 
     def annotations(self, client: Client) -> dict[str, Any]:
-        """Return the keyword arguments that make the scheduler hold a GPU share for each task.
+        """Return the keyword arguments that make the scheduler reserve a GPU share per task.
 
         Parameters
         ----------
         client
-            A client of the cluster that is to run the reader.
+            A client of the cluster that will run the reader.
 
         Returns
         -------
         dict
-            ``{"resources": {"GPU": num_gpus_per_worker}}`` where the workers declare
-            ``GPU``, ``{}`` for a CPU cluster. It fits ``client.map``, ``client.submit``,
-            ``client.compute`` and ``dask.annotate``.
+            ``{"resources": {"GPU": num_gpus_per_worker}}`` if the workers declare ``GPU``, else
+            ``{}``; for ``client.map``, ``client.submit``, ``client.compute`` and
+            ``dask.annotate``.
 
         Raises
         ------
         RuntimeError
-            If the workers declare less than is asked for, or nothing while the device must
-            be a GPU: Dask would let the tasks wait for ever, in silence.
+            If no worker declares a share as large: Dask would let the tasks wait forever,
+            without an error. With ``device="auto"`` the workers may declare none.
         """
         if self.device == "cpu" or not self.decode:
             return {}
@@ -184,46 +181,47 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         Returns
         -------
         list of ImageBatch
-            The batches in the shards' order, all pixels in memory; see ``stream``.
+            All batches, in the shards' order. ``stream`` yields them one at a time, for less
+            memory.
 
         Raises
         ------
         ValueError
-            If the task names no shard.
+            If the task has no shards.
         ReadError
             If an image can't be read, under ``on_error="raise"``.
         """
         return list(self.read(task))
 
     def read(self, task: FileGroupTask) -> Iterator[ImageBatch]:
-        """Yield what ``stream`` does, holding a share of the worker's GPU meanwhile.
+        """Yield the batches of ``stream`` while holding a share of the worker's GPU.
 
-        Every path through Dask reads with this, so that a ``stream`` extended in a subclass
-        is seen by all of them, and runs within its share.
+        All of the package reads with this method, so that a subclass's ``stream`` is used
+        everywhere, and runs within its GPU share.
         """
         with self._hold_share():
             yield from self.stream(task)
 
     def stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
-        """Yield the batches of ``process`` one at a time, keeping none."""
+        """Yield the batches of ``process`` one at a time, and keep none of them."""
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
         with self._hold_share():
             yield from self._stream(task)
 
     def isolated(self) -> ImageReaderStage:
-        """Return the same reader with ``isolate``: for a task whose worker died."""
+        """Return a copy with ``isolate=True``, for a task whose worker died."""
         return self.with_options(isolate=True)
 
     def with_options(self, **options: Any) -> ImageReaderStage:
-        """Return the same reader, of a subclass too, with other options."""
-        reader = copy(self)  # a subclass may be made with other arguments than its options
+        """Return a copy, of the same class, with some options changed."""
+        reader = copy(self)  # not a call of the class: a subclass's arguments may be different
         for name, value in options.items():
             setattr(reader, name, value)
         return reader
 
     def __dask_tokenize__(self) -> object:
-        """Name all that a reader holds: of a dataclass Dask looks at nothing but its fields."""
+        """Return all of the reader's state: by default Dask uses only a dataclass's fields."""
         return normalize_token((type(self), self.__getstate__()))
 
     def _hold_share(self) -> AbstractContextManager[None]:
@@ -233,20 +231,21 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         return self.decode and self.device != "cpu"
 
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
-        options = self._choose_decoder()
+        decoder_options = self._choose_decoder()
         shards = task.name_shards(self.relative_to)
-        batches = 0
-        images = failures = 0
-        with self._open_decoder() as begin:
+        batches = images = failures = 0
+        with self._open_decoder() as begin_decoding:
             for path, shard_id in shards.items():
-                for batch in self._read_shard(path, shard_id, task, options, begin):
+                for batch in self._read_shard(
+                    path, shard_id, task, decoder_options, begin_decoding
+                ):
                     batch.dataset_name = task.dataset_name
                     batch.task_id = f"{task.task_id}_{batches}"
                     batches += 1
                     images += batch.num_items
                     failures += len(batch.failed) + batch.skipped
                     yield batch
-                    del batch  # not to be held while the next one is decoded
+                    del batch  # or it would stay in memory while the next one is decoded
         if self.verbose:
             logger.info(
                 "%s: task %s: %d images, %d failed", self.name, task.task_id, images, failures
@@ -254,7 +253,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
     @contextmanager
     def _open_decoder(self) -> Iterator[BeginDecoding | None]:
-        """Give what begins to decode a batch; None if no pixels are wanted."""
+        """Open a decoder; yield its function that begins a batch, None if only headers are read."""
         if not self.decode:
             yield None
         elif self.isolate:
@@ -265,7 +264,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             yield Decoding
 
     def _choose_decoder(self) -> DecoderOptions:
-        """Look at where this runs: which device there is, and how many cores are ours."""
+        """Choose the device and the number of threads for the process that this runs in."""
         device = gpu.choose_device(self.device) if self.decode else "cpu"
         gpus = gpu.count_gpus() if device == "gpu" else 0
         threads = min(self.num_threads, count_own_cores(gpus, self.num_gpus_per_worker))
@@ -284,12 +283,12 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         path: str,
         shard_id: str,
         task: FileGroupTask,
-        options: DecoderOptions,
-        begin: BeginDecoding | None,
+        decoder_options: DecoderOptions,
+        begin_decoding: BeginDecoding | None,
     ) -> Iterator[ImageBatch]:
-        """Yield one shard's batches; what is broken in it ends in them too."""
+        """Yield one shard's batches; damage to the shard is a failure in one of them."""
         rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
-        gathered = BatchGatherer(rules, options, begin)
+        batches = BatchBuilder(rules, decoder_options, begin_decoding)
         shown = redact_url(path)
         try:
             with self._open(path, task) as source:
@@ -298,18 +297,18 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                     for note in index.notes.values():
                         logger.warning("%s: %s", shown, note)
                     for entry in index.images:
-                        if is_dropping(source, entry.member):
+                        if is_apple_double(source, entry.member):
                             continue
                         image = describe_image(entry, shown, shard_id)
                         more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
-                        encoded = self._load(source, entry.member, image, options)
-                        yield from gathered.add(image, encoded, more)
+                        encoded = self._load(source, entry.member, image, decoder_options)
+                        yield from batches.add(image, encoded, more)
                     for member in index.broken:
-                        yield from gathered.add(describe_damage(member, shown, shard_id), None)
+                        yield from batches.add(describe_damage(member, shown, shard_id), None)
         except (OSError, NotTarError) as error:
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
-            yield from gathered.add(describe_lost(path, shard_id, task.start, reason), None)
-        yield from gathered.empty()
+            yield from batches.add(describe_lost(path, shard_id, task.start, reason), None)
+        yield from batches.flush()
 
     def _open(self, path: str, task: FileGroupTask) -> AbstractContextManager[ByteSource]:
         return open_shard(
@@ -323,7 +322,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         )
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
-        """Walk the headers of the task's part of a shard; yield its samples."""
+        """Walk the headers of the task's part of a shard, and yield the index of its samples."""
         start, stop = task.byte_range or (0, None)
         if task.index_whole_shard:
             index = index_members(walk_members(source))
@@ -338,25 +337,30 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             yield index_members(walk_members(source, start, stop))
 
     def _load(
-        self, source: ByteSource, member: Member, image: ImageObject, options: DecoderOptions
+        self,
+        source: ByteSource,
+        member: Member,
+        image: ImageObject,
+        decoder_options: DecoderOptions,
     ) -> Encoded | None:
-        """Read an image's bytes and header; None, and ``image.error``, if it can't be."""
+        """Read an image's bytes and header; on failure set ``image.error`` and return None."""
         try:
             if member.problem is not None:
                 raise ImageError(member.problem)
             header, content = read_encoded(source, member, self.decode)
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels
-            check_size(content, header, self.max_pixels, options if self.decode else None)
+            size_options = decoder_options if self.decode else None
+            check_size(content, header, self.max_pixels, size_options)
         except ImageError as error:
             image.error = str(error)
             return None
-        except OSError as error:  # the bytes can't be had: so for this image, perhaps not the next
+        except OSError as error:  # only this image's bytes: the next one's may be readable
             image.error = hide_secrets(
                 f"{UNREACHABLE}: {error}"
                 if isinstance(error, StorageError | PermissionError)
                 else f"unreadable: {type(error).__name__}: {error}"
             )
             return None
-        backend = choose_backend(content, header, options) if self.decode else ""
+        backend = choose_backend(content, header, decoder_options) if self.decode else ""
         return Encoded(image.image_path, content, header, backend)

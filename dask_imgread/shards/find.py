@@ -16,11 +16,11 @@ from dask_imgread.storage.filesystems import connect, is_local
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
-ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # of shards' names
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
 class Shard(NamedTuple):
-    """A tar shard: its absolute path or URL, its size in bytes, and a token of its content."""
+    """A tar shard: its absolute path or URL, its size in bytes, and a token for its content."""
 
     path: str
     size: int | None
@@ -31,23 +31,23 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | list[Shard]
 
 
 def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> list[Shard]:
-    """List the shards that ``paths`` stand for, in the order given, each once.
+    """List the shards that ``paths`` name or match, in the order given, without duplicates.
 
     Parameters
     ----------
     paths
         A file, a folder (searched recursively), a glob, a brace range such as
-        ``{00000..00099}.tar``, a URL that fsspec knows, several joined by ``::``, or a list
-        of these. Shards that were found before are returned as they are.
+        ``{00000..00099}.tar``, a URL that fsspec supports, several of these joined by ``::``, or
+        a list of these. A list of Shards is returned as it is.
     storage_options
         Options for fsspec's file system.
 
     Raises
     ------
     FileNotFoundError
-        If a path, or all that a folder or a glob stands for, does not exist.
+        If a path does not exist, or a folder or a glob has no shards.
     PermissionError
-        If a store refuses to tell.
+        If a store denies access.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if given and isinstance(given[0], Shard):
@@ -61,14 +61,14 @@ def find_shards(paths: Paths, storage_options: dict[str, Any] | None = None) -> 
 
     if all(is_local(path) for path in expanded):
         found = [find(path) for path in expanded]
-    else:  # each look is a request
+    else:  # each call is a request to a store
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(find, expanded))
     return list({shard.path: shard for shards in found for shard in shards}.values())
 
 
 def split_list(path: str) -> list[str]:
-    """Split ``a.tar::b.tar``, webdataset's way to join shards; not fsspec's chains of URLs.
+    """Split ``a.tar::b.tar``, webdataset's list of shards, but not fsspec's chained URLs.
 
     >>> split_list("a.tar::s3://bucket/{00..09}.tar")
     ['a.tar', 's3://bucket/{00..09}.tar']
@@ -77,11 +77,11 @@ def split_list(path: str) -> list[str]:
     """
     parts = path.split("::")
     chained = any(part.startswith(("tar://", "zip://", "libarchive://")) for part in parts)
-    return parts if not chained and all(part.endswith(ENDINGS) for part in parts) else [path]
+    return parts if not chained and all(part.endswith(SHARD_SUFFIXES) for part in parts) else [path]
 
 
 def expand_braces(path: str) -> list[str]:
-    """Expand ``{a,b}`` and ``{000..010}`` as a shell does, zero padding kept.
+    """Expand ``{a,b}`` and ``{000..010}`` as a shell does, with zero padding.
 
     >>> expand_braces("s-{08..10}.tar")
     ['s-08.tar', 's-09.tar', 's-10.tar']
@@ -104,8 +104,8 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     fs, root = connect(path, options)
     if isinstance(fs, LocalFileSystem) and os.path.isfile(root):
         return [stat_shard(root, {})]
-    marks = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # in a URL a query begins with ?
-    if any(mark in path for mark in marks) and not with_retries(fs.exists, path, root):
+    wildcards = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # a URL's ? begins its query
+    if any(wildcard in path for wildcard in wildcards) and not with_retries(fs.exists, path, root):
         found = with_retries(fs.glob, path, root, detail=True)
         kind = "no shard matches"
     else:
@@ -115,19 +115,19 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
             raise FileNotFoundError(
                 f"no such shard or folder: {redact_url(path)}; check the path"
             ) from None
-        # A web server's folders are pages: only the slash tells.
+        # A web server's folder is a page like any other; only the slash distinguishes it.
         if info["type"] != "directory" and not path.endswith("/"):
             return [_make_shard(fs, root, info)]
         found = with_retries(fs.find, path, root, detail=True)
-        kind = f"no {' or '.join(ENDINGS)} in the folder"
+        kind = f"no {' or '.join(SHARD_SUFFIXES)} in the folder"
     shards = [
         _make_shard(fs, name, info)
         for name, info in sorted(found.items())
-        if name.endswith(ENDINGS)
+        if name.endswith(SHARD_SUFFIXES)
         and (info["type"] == "file" or (info.get("islink") and not os.path.isdir(name)))
     ]
     if not shards:
-        if "http" in fs.protocol:  # finds nothing on a server that does not answer, too
+        if "http" in fs.protocol:  # fsspec finds nothing, too, if the server does not respond
             with_retries(fs.cat_file, path, root.partition("*")[0])
         raise FileNotFoundError(f"{kind} {redact_url(path)}; give the path of shards")
     return shards
@@ -135,18 +135,18 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
 
 def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) -> Shard:
     if info.get("islink"):
-        with suppress(OSError):  # one that leads nowhere can't be opened, and is recorded then
+        with suppress(OSError):  # a broken link is recorded when the reader can't open it
             status = os.stat(name)
             info = info | {"size": status.st_size, "mtime": status.st_mtime}
-    marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
-    version = "-".join(str(info[mark]) for mark in ("size", *marks) if info.get(mark) is not None)
-    # One spelling for one file: what is given in two would be read twice.
+    tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+    version = "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
+    # One spelling for each file: a shard given under two would be read twice.
     path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
     return Shard(path, info.get("size"), version)
 
 
 def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
-    """Look one shard up: its size and the token of its content.
+    """Look up one shard's size and the token for its content.
 
     Raises
     ------

@@ -6,27 +6,27 @@ import os
 
 from dask_imgread.decoding.buffers import BUFFERS
 
-_AHEAD_BYTES = 4 << 20  # read at once
-_AHEAD_GAP = 64 << 10  # between two members that are read one after the other
+_AHEAD_BYTES = 4 << 20  # read at once where reads are sequential
+_AHEAD_GAP = 64 << 10  # that sequential reads may skip
 
 
 class LocalSource:
-    """A local file. Reads, not a memory map: a file cut short while mapped kills the process."""
+    """A local file, not memory-mapped: truncating a mapped file kills the process."""
 
     streamed, compressed, problem = False, False, ""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._end = os.fstat(self._descriptor).st_size
-        self._ahead = 0, memoryview(b"")  # what was read last, and from where
+        self._ahead = 0, memoryview(b"")  # the bytes read ahead, and their offset
         self._next = -1  # where the last view ended
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Return the bytes from ``offset``, fewer where the file ends."""
-        if offset + size > self._end:  # a hostile size must not be allocated
+        """Return ``size`` bytes from ``offset``; fewer if the file ends before."""
+        if offset + size > self._end:  # a forged size must not be allocated
             size = max(0, self._end - offset)
         content = os.pread(self._descriptor, size, offset)
-        while len(content) < size:  # the system reads 2 GiB at most at a time
+        while len(content) < size:  # Linux reads at most 2 GiB at a time
             more = os.pread(self._descriptor, size - len(content), offset + len(content))
             if not more:
                 self._end = offset + len(content)
@@ -35,10 +35,10 @@ class LocalSource:
         return content
 
     def view_at(self, offset: int, size: int) -> memoryview:
-        """Return the same in memory that may be shared with what was read along with it.
+        """Return the same as a view, perhaps of a larger buffer that was read ahead.
 
-        Where one read follows the other, some megabytes are read at once: a system call for
-        each small picture takes longer than the copy.
+        If reads are sequential, some megabytes are read at once: for small images a system call
+        each takes longer than copying the bytes.
         """
         start, ahead = self._ahead
         follows = 0 <= offset - self._next <= _AHEAD_GAP
@@ -58,10 +58,10 @@ class LocalSource:
         return self._end
 
     def keep(self, offset: int) -> None:
-        """Do nothing: all of it can be read at any time."""
+        """Do nothing: any part of a file can be read at any time."""
 
     def stop(self) -> None:
-        """Do nothing: no read takes long."""
+        """Do nothing: no read blocks for long."""
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Divide shards into tasks: the shards, or the part of one, that are read together."""
+"""Divide shards into tasks, each of whole shards or of a part of one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dask_imgread.tasks import FileGroupTask
 
 PathsOrTasks: TypeAlias = Paths | FileGroupTask | Iterable[FileGroupTask]
 
-_WALKERS = 8  # shards whose headers are read at the same time
+_WALKER_THREADS = 8  # each reads the headers of one remote shard
 
 
 class Partitioning(TypedDict, total=False):
-    """How shards are divided into tasks: one of these, or none; see ``partition_shards``."""
+    """How shards are divided into tasks: at most one of these; see ``partition_shards``."""
 
     files_per_partition: int | None
     images_per_partition: int | None
@@ -51,7 +51,7 @@ def partition_shards(
 ) -> list[FileGroupTask]:
     """Find shards and divide them into tasks, on the client.
 
-    One of ``files_per_partition``, ``images_per_partition`` and ``blocksize`` may be
+    At most one of ``files_per_partition``, ``images_per_partition`` and ``blocksize`` may be
     given; without any, each shard is a task.
 
     Parameters
@@ -59,40 +59,40 @@ def partition_shards(
     paths
         A file, a folder (searched recursively for ``.tar``, ``.tar.gz``, ``.tgz`` and
         ``.tar.zst``), a glob, a brace range such as ``{00000..00099}.tar``, a URL that
-        fsspec knows, or a list of these.
+        fsspec supports, or a list of these.
     files_per_partition
-        Whole shards in a task.
+        Number of whole shards per task.
     images_per_partition
-        Images in a task, about: a shard with more is cut into several tasks, each of
-        which reads only its part of the file. Samples are never cut. The shards' headers
-        are read for this, here and now. A compressed shard can't be cut.
+        Approximate number of images per task. A shard with more is split into several tasks,
+        each of which reads only its part of the file; samples are never split. For this, the
+        call itself reads the shards' headers. A compressed shard can't be split.
     blocksize
-        Bytes of shards in a task, about: small shards are put together, and larger ones
-        cut as with ``images_per_partition``.
+        Approximate number of bytes per task: small shards are grouped, larger ones are split as
+        with ``images_per_partition``.
     storage_options
         Options for fsspec's file system, such as credentials.
     limit
-        The number of tasks, at most; the rest is left out.
+        Maximum number of tasks; further ones are left out.
     dataset_name
-        A name that the tasks and their batches carry.
+        A name for the dataset, stored in the tasks and their batches.
     relative_to
-        A folder or URL below which the shards lie: their ids are made from their paths below
-        it, and not from their whole paths.
+        A folder or URL that contains the shards: their ids are then made from paths relative to
+        it, not from absolute ones.
 
     Returns
     -------
     list of FileGroupTask
-        In the order of ``paths``; a folder's or a glob's shards by name.
+        In the order of ``paths``; the shards of a folder or a glob in the order of their names.
 
     Raises
     ------
     FileNotFoundError
-        If a path, or all that a folder or a glob stands for, does not exist.
+        If a path does not exist, or a folder or a glob has no shards.
     PermissionError, StorageError
-        If a store refuses to tell what is there, or can't be reached.
+        If a store denies access, or can't be reached.
     ValueError
-        If more than one way to divide is given, or a number below 1, or if a shard does
-        not lie below ``relative_to``.
+        If more than one way to divide shards is given, or a number below 1, or if a shard is not
+        in ``relative_to``.
 
     Examples
     --------
@@ -112,13 +112,13 @@ def partition_shards(
         task.dataset_name = dataset_name
         if relative_to is not None:
             task.reader_config = task.reader_config | {"relative_to": os.fspath(relative_to)}
-            task.name_shards()  # or raise, here and now
+            task.name_shards()  # raises if a shard is not in relative_to
     return chosen
 
 
 @dataclass(frozen=True)
 class Division:
-    """A ``Partitioning`` whose values are checked."""
+    """A validated ``Partitioning``."""
 
     files_per_partition: int | None = None
     images_per_partition: int | None = None
@@ -136,12 +136,12 @@ class Division:
 
     @classmethod
     def of(cls, function: str, partitioning: Partitioning) -> Self:
-        """Make one of a function's keyword arguments.
+        """Make one from the keyword arguments of a function.
 
         Raises
         ------
         TypeError
-            If the function has no such argument, with the message that Python itself gives.
+            If the function has no such argument, with the same message as Python's own.
         """
         for name in partitioning:
             if name not in Partitioning.__optional_keys__:
@@ -157,7 +157,7 @@ def _check_positive(name: str, number: int | None) -> None:
 def divide_shards(
     shards: list[Shard], division: Division, storage_options: dict[str, Any] | None = None
 ) -> Iterator[FileGroupTask]:
-    """Yield the tasks of some shards, in the shards' order, each made when it is taken."""
+    """Yield tasks that read some shards, in the shards' order; they are made lazily."""
     config = {"storage_options": storage_options} if storage_options else {}
     if division.images_per_partition is not None:
         return _cut_by_images(shards, division.images_per_partition, config)
@@ -204,10 +204,10 @@ def _cut_by_images(
         return list(_cut(shard, count, config))
 
     if all(is_local(shard.path) for shard in shards):
-        for shard in shards:  # a walk is Python's own work: threads would wait for each other
+        for shard in shards:  # walking local headers is bound by the GIL: threads don't help
             yield from cut(shard)
         return
-    with ThreadPoolExecutor(_WALKERS) as pool:
+    with ThreadPoolExecutor(_WALKER_THREADS) as pool:
         for tasks in pool.map(cut, shards):
             yield from tasks
 
@@ -215,7 +215,7 @@ def _cut_by_images(
 def _cut(
     shard: Shard, images: int | None, config: dict[str, Any], blocksize: int = 0
 ) -> Iterator[FileGroupTask]:
-    """Yield tasks for the parts of one shard, cut by a number of images or of bytes."""
+    """Yield tasks for the parts of one shard, with about as many images, or bytes, in each."""
     task = _make_task([shard], config)
     try:
         with open_shard(
@@ -225,7 +225,7 @@ def _cut(
                 yield task
                 return
             index = index_members(walk_members(source))
-    except (OSError, NotTarError):  # the reader will say so, where it can be recorded
+    except (OSError, NotTarError):  # the reader will record it
         yield task
         return
     if images is None:
@@ -245,17 +245,17 @@ def _cut(
 def _divide_by_bytes(
     shards: list[Shard], blocksize: int, config: dict[str, Any]
 ) -> Iterator[FileGroupTask]:
-    together: list[Shard] = []
+    group: list[Shard] = []
     total = 0
     for shard in shards:
         size = shard.size or 0
-        if together and total + size > blocksize:
-            yield _make_task(together, config)
-            together, total = [], 0
+        if group and total + size > blocksize:
+            yield _make_task(group, config)
+            group, total = [], 0
         if size > blocksize:
             yield from _cut(shard, None, config, blocksize)
         else:
-            together.append(shard)
+            group.append(shard)
             total += size
-    if together:
-        yield _make_task(together, config)
+    if group:
+        yield _make_task(group, config)

@@ -1,8 +1,8 @@
-"""WebDataset's conventions: which members of a shard make up a sample, and which are images.
+"""WebDataset's conventions: which members of a shard form a sample, and which are images.
 
-Members whose names agree up to the first dot of the last path component are one
-sample: ``a/0001.jpg`` and ``a/0001.json`` have the key ``a/0001``. The convention is
-webdataset's (its documentation, "The WebDataset Format").
+Members whose names are equal up to the first dot after the last slash form a sample:
+``a/0001.jpg`` and ``a/0001.json`` have the key ``a/0001`` (webdataset's documentation, "The
+WebDataset Format").
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ IMAGE_EXTENSIONS = frozenset(
 )
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_JSON_DEPTH = 100
-_MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no images
-_MOST_VIEWS = 8  # images of one sample; more are many samples, whose names have dots
-_MOST_DOTS = 16  # that are looked at, from the right
-_MOST_LINKS = 40  # one after the other, as Linux follows
-_GAP = "\0.gap"  # no member's name: those end at a zero
-_REACH = 2 << 20  # bytes between members of one sample, in a shard that is read once
+_MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, not images
+_MAX_VIEWS = 8  # images of one sample; if a key has more, they are samples with dots in their keys
+_MAX_DOTS = 16  # in a name, counted from the right, at which it may be split
+_MAX_LINKS = 40  # followed from one member, the limit of Linux
+_GAP = "\0.gap"  # never a member's name: these end at the first NUL
+_WINDOW = 2 << 20  # bytes between members of one sample, if a shard is read only once
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -39,7 +39,7 @@ def split_name(name: str) -> tuple[str, str]:
     ('train/0001', 'left.jpg')
     """
     folder_end = name.rfind("/") + 1
-    dot = name.find(".", folder_end + 1)  # a leading dot belongs to the key
+    dot = name.find(".", folder_end + 1)  # a leading dot is part of the key
     if dot < 0:
         return name, ""
     return name[:dot], name[dot + 1 :].lower()
@@ -47,21 +47,21 @@ def split_name(name: str) -> tuple[str, str]:
 
 @functools.lru_cache(1024)
 def is_image(extension: str) -> bool:
-    """Say whether members with this extension are images."""
+    """Return whether members with this extension are images."""
     return extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def make_shard_id(shard: str, relative_to: str | None = None) -> str:
     """Return a shard's short name: its file name and a digest of its whole path or URL.
 
-    The digest keeps apart shards of one name in two folders; nothing else goes into it,
-    so that the name is the same in every process and for every grouping of shards. With
-    ``relative_to``, a folder or a URL, it is of the path below that.
+    The digest distinguishes shards with the same file name in different folders. It depends on
+    nothing but the path, so that the id is the same in every process and for every grouping of
+    shards. With ``relative_to``, a folder or URL, the digest is that of the relative path.
 
     Raises
     ------
     ValueError
-        If the shard does not lie below ``relative_to``.
+        If the shard is not in ``relative_to``.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def make_shard_id(shard: str, relative_to: str | None = None) -> str:
     plain = drop_signature(shard)
     if relative_to is not None:
         base = drop_signature(relative_to).rstrip("/") + "/"
-        # Some stores' URLs are written with three slashes as well as with two.
+        # Some stores' URLs have two or three slashes.
         below = plain.replace(":///", "://").removeprefix(base.replace(":///", "://"))
         if len(below) == len(plain.replace(":///", "://")):
             raise ValueError(f"{redact_url(shard)} does not lie below {base}, its relative_to")
@@ -82,10 +82,10 @@ def make_shard_id(shard: str, relative_to: str | None = None) -> str:
 
 @dataclass(slots=True)
 class ImageEntry:
-    """One image member of a shard, with the sidecars of its sample, not yet read.
+    """One image member of a shard, and the sidecars of its sample, none of them read yet.
 
-    The images of a sample have one tuple of sidecars. ``warning`` says what is odd about where it
-    stands; ``repeated`` that an earlier member of the shard has the same name.
+    The images of a sample share one tuple of sidecars. ``warning`` is set if an earlier sample
+    has the same key, ``repeated`` if an earlier member of the shard has the same name.
     """
 
     member: Member
@@ -97,35 +97,35 @@ class ImageEntry:
 
 @dataclass(slots=True)
 class ShardIndex:
-    """What a walk over a shard's headers finds.
+    """The images and the damage that a shard's headers show.
 
-    ``scattered`` says that a part of the shard can't be told by itself: some sample's members do
-    not stand together, or it takes others to know what belongs to what.
+    ``scattered`` is set if a part of the shard can't be indexed by itself: the members of some
+    sample are not adjacent, or other members decide to which sample some belong.
     """
 
     images: list[ImageEntry] = field(default_factory=list)
     broken: list[Member] = field(default_factory=list)  # places where the archive is damaged
     scattered: bool = False
-    notes: dict[str, str] = field(default_factory=dict)  # for a log, by what they are about
+    notes: dict[str, str] = field(default_factory=dict)  # messages to log, by topic
 
 
 @dataclass(slots=True)
 class _Sample:
-    """Members of one key that stand together, or belong together all the same."""
+    """Members with one key that form a sample, adjacent or not."""
 
     key: str
     images: list[Member] = field(default_factory=list)
     sidecars: dict[str, Member] = field(default_factory=dict)  # by extension
-    again: bool = False  # an earlier sample has the same key
+    repeated_key: bool = False  # an earlier sample has the same key
 
     def can_take(self, other: _Sample) -> bool:
-        """Say whether another's sidecars are no second ones."""
+        """Return whether another's sidecars all have extensions that this one lacks."""
         few, many = sorted((self.sidecars, other.sidecars), key=len)
         return not any(extension in many for extension in few)
 
 
 class Seen(NamedTuple):
-    """The keys and names of the images that came before, in the same shard."""
+    """The keys and names of earlier images of the shard."""
 
     keys: set[str]
     names: set[str]
@@ -134,20 +134,21 @@ class Seen(NamedTuple):
 def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardIndex:
     """Group members into samples.
 
-    A sample ends where its neighbours end. Sidecars that stand by themselves, as where all images
-    come first, belong to the nearest sample of their key and archive that has none of the kind.
+    A sample is a run of adjacent members with one key. Sidecars away from their image (some
+    writers put all images first) belong to the nearest sample with their key, in the same archive,
+    that lacks their extensions.
     """
     index = ShardIndex()
     seen = seen or Seen(set(), set())
     here = Seen(set(), set())
     for archive in _list_archives(members, index):
         for sample in _join_samples(archive, index):
-            sample.again = sample.key in here.keys or sample.key in seen.keys
-            index.scattered |= sample.again
+            sample.repeated_key = sample.key in here.keys or sample.key in seen.keys
+            index.scattered |= sample.repeated_key
             here.keys.add(sample.key)
             sidecars = tuple(sample.sidecars.items())
             warning = None
-            if sample.again:
+            if sample.repeated_key:
                 warning = f"key again: an earlier sample of the shard has the key {sample.key}"
             for member in sample.images:
                 repeated = member.name in here.names or member.name in seen.names
@@ -162,74 +163,74 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
 
 
 def index_stream(members: Iterable[Member], keep: Callable[[int], object]) -> Iterator[ShardIndex]:
-    """Group members into samples while they are walked over, for bytes that come once.
+    """Group members into samples during the walk, for bytes that can be read only once.
 
-    Samples are yielded when the walk is some megabytes past them: members that stand no farther
-    apart are joined as ``index_members`` does. Of others sidecars are remembered until their image
-    comes, and those that come after it are recorded as damage.
+    A sample is yielded once the walk is some megabytes past it. Within that distance members are
+    joined as by ``index_members``. Beyond it, sidecars before their image are remembered until it
+    comes; sidecars after it are recorded as damage.
 
     Parameters
     ----------
     members
-        The walk. What it raises is raised when all that came before was yielded.
+        The members, from a walk. If it raises, all samples before that are yielded first.
     keep
-        Is told the offset from which on bytes may still be asked for.
+        Called with the lowest offset that may still be read.
     """
     stream = _SampleStream()
     try:
         for member in members:
             if member.name:
                 if stream.add(member):
-                    yield stream.settle(member.start - _REACH)
+                    yield stream.pop_samples(member.start - _WINDOW)
             else:
-                yield stream.settle(None)
-                yield stream.cross(member)
+                yield stream.pop_samples(None)
+                yield stream.add_nameless(member)
             keep(stream.find_needed(member))
     except OSError:
-        yield stream.settle(None)
+        yield stream.pop_samples(None)
         raise
-    yield stream.settle(None)
+    yield stream.pop_samples(None)
     yield stream.finish()
 
 
 class _SampleStream:
-    """The members of a shard that was walked over in part."""
+    """The members of a shard, as far as it was walked, that were not yielded yet."""
 
     def __init__(self) -> None:
-        self._held: list[Member] = []  # of which samples may still be made
+        self._held: list[Member] = []  # whose samples were not yielded yet
         self._seen = Seen(set(), set())
         self._by_path: dict[str, Member] = {}  # for links
-        self._before: dict[str, dict[str, Member]] = {}  # sidecars whose images did not come yet
-        self._behind: list[Member] = []  # sidecars that came too late
-        self._settled = 0  # where the walk was then
+        self._early: dict[str, dict[str, Member]] = {}  # sidecars far before their images, by key
+        self._late: list[Member] = []  # sidecars far after their images
+        self._popped = 0  # up to where samples were popped last
         self._noted: set[str] = set()
 
     def add(self, member: Member) -> bool:
-        """Take one more; return whether some can be settled."""
+        """Add a member; return whether samples should be popped now."""
         if member.hard:
             member = _follow_hard_link(member, self._by_path)
         self._by_path[posixpath.normpath(member.name)] = member
         if not self._held:
-            self._settled = max(self._settled, member.start - _REACH)
+            self._popped = max(self._popped, member.start - _WINDOW)
         self._held.append(member)
-        return member.start - self._settled > 2 * _REACH
+        return member.start - self._popped > 2 * _WINDOW
 
-    def cross(self, member: Member) -> ShardIndex:
-        """Return a place that is damaged, or go on to the next archive of the same file."""
+    def add_nameless(self, member: Member) -> ShardIndex:
+        """Add a member without a name: return a record of damage, or begin the next archive."""
         if member.problem is not None:
             return ShardIndex(broken=[member])
         self._by_path.clear()
-        self._before.clear()
+        self._early.clear()
         text = f"an archive ends at offset {member.start}, and another follows"
         return self._note(ShardIndex(notes={"archives": text}))
 
-    def settle(self, limit: int | None) -> ShardIndex:
-        """Return the samples that end before an offset; None for all."""
+    def pop_samples(self, limit: int | None) -> ShardIndex:
+        """Remove and return the samples that end before ``limit``, or all if it is None."""
         files = [m if m.link is None else self._follow(m, limit) for m in self._held]
         files = [member for member in files if member.link is None]
         index = index_members(files, self._seen)
         if "dotted" in index.notes and limit is not None:
-            # What stands behind the last image may belong to one that is still to come, or to all.
+            # Members after the last image may belong to a later image, or to all of them.
             last = index.images[-1].member.start
             index = index_members([m for m in files if m.start <= last], self._seen)
         last_start = {entry.key: entry.member.start for entry in index.images}
@@ -252,59 +253,59 @@ class _SampleStream:
             else:
                 if not still and member.start not in used:
                     self._set_aside(member)
-                if self._held and self._held[-1].name != _GAP:  # what it stood between stays apart
+                if self._held and self._held[-1].name != _GAP:  # its neighbours stay separate
                     self._held.append(member._replace(name=_GAP, link=None, hard=False))
-        self._settled = self._settled if limit is None else limit
+        self._popped = self._popped if limit is None else limit
         return self._note(done)
 
     def finish(self) -> ShardIndex:
-        """Return a record of the sidecars that came too late."""
-        if not self._behind:
+        """Return a record of the sidecars that came too late, if any."""
+        if not self._late:
             return ShardIndex()
-        first = self._behind[0]
+        first = self._late[0]
         problem = (
-            f"{len(self._behind)} sidecars stand more than {_REACH >> 20} MiB behind their images, "
+            f"{len(self._late)} sidecars stand more than {_WINDOW >> 20} MiB behind their images, "
             f"which were read without them, such as {first.name}"
         )
         return ShardIndex(broken=[Member("", first.start, first.start, 0, problem)])
 
     def find_needed(self, last: Member) -> int:
-        """Return where the first member that may still be read begins."""
+        """Return the offset of the first member that may still be read."""
         return self._held[0].start if self._held else last.start
 
     def _follow(self, member: Member, limit: int | None) -> Member:
         found = _follow_symbolic_link(member, self._by_path)
-        # What it leads to may still come.
+        # Its target may be yet to come.
         return member if found.problem and limit is not None and member.start > limit else found
 
     def _attach(self, images: list[ImageEntry]) -> None:
-        """Give images the sidecars that came long before them."""
+        """Add to images the sidecars that came far before them."""
         joined: dict[str, tuple[tuple[str, Member], ...]] = {}
-        for entry in images if self._before else ():
-            if entry.key in self._before:
-                sidecars = self._before.pop(entry.key) | dict(entry.sidecars)
+        for entry in images if self._early else ():
+            if entry.key in self._early:
+                sidecars = self._early.pop(entry.key) | dict(entry.sidecars)
                 joined[entry.key] = tuple(sidecars.items())
             entry.sidecars = joined.get(entry.key, entry.sidecars)
 
     def _set_aside(self, member: Member) -> None:
-        """Remember a sidecar that no image has."""
+        """Remember a sidecar that belongs to no image so far, or comes too late for one."""
         key, extension = split_name(member.name)
         if not extension or is_image(extension) or member.name == _GAP:
             return
         if key in self._seen.keys:
-            self._behind.append(member)
+            self._late.append(member)
         else:
-            self._before.setdefault(key, {})[extension] = member
+            self._early.setdefault(key, {})[extension] = member
 
     def _note(self, index: ShardIndex) -> ShardIndex:
-        """Leave out the kinds of notes that were made before."""
+        """Remove notes on topics that were noted before."""
         index.notes = {kind: text for kind, text in index.notes.items() if kind not in self._noted}
         self._noted.update(index.notes)
         return index
 
 
 def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Member]]:
-    """Return the files of each archive in a shard, links resolved."""
+    """Return the members of each archive in a shard, with links resolved."""
     members = list(members)
     if all(member[0] and member[5] is None for member in members):  # names, and no links
         return [members]
@@ -327,10 +328,10 @@ def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Me
 
 
 def resolve_links(members: list[Member]) -> list[Member]:
-    """Return members in which links have the bytes of what they stand for.
+    """Return the members with each link replaced by its target, under the link's name.
 
-    A hard link stands for the last member of that name before it. A link that leads out of the
-    archive, to nothing or in a circle has a ``problem``.
+    The target of a hard link is the last member with that name before it. A link that leads out of
+    the archive, to no member or in a circle gets a ``problem``.
     """
     by_path: dict[str, Member] = {}
     resolved = []
@@ -352,9 +353,9 @@ def _follow_hard_link(member: Member, before: dict[str, Member]) -> Member:
 
 def _follow_symbolic_link(member: Member, by_path: dict[str, Member]) -> Member:
     path, target = "", member
-    for _ in range(_MOST_LINKS):
+    for _ in range(_MAX_LINKS):
         path = posixpath.normpath(target.link or "")
-        found = by_path.get(path) or _find_behind_folder(path, by_path)
+        found = by_path.get(path) or _follow_linked_folder(path, by_path)
         if found is None:
             where = f"no member {path}"
             if path.startswith("/") or path.partition("/")[0] == "..":
@@ -366,8 +367,8 @@ def _follow_symbolic_link(member: Member, by_path: dict[str, Member]) -> Member:
     return member._replace(link=None, problem=f"broken link: it leads in a circle, over {path}")
 
 
-def _find_behind_folder(path: str, by_path: dict[str, Member]) -> Member | None:
-    """Return a link to go on with where one of a path's folders is a link, else None."""
+def _follow_linked_folder(path: str, by_path: dict[str, Member]) -> Member | None:
+    """Return a link to the path with its innermost linked folder resolved; None without one."""
     folder = posixpath.dirname(path)
     while folder.strip("/"):
         member = by_path.get(folder)
@@ -378,17 +379,17 @@ def _find_behind_folder(path: str, by_path: dict[str, Member]) -> Member | None:
 
 
 def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
-    """Group an archive's members by key and neighbourhood; then find sidecars that stand apart."""
-    neighbours = list(_list_neighbours(members, {}))
-    stems = _find_dotted_keys(neighbours, index)
+    """Group an archive's adjacent members by key; then add sidecars from elsewhere."""
+    runs = list(_group_adjacent(members, {}))
+    stems = _find_dotted_keys(runs, index)
     if stems:
-        neighbours = list(_list_neighbours(members, stems))
-    elif len({sample.key for sample in neighbours}) == len(neighbours):  # as in most shards
-        return [sample for sample in neighbours if sample.images]
+        runs = list(_group_adjacent(members, stems))
+    elif len({sample.key for sample in runs}) == len(runs):  # as in most shards
+        return [sample for sample in runs if sample.images]
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}  # of each key, the sample that has images
     waiting: dict[str, _Sample] = {}  # of each key, the sidecars before its images
-    for sample in neighbours:
+    for sample in runs:
         before, apart = latest.get(sample.key), waiting.get(sample.key)
         index.scattered |= before is not None or apart is not None
         if sample.images:
@@ -407,28 +408,28 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
         index.notes["sidecars"] = (
             f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
         )
-    # What belongs to none of a dotted key's images belongs to all, unless there is much of it.
+    # Sidecars that match none of a dotted key's images belong to all of them, unless they are many.
     shared = {key: waiting[key].sidecars for key in stems if key in waiting}
     for sample in samples if shared else ():
         more = shared.get(split_name(f"{sample.key}.")[0], {})
-        if len(more) <= _MOST_VIEWS:
+        if len(more) <= _MAX_VIEWS:
             sample.sidecars = more | sample.sidecars
     return samples
 
 
 def _find_dotted_keys(samples: Sequence[_Sample], index: ShardIndex) -> dict[str, set[str]]:
-    """Return the keys of too many images to be views of one sample, each with their stems.
+    """Return keys with too many images to be views of one sample, each with its images' stems.
 
-    Their names have dots. A stem ends at the last one.
+    The images' names have dots before their extension. A stem is the name up to the last dot.
     """
     counts: Counter[str] = Counter()
     for sample in samples:
         counts[sample.key] += len(sample.images)
-    stems: dict[str, set[str]] = {key: set() for key, n in counts.items() if n > _MOST_VIEWS}
+    stems: dict[str, set[str]] = {key: set() for key, n in counts.items() if n > _MAX_VIEWS}
     for sample in samples if stems else ():
         if sample.key in stems:
             stems[sample.key].update(m.name.rpartition(".")[0] for m in sample.images)
-    dotted = {key: names for key, names in stems.items() if len(names) > _MOST_VIEWS}
+    dotted = {key: names for key, names in stems.items() if len(names) > _MAX_VIEWS}
     if dotted:
         index.scattered = True
         key, names = next(iter(dotted.items()))
@@ -440,17 +441,17 @@ def _find_dotted_keys(samples: Sequence[_Sample], index: ShardIndex) -> dict[str
 
 
 def _split_dotted(member: Member, key: str, stems: set[str]) -> tuple[str, str]:
-    """Split the name of one of many images, or of a sidecar behind its stem."""
+    """Split the name of an image or a sidecar after the image's stem, or at the first dot."""
     stem = member.name
-    for _ in range(_MOST_DOTS):
+    for _ in range(_MAX_DOTS):
         stem = stem.rpartition(".")[0]
         if stem in stems:
             return stem, member.name[len(stem) + 1 :].lower()
     return key, member.name[len(key) + 1 :].lower()
 
 
-def _list_neighbours(members: Iterable[Member], stems: dict[str, set[str]]) -> Iterator[_Sample]:
-    """Yield members of one key that stand together, none of them twice."""
+def _group_adjacent(members: Iterable[Member], stems: dict[str, set[str]]) -> Iterator[_Sample]:
+    """Yield runs of adjacent members with one key, without a second of any extension."""
     sample, extensions = _Sample(""), set[str]()
     for member in members:
         key, extension = split_name(member.name)
@@ -472,7 +473,7 @@ def _list_neighbours(members: Iterable[Member], stems: dict[str, set[str]]) -> I
 
 
 def cut_at_samples(index: ShardIndex, images_per_part: int) -> Iterator[tuple[int, int | None]]:
-    """Yield byte ranges of a shard, each with about ``images_per_part`` whole samples' images."""
+    """Yield byte ranges of a shard, each of whole samples with about ``images_per_part`` images."""
     start, count, key = 0, 0, None
     for entry in index.images:
         if count >= images_per_part and entry.key != key:
@@ -488,13 +489,13 @@ def cut_at_samples(index: ShardIndex, images_per_part: int) -> Iterator[tuple[in
 def parse_sidecar(extension: str, content: bytes) -> Any:
     """Parse a sidecar by its extension, as webdataset's default decoder does.
 
-    ``.json`` gives its value, ``.txt`` and the like a str, ``.cls`` and ``.index`` an int;
-    anything else stays bytes.
+    ``.json`` gives the parsed value, ``.txt`` and the like a str, ``.cls`` and ``.index`` an int,
+    any other extension bytes.
 
     Raises
     ------
     ValueError
-        If the content is not what the extension says.
+        If the content does not match the extension.
     """
     kind = extension.rpartition(".")[2]
     if kind == "json":
@@ -511,7 +512,7 @@ def _parse_json(content: bytes) -> Any:
         value = json.loads(content)
     except RecursionError:
         raise ValueError("JSON nested too deep to be parsed") from None
-    # What parses can still be too deep to be pickled, and so to leave the worker.
+    # A value can be parsed and yet be nested too deep to be pickled, and sent to the client.
     if content.count(b"[") + content.count(b"{") > MAX_JSON_DEPTH:
         _check_depth(value)
     return value

@@ -1,8 +1,8 @@
 """Walk the headers of a tar archive: the name, offset and size of each file.
 
-Only headers are read, whatever lies between them. The formats are ustar
-(POSIX.1-1988), PAX (POSIX.1-2001) and GNU tar, as described in POSIX's ``pax``
-page and in GNU tar's manual, "Basic Tar Format".
+Only headers are read, not the content between them. The formats are ustar (POSIX.1-1988), PAX
+(POSIX.1-2001) and GNU tar, as described in POSIX's ``pax`` page and in GNU tar's manual, "Basic Tar
+Format".
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_RECORD = 10_240  # bytes: what writers fill up to behind the mark of an archive's end
-_FIRST_LOOK, _FAR_LOOK = 16 << 10, 4 << 20  # bytes at a time, where a header is looked for
+_RECORD = 10_240  # bytes: writers pad an archive with zeros to a multiple of it, by default
+_FIRST_SCAN, _MAX_SCAN = 16 << 10, 4 << 20  # bytes read at a time in search of a header
 _MAX_EXTENDED_HEADER = 1 << 20  # a real one holds a path; more is an attack on memory
-_FARTHEST = 1 << 62  # past any file's end, and still an offset that the system takes
+_MAX_OFFSET = 1 << 62  # beyond the end of any file, but a valid offset for the system
 
 _FILES = b"0\0007"  # regular file, regular file before POSIX, contiguous file
 _GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE = b"L", b"K", b"S"
 _PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"x", b"g", b"X"
 _PAX_KINDS = (_PAX, _PAX_GLOBAL, _PAX_SOLARIS)
-_PAX_TELLING = frozenset(("path", "linkpath", "size", "GNU.sparse.name", "GNU.sparse.major"))
+_PAX_KEYS = frozenset(("path", "linkpath", "size", "GNU.sparse.name", "GNU.sparse.major"))
 _EXTENDED = (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL, _PAX_SOLARIS)
 _HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
 
@@ -38,40 +38,40 @@ class ByteSource(Protocol):
     """Bytes that can be read at any offset."""
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``offset``; fewer where the source ends."""
+        """Return ``size`` bytes from ``offset``; fewer if the source ends before."""
 
     def view_at(self, offset: int, size: int) -> memoryview:
-        """Return the same without a copy, where what follows is on its way already."""
+        """Return the same, without a copy if the bytes are already in memory."""
 
     def keep(self, offset: int) -> None:
-        """Say that nothing before an offset is needed any more, but what follows may be."""
+        """Allow the bytes before ``offset`` to be discarded; those from it on may still be read."""
 
     def end(self) -> int:
-        """Return the offset at which the source ends; known after a short read."""
+        """Return the offset at which the source ends; call it only after a short read."""
 
     @property
     def streamed(self) -> bool:
-        """Whether bytes are best read once, and in order."""
+        """Whether bytes should be read only once, and in order."""
 
     @property
     def compressed(self) -> bool:
-        """Whether the file is compressed, so that no part of it can be read by itself."""
+        """Whether the file is compressed, so that reading must start at its beginning."""
 
     @property
     def problem(self) -> str:
-        """Why it ends there: the decompressor's error, if it is not the end of the file."""
+        """The decompressor's error, if the source ends because of one; else empty."""
 
 
 class Member(NamedTuple):
-    """One file of a tar archive, or one place at which the archive is broken.
+    """One file of a tar archive, or one place where the archive is damaged.
 
-    ``start`` is the offset of its first header block, ``offset`` and ``size`` span
-    its bytes. ``problem`` says why the bytes can't be had; it is None for a file
-    that is whole. A problem that belongs to no file has an empty ``name``. Where one
-    archive ends and another begins, put together with `cat`, there is neither.
+    ``start`` is the offset of its first header block; its content is the ``size`` bytes at
+    ``offset``. ``problem`` is the reason why the content can't be read, None if it can. Damage
+    that belongs to no file has a ``problem`` and an empty ``name``. A member with neither marks
+    the boundary between two archives that were concatenated with ``cat``.
 
-    Of a link ``link`` is the path in the archive that it stands for; a ``hard`` one stands for
-    a member before it.
+    For a link, ``link`` is the path of its target in the archive. The target of a ``hard`` link
+    is a member before it.
     """
 
     name: str
@@ -84,22 +84,22 @@ class Member(NamedTuple):
 
 
 def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """Yield each file in the archive in order; never raise for what comes after the first header.
+    """Yield the files of an archive in order; damage after the first header is yielded, not raised.
 
     Parameters
     ----------
     source
         The archive.
     start, stop
-        Offsets of the header blocks to begin with and to end before, so that a part
-        of an archive can be walked by itself. ``start`` must be a member's first header.
+        The part of the archive to walk: offsets of the first header block to read, and of the
+        first not to read. ``start`` must be a member's first header block.
 
     Yields
     ------
     Member
-        Directories and devices are passed over. Where the archive is damaged a nameless
-        member's ``problem`` says so; what follows from the next header on is read. Where the
-        archive is cut the last member's says so.
+        Regular files and links; directories and devices are skipped. Damage is yielded as a
+        member without a name, and the walk goes on at the next header. If the archive is
+        truncated, the last member has a ``problem``.
 
     Raises
     ------
@@ -107,19 +107,19 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
         If an archive walked from offset 0 does not begin with a tar header.
     """
     position = start
-    begin: int | None = None  # the first header block of the member, its extended headers included
+    begin: int | None = None  # where the member begins, once an extended header of it is read
     long_name: str | None = None
     long_link: str | None = None
     attributes: dict[str, str] = {}
-    shared: dict[str, str] = {}
-    archive = 0  # where this one begins, of several put together with `cat`
-    previous: Member | None = None  # held back until it is known that its bytes are there
+    global_pax: dict[str, str] = {}
+    archive_start = 0  # of the current one, if several were concatenated with `cat`
+    previous: Member | None = None  # yielded once the next header shows that it is not truncated
 
     read_at, new = source.read_at, tuple.__new__
     while stop is None or position < stop or begin is not None:
         header = read_at(position, BLOCK)
         if len(header) < BLOCK and (header.strip(b"\0") or not header):
-            yield from _cut_archive(source, position, previous)
+            yield from _end_truncated(source, position, previous)
             return
         if previous is not None:
             yield previous
@@ -131,10 +131,10 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             size = _parse_number(header[124:136])
             kind = header[156:157]
             body = position + BLOCK
-            if kind == b"0" and begin is None and not shared:  # the common case, made short
+            if kind == b"0" and begin is None and not global_pax:  # the common case, optimized
                 name = _parse_name(header)
-                if name[-1:] != "/":  # the old way to say "directory"
-                    # As Member(...), which takes three times as long.
+                if name[-1:] != "/":  # how a directory is marked before ustar
+                    # The same as Member(...), in a third of the time.
                     previous = new(Member, (name, position, body, size, None, None, False))
                 position = body + (size + 511 & -512)
                 continue
@@ -143,13 +143,13 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
         except ValueError as error:
             if position == 0 and header.strip(b"\0"):
                 raise NotTarError(f"not a tar archive: {error}") from None
-            found, damage = _cross_gap(source, position, str(error), archive)
+            found, damage = _find_next_header(source, position, str(error), archive_start)
             if damage is not None:
                 yield damage
             if found is None:
                 return
             if damage is not None and damage.problem is None:
-                archive = found
+                archive_start = found
             position, begin, long_name, long_link, attributes = found, None, None, None, {}
             continue
 
@@ -157,26 +157,26 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
             begin = position
         if kind in _EXTENDED:
             if kind == _GNU_LONG_NAME:
-                long_name = _decode(_cut_text(text))
+                long_name = _decode(_c_string(text))
             elif kind == _GNU_LONG_LINK:
-                long_link = _decode(_cut_text(text))
+                long_link = _decode(_c_string(text))
             elif kind == _PAX_GLOBAL:
-                shared.update(pax)
+                global_pax.update(pax)
                 begin = None
-                if shared.keys() & _PAX_TELLING:  # of what follows no part is whole without it
+                if global_pax.keys() & _PAX_KEYS:  # no later part can be read without it
                     yield Member("", position, position, 0)
             else:
                 attributes = pax
             position = body + _padded(size)
             continue
 
-        if shared:
-            attributes = shared | attributes
+        if global_pax:
+            attributes = global_pax | attributes
         if "size" in attributes:
             size = _parse_decimal(attributes["size"], size)
         name = attributes.get("path") or long_name or _parse_name(header)
         if kind in (_HARD_LINK, _SYMBOLIC_LINK):
-            target = attributes.get("linkpath") or long_link or _decode(_cut_text(header[157:257]))
+            target = attributes.get("linkpath") or long_link or _decode(_c_string(header[157:257]))
             if kind == _SYMBOLIC_LINK:
                 target = posixpath.join(posixpath.dirname(name), target)
             previous = Member(name, begin, body, 0, link=target, hard=kind == _HARD_LINK)
@@ -195,8 +195,8 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
         yield previous
 
 
-def _cut_archive(source: ByteSource, position: int, previous: Member | None) -> Iterator[Member]:
-    """Yield the last member, and a record of the cut, of an archive without an end mark."""
+def _end_truncated(source: ByteSource, position: int, previous: Member | None) -> Iterator[Member]:
+    """Yield the last member of an archive without an end mark, and a record of the truncation."""
     end = source.end()
     reason = f": {source.problem}" if source.problem else ""
     if position == 0 and source.problem:
@@ -224,21 +224,21 @@ def _read_extended(source: ByteSource, offset: int, size: int) -> bytes:
     return text
 
 
-def _cross_gap(
-    source: ByteSource, start: int, problem: str, archive: int
+def _find_next_header(
+    source: ByteSource, start: int, problem: str, archive_start: int
 ) -> tuple[int | None, Member | None]:
-    """Return where the next header lies, if there is one, and a record of what lies before it.
+    """Return the offset of the next header, or None, and a record of the gap before it.
 
-    Zeros are the mark of an archive's end, and fill its last record. All else is damage; of zeros,
-    too, more: a download that was given its space at once, and broke off, has holes of them.
+    Zeros mark the end of an archive and pad its last record. Anything else is damage, and so are
+    more zeros than that: an interrupted download into preallocated space leaves holes of zeros.
     """
     position, found = start + BLOCK, None
-    size, zeros = _FIRST_LOOK, problem == "zeros"
+    size, zeros = _FIRST_SCAN, problem == "zeros"
     while found is None:
         piece = source.read_at(position, size)
         blocks = np.frombuffer(piece, np.uint8, len(piece) & -BLOCK).reshape(-1, BLOCK)
         (filled,) = np.nonzero(blocks.any(axis=1))
-        # Checksums are octal numbers: of anything else few blocks have one.
+        # A header's checksum is an octal number; few other blocks have digits in its place.
         likely = ((blocks[filled, 149:152] & 0xF8) == 0x30).all(axis=1)
         header = next((n for n in filled[likely].tolist() if is_header(blocks[n].tobytes())), None)
         zeros &= len(filled) == 0 or filled[0] == header
@@ -247,12 +247,12 @@ def _cross_gap(
         elif len(piece) < size:
             zeros &= not piece[len(blocks) * BLOCK :].strip(b"\0")
             break
-        position, size = position + size, min(4 * size, _FAR_LOOK)
+        position, size = position + size, min(4 * size, _MAX_SCAN)
     end = source.end() if found is None else found
-    # Behind what ends in zeros they are more of the same.
+    # If the block before the gap is zeros too, a hole began inside the last member.
     hole = found is not None and start and not source.read_at(start - BLOCK, BLOCK).strip(b"\0")
-    if zeros and not hole and _is_end_mark(start, end, archive, more=found is not None):
-        # One archive behind the other: their samples have nothing to do with each other.
+    if zeros and not hole and _is_end_mark(start, end, archive_start, more=found is not None):
+        # Two archives, one after the other: no sample spans both.
         return found, Member("", end, end, 0) if found is not None else None
     problem = "zeros (a hole, or padding for tapes)" if zeros else problem
     text = f"damaged archive: {problem} at offset {start}, no header in {end - start} bytes"
@@ -261,20 +261,21 @@ def _cross_gap(
     return found, Member("", start, start, 0, text)
 
 
-def _is_end_mark(start: int, end: int, archive: int, *, more: bool) -> bool:
-    """Say whether zeros can be the end of an archive, with or without another one behind it.
+def _is_end_mark(start: int, end: int, archive_start: int, *, more: bool) -> bool:
+    """Return whether zeros can be an archive's end mark; ``more`` if another archive follows.
 
-    That is two blocks, and what fills a record of the usual size. Of larger ones, for tapes, it
-    can't be told from a hole.
+    An end mark is two blocks, and padding to a record of the default size. With larger records, as
+    for tapes, the padding can't be distinguished from a hole.
     """
     if start == 0:
-        return not more and 2 * BLOCK <= end <= _RECORD  # an archive of nothing
-    fills = end - start < _RECORD + 2 * BLOCK
-    return end - start == 2 * BLOCK or (fills and (not more or (end - archive) % _RECORD == 0))
+        return not more and 2 * BLOCK <= end <= _RECORD  # an empty archive
+    padding = end - start < _RECORD + 2 * BLOCK
+    at_record = (end - archive_start) % _RECORD == 0
+    return end - start == 2 * BLOCK or (padding and (not more or at_record))
 
 
 def is_header(block: bytes) -> bool:
-    """Say whether a block is a whole tar header."""
+    """Return whether a block is a valid tar header."""
     try:
         _verify_checksum(block)
         _parse_number(block[124:136])
@@ -288,12 +289,12 @@ def _padded(size: int) -> int:
 
 
 def _verify_checksum(header: bytes) -> None:
-    """Raise ValueError unless the header's own checksum agrees with its bytes."""
+    """Raise ValueError unless a header's checksum matches its bytes."""
     try:
         stated = int(header[148:156].strip(b" \0"), 8)
     except ValueError:
         raise ValueError("no tar header") from None
-    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, and comes from C.
+    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, computed in C.
     blanked = header[:148] + b"        " + header[156:]
     if zlib.adler32(blanked) & 0xFFFF == (1 + stated) % 65521:
         return
@@ -303,11 +304,11 @@ def _verify_checksum(header: bytes) -> None:
 
 
 def _parse_number(field: bytes) -> int:
-    """Parse an octal field, or a base-256 one as GNU tar writes for large numbers."""
-    if field[:11].isdigit() and field[11] in (0, 32):  # as nearly every writer has it
+    """Parse an octal field, or a base-256 one, which GNU tar writes for large numbers."""
+    if field[:11].isdigit() and field[11] in (0, 32):  # as nearly every writer writes it
         return int(field[:11], 8)
     if field[0] == 0x80:
-        return min(int.from_bytes(field[1:], "big"), _FARTHEST)
+        return min(int.from_bytes(field[1:], "big"), _MAX_OFFSET)
     text = field.split(b"\0", 1)[0].strip() or b"0"
     if not text.isdigit() or b"8" in text or b"9" in text:
         raise ValueError(f"unreadable size {text!r} in a tar header")
@@ -321,17 +322,17 @@ def _parse_decimal(text: str, default: int) -> int:
 def _parse_name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     if header[345] and header[257:263] == b"ustar\0":
-        name = _cut_text(header[345:500]) + b"/" + name
+        name = _c_string(header[345:500]) + b"/" + name
     return _decode(name)
 
 
 def _parse_pax(text: bytes) -> dict[str, str]:
-    """Parse PAX records, ``<length> <key>=<value>`` lines; stop at the first that is not one.
+    """Parse PAX records, ``<length> <key>=<value>`` lines, up to the first malformed one.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If the first one is malformed.
     """
     attributes: dict[str, str] = {}
     position = 0
@@ -350,7 +351,7 @@ def _parse_pax(text: bytes) -> dict[str, str]:
 
 
 def _skip_sparse_map(source: ByteSource, header: bytes, body: int) -> int:
-    """Return where a GNU sparse file's data begins, after its further maps."""
+    """Return the offset of a GNU sparse file's data, after the blocks that continue its map."""
     more = header[482:483] == b"\1"
     while more:
         block = source.read_at(body, BLOCK)
@@ -359,10 +360,10 @@ def _skip_sparse_map(source: ByteSource, header: bytes, body: int) -> int:
     return body
 
 
-def _cut_text(field: bytes) -> bytes:
+def _c_string(field: bytes) -> bytes:
     return field.split(b"\0", 1)[0]
 
 
 def _decode(name: bytes) -> str:
-    # UTF-8 is what writers use; what is not becomes \xNN, so that it can be stored and printed.
+    # Writers use UTF-8; other bytes become \xNN, so that a name can be stored and printed.
     return name.decode("utf-8", "backslashreplace")

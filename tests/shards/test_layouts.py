@@ -1,4 +1,4 @@
-"""Shards as people make them: links, archives put together, keys that come again, droppings."""
+"""Shards as people make them: links, joined archives, keys that come again, AppleDouble files."""
 
 import io
 import json
@@ -233,7 +233,7 @@ def test_second_sidecars_without_images_are_told(tmp_path, caplog):
     assert "1 keys have second sidecars without images, such as a: left out" in caplog.text
 
 
-def test_droppings_of_macos_are_no_images(tmp_path):
+def test_apple_double_files_are_no_images(tmp_path):
     double = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(100)
     members = [
         ("./._a.png", double),
@@ -330,12 +330,12 @@ def test_the_work_is_linear_whatever_the_names(tmp_path, count):
 
 
 def test_a_samples_sidecars_are_read_once_and_shared(tmp_path, monkeypatch):
-    from dask_imgread.reading import records
+    from dask_imgread.reading import members as reading
 
     parsed = []
-    parse = records.parse_sidecar
+    parse = reading.parse_sidecar
     monkeypatch.setattr(
-        records, "parse_sidecar", lambda *given: parsed.append(given) or parse(*given)
+        reading, "parse_sidecar", lambda *given: parsed.append(given) or parse(*given)
     )
     large = json.dumps({"text": "x" * 500_000}).encode()
     members = [*((f"a.{n}.png", PNGS[n % 4]) for n in range(8)), ("a.json", large)]

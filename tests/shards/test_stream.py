@@ -19,7 +19,7 @@ def lay_out(names, size=100):
     return [Member(name, n * step, n * step + 512, size) for n, name in enumerate(names)]
 
 
-def tell(images):
+def to_tuples(images):
     return [(e.member, e.key, dict(e.sidecars), e.warning, e.repeated) for e in images]
 
 
@@ -40,16 +40,16 @@ def test_samples_that_stand_together(extensions, reach):
     names = [f"{n:03d}.{e}" for n, some in enumerate(extensions) for e in some]
     members = lay_out(names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "_REACH", reach * 1024)
+        patch.setattr(samples, "_WINDOW", reach * 1024)
         images, broken = stream(members)
-    assert tell(images) == tell(index_members(members).images)
+    assert to_tuples(images) == to_tuples(index_members(members).images)
     assert broken == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_members_within_reach_are_joined(seed, monkeypatch):
-    """Each member is moved by less than what the walk goes on before samples are told."""
-    monkeypatch.setattr(samples, "_REACH", 20 * 1024)
+    """Each member is moved by less than what the walk goes on before samples are yielded."""
+    monkeypatch.setattr(samples, "_WINDOW", 20 * 1024)
     rng = random.Random(seed)
     for _ in range(20):
         kinds = [rng.sample(EXTENSIONS, rng.randint(1, 3)) for _ in range(rng.randint(0, 40))]
@@ -57,14 +57,14 @@ def test_members_within_reach_are_joined(seed, monkeypatch):
         moved = sorted(range(len(names)), key=lambda n: n + rng.randint(0, 6))
         members = lay_out([names[n] for n in moved])
         images, broken = stream(members)
-        expected = tell(index_members(members).images)
-        assert sorted(tell(images), key=str) == sorted(expected, key=str)
+        expected = to_tuples(index_members(members).images)
+        assert sorted(to_tuples(images), key=str) == sorted(expected, key=str)
         assert broken == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_is_lost_of_any_order(seed, monkeypatch):
-    monkeypatch.setattr(samples, "_REACH", 3 * 1024)
+    monkeypatch.setattr(samples, "_WINDOW", 3 * 1024)
     rng = random.Random(seed)
     for _ in range(20):
         count = rng.randint(1, 12)
@@ -84,7 +84,7 @@ def test_nothing_is_lost_of_any_order(seed, monkeypatch):
 
 
 def test_what_comes_too_late_is_named(monkeypatch):
-    monkeypatch.setattr(samples, "_REACH", 2048)
+    monkeypatch.setattr(samples, "_WINDOW", 2048)
     names = [f"{n}.jpg" for n in range(20)] + [f"{n}.txt" for n in reversed(range(20))]
     images, (record,) = stream(lay_out(names))
     joined = sum(len(e.sidecars) for e in images)
@@ -99,7 +99,7 @@ def test_images_of_a_key_with_dots_are_told_before_the_shard_ends():
     pieces = [p for p in index_stream(iter(members), lambda offset: None) if p.images]
     assert len(pieces) > 5
     images = [entry for piece in pieces for entry in piece.images]
-    assert tell(images) == tell(index_members(members).images)
+    assert to_tuples(images) == to_tuples(index_members(members).images)
     assert sum("dotted" in piece.notes for piece in pieces) == 1
 
 
@@ -115,7 +115,7 @@ def test_a_walk_that_ends_in_an_error_loses_nothing_before_it():
 
 
 def test_what_may_still_be_read_is_kept(monkeypatch):
-    monkeypatch.setattr(samples, "_REACH", 4096)
+    monkeypatch.setattr(samples, "_WINDOW", 4096)
     members = lay_out([f"{n}.{e}" for n in range(100) for e in ("jpg", "txt")], size=700)
     needed = [0]
     for piece in index_stream(iter(members), needed.append):

@@ -1,0 +1,86 @@
+"""A member's bytes: an image's, or its header's alone, and a sidecar's."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+from dask_imgread.decoding.contract import Content, Header
+from dask_imgread.decoding.header import ImageError, read_header, read_header_only
+from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, parse_sidecar
+from dask_imgread.shards.tar import ByteSource, Member
+from dask_imgread.tasks import ImageObject
+
+_APPLE_MAGICS = (b"\0\5\x16\7", b"\0\5\x16\0")  # AppleDouble and AppleSingle
+_PARSED_GROWTH = 8  # JSON grows about this much when parsed: a list of numbers does
+
+logger = logging.getLogger("dask_imgread")
+
+
+def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
+    """Read an image's header, and all its bytes if ``whole``."""
+    if not whole:
+        header = read_header_only(lambda at, n: source.read_at(member.offset + at, n), member.size)
+        return header, b""
+    content = source.view_at(member.offset, member.size)
+    if len(content) < member.size:
+        raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")
+    return read_header(content), content
+
+
+def is_apple_double(source: ByteSource, member: Member) -> bool:
+    """Return whether a member is a file that macOS adds beside another (AppleDouble, RFC 1740)."""
+    if "._" not in member.name or not posixpath.basename(member.name).startswith("._"):
+        return False
+    return source.read_at(member.offset, 4) in _APPLE_MAGICS
+
+
+class SidecarReader:
+    """Reads the sidecars of samples, each sample's once for all of its images."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self._members: Sequence[tuple[str, Member]] = ()
+        self._values: dict[str, Any] = {}
+        self._problems: list[str] = []
+        # The last sample's values by offset: the next sample may share a sidecar with it.
+        self._parsed: dict[int, Any] = {}
+
+    def attach(self, members: Sequence[tuple[str, Member]], image: ImageObject) -> int:
+        """Add sidecars to an image's record, with a warning for each that can't be read.
+
+        Returns the bytes of memory they add: 0 if the image before has the same sidecars.
+        """
+        size = 0
+        if members is not self._members:
+            size = self._read(members)
+            for problem in self._problems:
+                logger.warning("%s: %s", image.image_path, problem)
+        image.metadata = dict(self._values)
+        image.warning = "; ".join(filter(None, [image.warning, *self._problems])) or None
+        return size
+
+    def _read(self, members: Sequence[tuple[str, Member]]) -> int:
+        self._members, self._values, self._problems = members, {}, []
+        before, self._parsed = self._parsed, {}
+        size = 0
+        for extension, member in members:
+            try:
+                if member.problem is not None:
+                    raise ValueError(member.problem)
+                if member.size > MAX_SIDECAR_BYTES:
+                    raise ValueError(f"{member.size} bytes are more than {MAX_SIDECAR_BYTES}")
+                if member.offset in before:
+                    value = before[member.offset]
+                else:
+                    content = self._source.read_at(member.offset, member.size)
+                    if len(content) < member.size:
+                        raise ValueError("truncated")
+                    value = parse_sidecar(extension, content)
+                    size += len(content) * (_PARSED_GROWTH if isinstance(value, dict | list) else 1)
+                self._values[extension] = self._parsed[member.offset] = value
+            except (ValueError, OSError) as error:
+                self._problems.append(f"sidecar {member.name}: {error}")
+        return size
