@@ -128,7 +128,8 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(folder, client, 
             process = start(*job, PAUSE="0.05", stdout=log, stderr=log)
         wait_for_parts(out, before + 1, process)
         time.sleep(chance.uniform(0, 0.6))
-        workers = list_workers(process)
+        while not (workers := list_workers(process)):  # none, for a moment: they start anew
+            time.sleep(0.05)
         started += workers
         if kill % 2:
             chance.choice(workers).kill()
