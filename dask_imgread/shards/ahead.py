@@ -19,10 +19,11 @@ READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # behind what was read last, where nobody says what is still needed
 _MOST_KEPT_BYTES = 256 * MIB  # behind it, even if it is needed
-_FIRST_BLOCKS, _MOST_BLOCKS = 4, 64  # on their way at a time
+_FIRST_BLOCKS, _MOST_BLOCKS = 8, 64  # on their way at a time
+_FIRST_SKIPPING = 4  # where perhaps no more than headers are needed
 # Small blocks first, so that there is something to decode soon; then large ones, as each request
 # takes its latency. Sizes in KiB; the last is that of all further blocks.
-_SIZES = [size << 10 for size in (256, 256, 256, 256, 1024, 1024, 1024, 2048, 2048, 4096, 4096)]
+_SIZES = [size << 10 for size in 4 * [256] + 8 * [1024] + 4 * [2048] + 2 * [4096]]
 _BLOCK_BYTES = 8 * MIB
 _STARTS = [0, *accumulate(_SIZES)]
 # Where only headers are wanted, and more than this lies between two of them, each is a request of
@@ -110,7 +111,9 @@ class ReadAhead:
         self._held: dict[int, _Block] = {}  # by their starts
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
-        self._wanted = _FIRST_BLOCKS  # on their way at a time; more after each wait
+        self._wanted = (
+            _FIRST_SKIPPING if skipping else _FIRST_BLOCKS
+        )  # on their way at a time; more after each wait
         self._most = blocks.workers if blocks.workers > 1 else _MOST_BLOCKS
         self._submitted = start  # of a stream: its blocks come in order, and once
         self._needed: int | None = None
@@ -201,7 +204,7 @@ class ReadAhead:
             self._submit_ahead(stop)
         if not block.future.done():  # too few were on their way, or this is the first
             wait([block.future])
-            self._wanted = min(2 * self._wanted, self._most)
+            self._wanted = min(4 * self._wanted, self._most)
         content = block.future.result()
         if self._blocks.workers > 1 and len(content) < min(stop, self._blocks.size or 0) - start:
             # Cut off where the file was thought to end.

@@ -59,7 +59,8 @@ class RangeReader:
         self.size = size
         self._sized = False  # by the first answer
         if not self._protocols & {"http", "s3"}:
-            self.size = with_retries(fs.info, name, name).get("size")
+            if self.size is None:
+                self.size = with_retries(fs.info, name, name).get("size")
             self._sized = True
             if self.size is None:
                 raise NoRangesError(f"{redact_url(name)}: its size is not known")
@@ -118,7 +119,9 @@ class RangeReader:
         elif "s3" in self._protocols:
             answer = self._run(self._ask_s3(start, stop))
         else:
-            content: bytes = self._fs.cat_file(self._name, start=start, end=stop)
+            # Others than asynchronous ones open the file, and would fetch more than the range.
+            opened = {} if self._fs.async_impl else {"cache_type": "none", "size": self.size}
+            content: bytes = self._fs.cat_file(self._name, start=start, end=stop, **opened)
             answer = _Answer(content, self.size, None)
         if answer.content is None:
             return answer
