@@ -15,7 +15,7 @@ from dask.sizeof import sizeof
 from dask_imgread.decoding.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards.find import split_list, stat_shard
-from dask_imgread.shards.samples import make_shard_id
+from dask_imgread.shards.samples import ShardIndex, make_shard_id
 from dask_imgread.storage.filesystems import resolve_path
 from dask_imgread.storage.redaction import redact_url
 
@@ -54,9 +54,9 @@ class FileGroupTask:
     byte_range
         Offsets of the first tar header to read and of the first not to read (None: read to
         the end). Only for a task with one shard.
-    index_whole_shard
-        Whether samples have members outside ``byte_range``, so that the headers of the whole
-        shard are needed to assemble them.
+    index
+        Where the part's samples have members that are not adjacent: what the walk over the whole
+        shard has found of them, so that no task walks it again.
     versions
         A token for the content of each shard, so that a changed shard is read again;
         looked up when it is needed if not given.
@@ -81,7 +81,7 @@ class FileGroupTask:
     task_id: str = ""
     reader_config: dict[str, Any] = field(default_factory=dict)
     byte_range: tuple[int, int | None] | None = None
-    index_whole_shard: bool = False
+    index: ShardIndex | None = field(default=None, repr=False)
     versions: tuple[str, ...] = ()
     sizes: tuple[int | None, ...] = ()
 
@@ -143,7 +143,6 @@ class FileGroupTask:
         """Return a token of what is read, the shards' content included, equal in every process."""
         versions = self.versions or tuple(self._look_up_version(path) for path in self.data)
         paths = [resolve_path(path) for path in self.data]
-        whole = self.index_whole_shard
         # A token, since keys are shown on the dashboard and the configuration may hold secrets.
         config = tokenize(self.reader_config)
         return (
@@ -151,7 +150,7 @@ class FileGroupTask:
             self.dataset_name,
             paths,
             self.byte_range,
-            whole,
+            self.index and self.index.to_json(),
             versions,
             config,
         )

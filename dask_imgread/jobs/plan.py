@@ -17,10 +17,11 @@ from dask_imgread.errors import OtherJobError
 from dask_imgread.jobs.folder import CLEARED, PLAN, SHARDS, JobFolder
 from dask_imgread.shards.find import Shard
 from dask_imgread.shards.partition import Division, divide_shards
+from dask_imgread.shards.samples import ShardIndex
 from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.tasks import FileGroupTask
 
-FORMAT = 1  # of the folder; a folder of another format is refused
+FORMAT = 2  # of the folder; a folder of another format is refused
 _ID = b"job"  # where the plan's metadata hold the job's id
 _SCHEMA = pa.schema(
     {
@@ -28,7 +29,7 @@ _SCHEMA = pa.schema(
         "count": pa.int32(),
         "start": pa.int64(),  # null: whole shards
         "stop": pa.int64(),
-        "whole": pa.bool_(),
+        "index": pa.string(),  # of its samples, where it takes the whole shard to find them
     }
 )
 _LOGGED_EVERY = 10  # seconds
@@ -93,7 +94,7 @@ class Plan:
                         task_id=f"file_group_{number}",
                         reader_config=config,
                         byte_range=None if whole_file else (row["start"], row["stop"]),
-                        index_whole_shard=row["whole"],
+                        index=row["index"] and ShardIndex.from_json(row["index"]),
                         versions=tuple(shard.version for shard in shards),
                         sizes=tuple(shard.size for shard in shards),
                     ),
@@ -174,9 +175,9 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
         while shards[first].path != task.data[0]:  # tasks and shards are in the same order
             first += 1
         start, stop = task.byte_range or (None, None)
-        whole = task.index_whole_shard
+        index = task.index and task.index.to_json()
         rows.append(
-            {"first": first, "count": len(task.data), "start": start, "stop": stop, "whole": whole}
+            {"first": first, "count": len(task.data), "start": start, "stop": stop, "index": index}
         )
         if len(rows) == _ROWS:
             batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))

@@ -314,22 +314,18 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         return open_shard(
             path,
             task.storage_options,
-            start=0 if task.index_whole_shard else task.start,
+            start=task.start,
             plain=task.byte_range is not None,  # a compressed shard has no parts
             size=task.find_size(path),
             read_ahead=self.read_ahead,
-            skipping=not self.decode,
+            skipping=not self.decode or task.index is not None,
         )
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
         """Walk the headers of the task's part of a shard, and yield the index of its samples."""
         start, stop = task.byte_range or (0, None)
-        if task.index_whole_shard:
-            index = index_members(walk_members(source))
-            last = stop if stop is not None else 1 << 63
-            index.images = [e for e in index.images if start <= e.member.start < last]
-            index.broken = [m for m in index.broken if start <= m.start < last]
-            yield index
+        if task.index is not None:
+            yield task.index
         elif source.streamed:
             source.keep(start)
             yield from index_stream(walk_members(source, start, stop), source.keep)

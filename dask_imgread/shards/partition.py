@@ -236,7 +236,7 @@ def _cut(
             data=task.data,
             reader_config=config,
             byte_range=None if byte_range == (0, None) else byte_range,
-            index_whole_shard=index.scattered,
+            index=index.cut(*byte_range) if index.scattered and byte_range != (0, None) else None,
             versions=task.versions,
             sizes=task.sizes,
         )

@@ -108,6 +108,33 @@ class ShardIndex:
     scattered: bool = False
     notes: dict[str, str] = field(default_factory=dict)  # messages to log, by topic
 
+    def cut(self, start: int, stop: int | None) -> ShardIndex:
+        """Return the index of what begins in a part of the shard; the first part has the notes."""
+        last = float("inf") if stop is None else stop
+        return ShardIndex(
+            [entry for entry in self.images if start <= entry.member.start < last],
+            [member for member in self.broken if start <= member.start < last],
+            self.scattered,
+            self.notes if start == 0 else {},
+        )
+
+    def to_json(self) -> str:
+        """Return the index as JSON."""
+        images = [(e.member, e.key, e.sidecars, e.warning, e.repeated) for e in self.images]
+        return json.dumps([images, self.broken, self.scattered, self.notes])
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardIndex:
+        """Return the index that ``to_json`` has written."""
+        images, broken, scattered, notes = json.loads(text)
+        entries = [
+            ImageEntry(
+                Member(*member), key, tuple((e, Member(*m)) for e, m in sidecars), warning, repeated
+            )
+            for member, key, sidecars, warning, repeated in images
+        ]
+        return cls(entries, [Member(*member) for member in broken], scattered, notes)
+
 
 @dataclass(slots=True)
 class _Sample:

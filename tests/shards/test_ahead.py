@@ -4,6 +4,7 @@ import gc
 import gzip
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,16 +14,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+from distributed import Client
 from PIL import Image
 
-from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, read_metadata
+from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards, read_metadata, run_job
 from dask_imgread.shards import ahead
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.images import encode
+from tests.helpers.images import encode, members_of
 from tests.helpers.servers import Faults, serve_http, serve_s3
 
 MIB = 1 << 20
@@ -296,7 +299,7 @@ def list_threads():
 def test_a_closed_generator_ends_all_requests_at_once(large_folder, name):
     with serve_http(large_folder) as server:
         reader = ImageReaderStage(
-            device="cpu", dali_batch_size=2, read_ahead=8 * MIB, verbose=False
+            device="cpu", dali_batch_size=2, read_ahead=2 * MIB, verbose=False
         )
         batches = reader.stream(FileGroupTask(data=[f"{server.url}/{name}"]))
         next(batches)
@@ -377,3 +380,28 @@ def test_a_far_sidecar_of_a_compressed_shard_is_a_warning(tmp_path, monkeypatch)
     assert (key, metadata, error) == ("z", {}, None)
     assert "z.txt" in warning
     assert "not kept any more" in warning
+
+
+def test_parts_of_a_scattered_shard_are_not_walked_again(large_folder, tmp_path):
+    members = members_of(large_folder / "a.tar")
+    path = write_shard(tmp_path / "s.tar", sorted(members.items(), key=lambda m: m[0][-3:]))
+    size = os.path.getsize(path)
+    whole = READER.process(FileGroupTask(data=[path]))
+    expected = [(i.key, i.metadata) for b in whole for i in b.data]
+    with serve_http(tmp_path) as server:
+        tasks = partition_shards(f"{server.url}/s.tar", images_per_partition=7)
+        assert len(tasks) == 5
+        server.requests.clear()
+        batches = [b for task in pickle.loads(pickle.dumps(tasks)) for b in READER.process(task)]
+        assert [(i.key, i.metadata) for b in batches for i in b.data] == expected
+        assert count_bytes(server.requests, size) < 1.1 * size
+        out = tmp_path / "out"
+        with Client(processes=False, n_workers=1, dashboard_address=":0") as client:
+            job = {"client": client, "reader": READER, "images_per_partition": 7}
+            assert run_job(f"{server.url}/s.tar", out, fn=count_pixels, **job).images == 30
+            assert run_job(f"{server.url}/s.tar", out, fn=count_pixels, **job).new_images == 0
+    assert len(pd.read_parquet(out)) == 30
+
+
+def count_pixels(batch):
+    return {"pixels": [image.image_data.size for image in batch.data]}
