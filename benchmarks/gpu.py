@@ -180,6 +180,7 @@ def run_tests(seconds: float) -> str:
         sys.executable,
         "-m",
         "pytest",
+        "--override-ini=addopts=",  # in one process: the GPU is one, too
         "-m",
         "gpu",
         "-q",

@@ -61,6 +61,16 @@ def count_fuzz_inputs(name, tried):
     FUZZED[name] = tried
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["fuzzed"] = FUZZED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    FUZZED.update(getattr(node, "workeroutput", {}).get("fuzzed", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     for name, tried in FUZZED.items():
         terminalreporter.write_line(f"fuzzed the {name}: {tried} inputs, all accounted for")
