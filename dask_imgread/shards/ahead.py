@@ -1,7 +1,7 @@
-"""Blocks of a shard, fetched or inflated before they are asked for.
+"""Blocks of a shard, fetched or inflated before they are needed.
 
-While the reader decodes one batch, threads get what follows: several requests at a time for ranges
-of a remote file, one thread for what can only be read from its beginning on.
+While the reader decodes a batch, threads get the blocks that follow: several at a time if they are
+ranges of a remote file, one thread in order if the shard can only be read from its beginning on.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Protocol
 MIB = 1 << 20
 READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
-_KEPT_BYTES = 16 * MIB  # behind what was read last, where nobody says what is still needed
-_MOST_KEPT_BYTES = 256 * MIB  # behind it, even if it is needed
-_FIRST_BLOCKS, _MOST_BLOCKS = 8, 64  # on their way at a time
-_FIRST_SKIPPING = 4  # where perhaps no more than headers are needed
-# Small blocks first, so that there is something to decode soon; then large ones, as each request
-# takes its latency. Sizes in KiB; the last is that of all further blocks.
+_KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
+_MAX_KEPT_BYTES = 256 * MIB  # before the last read, whatever `keep` says
+_FIRST_BLOCKS, _MAX_BLOCKS = 8, 64  # in flight
+_FIRST_SKIPPING = 4  # in flight, if only headers may be needed
+# The first blocks are small, so that decoding can begin soon; the others are large, since each
+# request costs a latency.
 _SIZES = [size << 10 for size in 4 * [256] + 8 * [1024] + 4 * [2048] + 2 * [4096]]
 _BLOCK_BYTES = 8 * MIB
 _STARTS = [0, *accumulate(_SIZES)]
-# Where only headers are wanted, and more than this lies between two of them, each is a request of
-# its own; further ones double while what they bring is read to its end.
+# If only headers are needed and more than this lies between two of them, each is a request of its
+# own. Requests double in size while their answers are read to the end.
 _SKIPPED_BYTES = 512 << 10
 _PIECE_BYTES = 32 << 10
 _KEPT_PIECES = 64
@@ -36,7 +36,7 @@ _KEPT_PIECES = 64
 class Blocks(Protocol):
     """Where blocks come from."""
 
-    workers: int  # threads that may fetch at a time; one, if blocks only come in order
+    workers: int  # threads that may read at a time; one if blocks come only in order
     size: int | None  # None until it is known
     compressed: bool
     problem: str
@@ -45,14 +45,14 @@ class Blocks(Protocol):
         """Return the bytes of a block, fewer where the source ends."""
 
     def stop(self) -> None:
-        """End what is under way."""
+        """Cancel all reads."""
 
     def close(self) -> None:
-        """Close what the blocks come from, when nothing is under way any more."""
+        """Close the source, once no read is running."""
 
 
 class _Budget:
-    """Bytes that the readers of a process may fetch in advance."""
+    """The bytes that all readers of a process may fetch in advance."""
 
     def __init__(self, size: int) -> None:
         self._left, self._lock = size, threading.Lock()
@@ -73,7 +73,7 @@ _BUDGET = _Budget(_WORKER_BYTES)
 
 @dataclass(slots=True)
 class _Block:
-    """One block that is there, or on its way."""
+    """A block that was fetched, or is in flight."""
 
     stop: int
     future: Future[bytes]
@@ -81,18 +81,18 @@ class _Block:
 
 
 class ReadAhead:
-    """A source whose bytes come in blocks, of which the next are on their way; for one thread.
+    """A byte source that fetches the next blocks in advance. Not thread-safe.
 
     Parameters
     ----------
     blocks
-        Where they come from.
+        Where the blocks come from.
     read_ahead
-        Bytes that are fetched in advance, at most.
+        Maximum number of bytes fetched in advance.
     start
         The offset at which reading begins.
     skipping
-        Whether what lies between two reads need not be fetched where it is large.
+        Whether large gaps between two reads are not fetched.
     """
 
     streamed = True
@@ -111,10 +111,9 @@ class ReadAhead:
         self._held: dict[int, _Block] = {}  # by their starts
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
-        self._wanted = (
-            _FIRST_SKIPPING if skipping else _FIRST_BLOCKS
-        )  # on their way at a time; more after each wait
-        self._most = blocks.workers if blocks.workers > 1 else _MOST_BLOCKS
+        # In flight; more after each wait.
+        self._wanted = _FIRST_SKIPPING if skipping else _FIRST_BLOCKS
+        self._most = blocks.workers if blocks.workers > 1 else _MAX_BLOCKS
         self._submitted = start  # of a stream: its blocks come in order, and once
         self._needed: int | None = None
         self._next = start  # where the last read ended
@@ -126,7 +125,7 @@ class ReadAhead:
         return bytes(self.view_at(offset, size))
 
     def view_at(self, offset: int, size: int) -> memoryview:
-        """Return the same in memory that is shared with what came along with it."""
+        """Return the same without a copy, as a view of the block."""
         place = offset - self._content_start
         if not 0 <= place <= place + size <= len(self._content):
             return self._gather(offset, size)
@@ -134,11 +133,11 @@ class ReadAhead:
         return self._content[place : place + size]
 
     def keep(self, offset: int) -> None:
-        """Say that nothing before an offset is needed any more, but what follows may be."""
+        """Allow the bytes before an offset to be discarded, and keep those after it."""
         self._needed = offset
 
     def stop(self) -> None:
-        """End what is under way: every read raises from now on."""
+        """Cancel all requests; reads raise from now on."""
         self._blocks.stop()
 
     def end(self) -> int:
@@ -147,12 +146,12 @@ class ReadAhead:
 
     @property
     def compressed(self) -> bool:
-        """Whether offsets are those of what comes out, and not of the file."""
+        """Whether offsets are those of the decompressed bytes, not of the file."""
         return self._blocks.compressed
 
     @property
     def problem(self) -> str:
-        """Why it ends where it does, if that is not the file's end."""
+        """The decompressor's error, if the source ends before the file does."""
         return self._blocks.problem
 
     def close(self) -> None:
@@ -165,7 +164,7 @@ class ReadAhead:
         self._blocks.close()
 
     def _gather(self, offset: int, size: int) -> memoryview:
-        """Put together what lies in several blocks, or is not there yet."""
+        """Assemble bytes from several blocks, or wait for them."""
         pieces: list[memoryview] = []
         while size > 0 and (self._blocks.size is None or offset < self._blocks.size):
             self._load(offset, size)
@@ -180,10 +179,10 @@ class ReadAhead:
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
     def _load(self, offset: int, size: int) -> None:
-        """Make the block of an offset the one that is read."""
+        """Make the block that holds an offset the current one."""
         start, stop = self._find_block(offset)
         if self._skipping and start not in self._held:
-            for place, piece in self._pieces:  # the image whose header was walked over before
+            for place, piece in self._pieces:  # the walk has been here before
                 if place <= offset < place + len(piece):
                     self._show(place, piece)
                     return
@@ -202,19 +201,19 @@ class ReadAhead:
         self._drop(offset)
         if not self._piece_bytes:
             self._submit_ahead(stop)
-        if not block.future.done():  # too few were on their way, or this is the first
+        if not block.future.done():  # too few were in flight, or this is the first
             wait([block.future])
             self._wanted = min(4 * self._wanted, self._most)
         content = block.future.result()
         if self._blocks.workers > 1 and len(content) < min(stop, self._blocks.size or 0) - start:
-            # Cut off where the file was thought to end.
+            # It was cut off where the file was believed to end.
             content += self._blocks.read(start + len(content), stop)
             block.future = Future()
             block.future.set_result(content)
         self._show(start, memoryview(content))
 
     def _fetch(self, start: int, stop: int) -> _Block:
-        """Have a block fetched that is needed now, after those of a stream that come before it."""
+        """Fetch a block that is needed now; of a stream, first those before it."""
         if self._blocks.workers == 1:
             if start < self._submitted:
                 raise OSError(f"what lies at offset {start} is not kept any more")
@@ -228,7 +227,7 @@ class ReadAhead:
     def _find_block(self, offset: int) -> tuple[int, int]:
         """Return the start and stop of the block in which an offset lies."""
         place = offset - self._base
-        if place < 0:  # before where reading began: seldom
+        if place < 0:  # before where reading began: rare
             start = max(0, self._base + place // _SIZES[0] * _SIZES[0])
             return start, min(start + _SIZES[0], self._base)
         if place < _STARTS[-1]:
@@ -244,10 +243,10 @@ class ReadAhead:
         return block
 
     def _submit_ahead(self, position: int) -> None:
-        """Have the next blocks fetched: as many as are wanted at a time, as far as is allowed."""
+        """Fetch the next blocks, within the limits of what may be in flight and in memory."""
         size = self._blocks.size
         if size is None and self._blocks.workers > 1:
-            return  # nobody knows whether there is more
+            return  # there may be no more
         last = position + self._read_ahead
         running = sum(not block.future.done() for block in self._held.values())
         while running < self._wanted and (size is None or position < size):
@@ -262,8 +261,8 @@ class ReadAhead:
             position = stop
 
     def _drop(self, offset: int) -> None:
-        """Let go of blocks that are not needed any more, or lie very far behind."""
+        """Discard blocks that are not needed any more, or lie too far behind."""
         needed = offset - _KEPT_BYTES if self._needed is None else self._needed
-        needed = max(min(needed, offset), offset - _MOST_KEPT_BYTES)
+        needed = max(min(needed, offset), offset - _MAX_KEPT_BYTES)
         for start in [start for start, block in self._held.items() if block.stop <= needed]:
             _BUDGET.give_back(self._held.pop(start).taken)

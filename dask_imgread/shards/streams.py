@@ -1,9 +1,10 @@
-"""What can only be read from its beginning on: compressed shards, servers without ranges."""
+"""Sequential sources: compressed shards, and files on servers without range requests."""
 
 from __future__ import annotations
 
 import io
 import threading
+from contextlib import suppress
 from typing import IO
 
 import fsspec
@@ -39,9 +40,18 @@ class Stream:
         self._position = 0
         self.size: int | None = None
         self.problem = ""
+        self._lost: StorageError | None = None
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes of a block, fewer where the file ends or can't be decompressed."""
+        """Return the bytes of a block, fewer where the file ends or can't be decompressed.
+
+        Raises
+        ------
+        StorageError
+            If they can't be fetched, or any before them could not.
+        """
+        if self._lost is not None:
+            raise self._lost
         while self._position < start and self._take(min(start - self._position, _SKIPPED_BYTES)):
             pass
         return self._take(stop - start) if self._position == start else b""
@@ -52,6 +62,8 @@ class Stream:
 
     def close(self) -> None:
         """Close the file."""
+        with suppress(OSError):  # what could not be read can't be closed in order
+            self._stream.close()
         self._file.close()
 
     def _take(self, size: int) -> bytes:
@@ -62,7 +74,8 @@ class Stream:
                 piece = self._stream.read(
                     min(_PIECE_BYTES, missing) if self.compressed else missing
                 )
-            except StorageError:
+            except StorageError as error:  # in the middle of a block: no more is in its place
+                self._lost = error
                 raise
             except OSError as error:  # cut or damaged: what came before stands
                 self.problem = str(error)

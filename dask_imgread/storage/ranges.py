@@ -1,4 +1,4 @@
-"""Ranges of a remote file, each fetched by one request; many threads may ask at a time."""
+"""Read ranges of a remote file, each with one request. Thread-safe."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class NoRangesError(OSError):
 
 class _Answer(NamedTuple):
     content: bytes | None  # None: the server sends no ranges
-    size: int | None  # of the whole file, where the store says it along with a part
+    size: int | None  # of the whole file, if the answer has it
     etag: str | None
 
 
 class RangeReader:
-    """Blocks of a remote file, each fetched by a request for its range.
+    """Read ranges of a remote file.
 
-    Nothing is asked before the first read: web servers and S3 tell a file's size along with a part
-    of it. With each part comes the ETag, so that a file that changes meanwhile is noticed.
+    No request is made before the first read: answers of web servers and S3 have the file's size.
+    They have its ETag, too, so that a file that changes meanwhile is noticed.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class RangeReader:
         Raises
         ------
         StorageError
-            If they can't be had, as ``with_retries`` says, or ``stop`` was called.
+            If they can't be fetched (see ``with_retries``), or ``stop`` was called.
         NoRangesError
             If the server sends whole files only.
         OSError
@@ -91,19 +91,19 @@ class RangeReader:
         return answer.content
 
     def stop(self) -> None:
-        """End all requests; every read raises from now on."""
+        """Cancel all requests; reads raise from now on."""
         self._stopped.set()
         with self._lock:
             for future in self._running:
                 future.cancel()
 
     def close(self) -> None:
-        """Nothing is held open between two requests."""
+        """Do nothing: no file is open between requests."""
 
     def _compare(self, answer: _Answer) -> None:
-        """Remember what the first answer says of the file; raise OSError if another differs."""
+        """Keep the size and ETag of the first answer; raise OSError if a later ETag differs."""
         with self._lock:
-            if not self._sized:  # whatever was thought before
+            if not self._sized:  # what the caller gave may be outdated
                 self.size, self._sized = answer.size, True
             if self._etag is None:
                 self._etag = answer.etag
@@ -118,10 +118,12 @@ class RangeReader:
             answer = self._run(self._ask_web_server(start, stop))
         elif "s3" in self._protocols:
             answer = self._run(self._ask_s3(start, stop))
-        else:
-            # Others than asynchronous ones open the file, and would fetch more than the range.
-            opened = {} if self._fs.async_impl else {"cache_type": "none", "size": self.size}
-            content: bytes = self._fs.cat_file(self._name, start=start, end=stop, **opened)
+        elif self._fs.async_impl:
+            request = self._fs._cat_file(self._name, start=start, end=stop)
+            answer = _Answer(self._run(request), self.size, None)
+        else:  # it opens the file, and by default reads more than the range
+            opened = {"cache_type": "none", "size": self.size}
+            content = self._fs.cat_file(self._name, start=start, end=stop, **opened)
             answer = _Answer(content, self.size, None)
         if answer.content is None:
             return answer

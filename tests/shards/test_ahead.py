@@ -203,7 +203,7 @@ def read(path, **options):
         FileGroupTask(data=[str(path)])
     )
     return [
-        (i.key, i.image_data.tobytes(), i.metadata, i.error, i.warning)
+        (i.key, i.image_data is not None and i.image_data.tobytes(), i.metadata, i.error, i.warning)
         for b in batches
         for i in (*b.data, *b.failed)
     ]
@@ -405,3 +405,19 @@ def test_parts_of_a_scattered_shard_are_not_walked_again(large_folder, tmp_path)
 
 def count_pixels(batch):
     return {"pixels": [image.image_data.size for image in batch.data]}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz"])
+def test_an_outage_is_never_a_mixture(large_folder, name, monkeypatch):
+    """Images before it are right, and what follows is recorded as unreachable."""
+    monkeypatch.setattr("dask_imgread.storage.retries.ATTEMPTS", 1)
+    expected = {key: pixels for key, pixels, *_ in read(large_folder / "a.tar")}
+    for first_good in (3, 9, 14):
+        with serve_http(large_folder) as server:
+            server.faults = Faults(every=first_good, kinds=("500",))
+            rows = read(f"{server.url}/{name}", read_ahead=4 * MIB)
+        good = {key: pixels for key, pixels, _, error, _ in rows if error is None}
+        assert good == {key: expected[key] for key in good}
+        errors = {error for *_, error, _ in rows if error is not None}
+        assert errors
+        assert all(error.startswith("unreachable") for error in errors), errors
