@@ -12,6 +12,16 @@ from tests.helpers.images import encode
 pytest_plugins = ["pytester"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home_of_the_hub(tmp_path_factory):
+    """Keep the Hugging Face Hub's client, here and in workers, from this machine's token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        patch.delenv("HF_TOKEN", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def photographs():
     """RGB photographs of several sizes, from scikit-image's and scikit-learn's wheels."""

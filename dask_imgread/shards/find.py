@@ -105,7 +105,10 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     if isinstance(fs, LocalFileSystem) and os.path.isfile(root):
         return [stat_shard(root, {})]
     wildcards = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # a URL's ? begins its query
-    if any(wildcard in path for wildcard in wildcards) and not with_retries(fs.exists, path, root):
+    is_glob = any(wildcard in path for wildcard in wildcards)
+    if is_glob or not root.endswith(SHARD_SUFFIXES):
+        fs.invalidate_cache()  # else what was listed for an earlier job would be found again
+    if is_glob and not with_retries(fs.exists, path, root):
         found = with_retries(fs.glob, path, root, detail=True)
         kind = "no shard matches"
     else:
@@ -138,7 +141,8 @@ def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) 
         with suppress(OSError):  # a broken link is recorded when the reader can't open it
             status = os.stat(name)
             info = info | {"size": status.st_size, "mtime": status.st_mtime}
-    tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+    tags = ["ETag", "etag", "md5Hash", "blob_id"]
+    tags += ["mtime", "LastModified", "last_modified", "updated"]
     version = "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
     # One spelling for each file: a shard given under two would be read twice.
     path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)

@@ -33,6 +33,8 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
     ValueError
         If fsspec knows no such store, or the store does not take these options.
     """
+    if path.startswith("hf://"):
+        fsspec.get_filesystem_class("https")  # ranges are fetched by it: raises if it can't be had
     if path.startswith(("s3://", "s3a://")):
         # s3fs and botocore would make 25 attempts for each of ours: hours, if the server is down.
         no_retries = {"config_kwargs": {"retries": {"max_attempts": 0}}}
@@ -45,3 +47,26 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
     if "s3" in fs.protocol:
         fs.retries = 1
     return fs, name
+
+
+def reach_hub(fs: fsspec.AbstractFileSystem, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the web server that the Hugging Face Hub is, and the URL there of one of its files.
+
+    The Hub's own client would list the file's folder in each thread that reads, only to see that
+    it is a file, and could not end a request that is under way.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    place = fs.resolve_path(name)  # by one request for each repository and thread
+    if hasattr(place, "repo_id"):
+        where = {"repo_type": place.repo_type, "revision": place.revision}
+        url = hf_hub_url(place.repo_id, place.path, endpoint=fs.endpoint, **where)
+    else:  # a bucket
+        url = fs.url(name)
+    web = fsspec.filesystem(
+        "https",
+        headers=build_hf_headers(token=fs.token),
+        client_kwargs={"trust_env": True},  # proxies, as the Hub's own client does
+    )
+    return web, url

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 
 from dask_imgread.errors import StorageError
+from dask_imgread.storage.filesystems import reach_hub
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import find_status, until_stopped, with_retries
 
@@ -35,8 +36,9 @@ class _Answer(NamedTuple):
 class RangeReader:
     """Read ranges of a remote file.
 
-    No request is made before the first read: answers of web servers and S3 have the file's size.
-    They have its ETag, too, so that a file that changes meanwhile is noticed.
+    No request is made before the first read: answers of S3 and of web servers, the Hugging Face Hub
+    included, have the file's size. They have its ETag, too, so that a file that changes meanwhile
+    is noticed.
 
     Parameters
     ----------
@@ -50,7 +52,10 @@ class RangeReader:
     compressed, problem = False, ""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int | None = None) -> None:
-        self._fs, self._name = fs, name
+        self._name = self._url = name
+        if "hf" in fs.protocol:
+            fs, self._url = with_retries(reach_hub, name, fs, name)
+        self._fs = fs
         self._protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -150,7 +155,7 @@ class RangeReader:
         options = dict(self._fs.kwargs)
         headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
         headers["Accept-Encoding"] = "identity"  # offsets are those of the file
-        url = self._fs.encode_url(self._name)
+        url = self._fs.encode_url(self._url)
         async with session.get(url, headers=headers, **options) as response:
             match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
             size = int(match[1]) if match else None

@@ -24,13 +24,14 @@ PATIENCE = 60.0  # seconds after which no further attempt is made
 
 _REQUEST_TIMEOUT, _TOO_EARLY, _TOO_MANY = 408, 425, 429
 _PERMANENT = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
-# What aiohttp, botocore and http.client raise when a connection fails; by name, since not all of
-# them need be installed.
+# What aiohttp, botocore, http.client and httpx raise when a connection fails; by name, since not
+# all of them need be installed.
 _CONNECTION_ERRORS = {
     "ClientConnectionError",
     "ClientPayloadError",
     "HTTPClientError",
     "IncompleteRead",
+    "TransportError",
 }
 _CERTIFICATE_ERRORS = {"ClientSSLError", "ClientConnectorCertificateError", "SSLError"}
 
@@ -117,7 +118,7 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def find_status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error: aiohttp's, botocore's, gcsfs's or adlfs's."""
+    """Return the HTTP status behind an error of aiohttp, botocore, httpx, gcsfs or adlfs."""
     for cause in _list_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, Mapping):
@@ -126,7 +127,9 @@ def find_status(error: BaseException) -> int | None:
             names = ["status", "status_code"]
             if type(cause).__module__.startswith("gcsfs"):  # elsewhere `code` is no HTTP status
                 names.append("code")
-            status = next((getattr(cause, name) for name in names if hasattr(cause, name)), None)
+            sources = (cause, response)
+            found = (getattr(source, name, None) for source in sources for name in names)
+            status = next((value for value in found if value is not None), None)
         if isinstance(status, int) and 300 <= status < 600:
             return status
     return None
@@ -145,9 +148,11 @@ def _explain(error: Exception, url: str) -> Exception:
 
 
 def _describe(error: BaseException) -> str:
-    root = list(_list_causes(error))[-1]
-    status = find_status(error)
-    text = hide_secrets(str(root))
+    causes = list(_list_causes(error))[::-1]
+    root, status = causes[0], find_status(error)
+    texts = [hide_secrets(str(cause)) for cause in causes]
+    # The Hugging Face Hub's client says in several lines what it says in one at the end.
+    text = next((text for text in texts if "\n" not in text), texts[0].partition("\n")[0])
     if status is not None:
         reason = getattr(root, "message", None)  # aiohttp's own text repeats the URL
         return f"HTTP {status}: {reason or text}"

@@ -103,6 +103,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.faults = faults
         self.requests = []
+        self.authorizations = []  # of the requests, in the same order
         self.connections = set()
         self.stopping = threading.Event()
 
@@ -207,6 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_request(self, code="-", size="-"):
+        self.server.authorizations.append(self.headers.get("Authorization"))
         self.server.requests.append(
             Request(self.command, self.path, self.headers.get("Range"), code and int(code))
         )
@@ -329,14 +331,14 @@ class S3Server(Server):
     def make_bucket(self, name):
         self.ask_moto("PUT", f"/{name}")
 
-    def put(self, bucket, key, content):
-        self.ask_moto("PUT", f"/{bucket}/{quote(key)}", content)
+    def put(self, bucket, key, content, **headers):
+        self.ask_moto("PUT", f"/{bucket}/{quote(key)}", content, headers)
 
-    def ask_moto(self, method, path, content=b""):
+    def ask_moto(self, method, path, content=b"", headers=None):
         """Ask without faults, as the same user: moto reads the name of a signature's key."""
         credential = f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request"
         with closing(HTTPConnection(*self.moto, timeout=60)) as moto:
-            moto.request(method, path, content, {"Authorization": credential})
+            moto.request(method, path, content, {"Authorization": credential, **(headers or {})})
             answer = moto.getresponse()
             if answer.status >= 400:
                 raise RuntimeError(f"{method} {path}: {answer.status} {answer.read()!r}")
