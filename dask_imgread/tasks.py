@@ -12,7 +12,7 @@ import pandas as pd
 from dask.base import tokenize
 from dask.sizeof import sizeof
 
-from dask_imgread.decoding.buffers import count_bytes_held
+from dask_imgread.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.shards.find import split_list, stat_shard
 from dask_imgread.shards.samples import ShardIndex, make_shard_id

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dask_imgread.decoding.buffers import BUFFERS
+from dask_imgread.buffers import BUFFERS
 from dask_imgread.decoding.contract import (
     Content,
     Decoded,

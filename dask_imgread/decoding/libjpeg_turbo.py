@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import simplejpeg
 
-from dask_imgread.decoding.buffers import BUFFERS
+from dask_imgread.buffers import BUFFERS
 from dask_imgread.decoding.contract import Content, DecoderOptions, Header, Pixels
 from dask_imgread.decoding.geometry import apply_orientation, resize
 

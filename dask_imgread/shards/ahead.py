@@ -41,7 +41,7 @@ class Blocks(Protocol):
     compressed: bool
     problem: str
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes of a block, fewer where the source ends."""
 
     def stop(self) -> None:
@@ -76,7 +76,7 @@ class _Block:
     """A block that was fetched, or is in flight."""
 
     stop: int
-    future: Future[bytes]
+    future: Future[bytes | memoryview]
     taken: int  # bytes of the process's budget
 
 
@@ -207,7 +207,7 @@ class ReadAhead:
         content = block.future.result()
         if self._blocks.workers > 1 and len(content) < min(stop, self._blocks.size or 0) - start:
             # It was cut off where the file was believed to end.
-            content += self._blocks.read(start + len(content), stop)
+            content = bytes(content) + self._blocks.read(start + len(content), stop)
             block.future = Future()
             block.future.set_result(content)
         self._show(start, memoryview(content))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dask_imgread.decoding.buffers import BUFFERS
+from dask_imgread.buffers import BUFFERS
 
 _AHEAD_BYTES = 4 << 20  # read at once where reads are sequential
 _AHEAD_GAP = 64 << 10  # that sequential reads may skip

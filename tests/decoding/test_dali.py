@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.buffers import _Lease
 from dask_imgread.cluster import gpu
 from dask_imgread.decoding import dali, faults
-from dask_imgread.decoding.buffers import _Lease
 from dask_imgread.decoding.stderr import _find_descriptor
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.helpers.images import (

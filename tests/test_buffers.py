@@ -20,7 +20,7 @@ from distributed.protocol import deserialize, serialize
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage, partition_shards
-from dask_imgread.decoding.buffers import BUFFERS, BufferPool, count_bytes_held
+from dask_imgread.buffers import BUFFERS, BufferPool, count_bytes_held
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.helpers.images import both_decoders, members_of, read_with_pillow
 
