@@ -20,7 +20,7 @@ _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
 _MAX_KEPT_BYTES = 256 * MIB  # before the last read, whatever `keep` says
 _FIRST_BLOCKS, _MAX_BLOCKS = 8, 64  # in flight
-_FIRST_SKIPPING = 4  # in flight, if only headers may be needed
+_FIRST_SKIPPED = MIB  # bytes fetched to begin with, if only headers may be needed
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
 # request costs a latency.
 _SIZES = [size << 10 for size in 4 * [256] + 8 * [1024] + 4 * [2048] + 2 * [4096]]
@@ -111,8 +111,7 @@ class ReadAhead:
         self._held: dict[int, _Block] = {}  # by their starts
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
-        # In flight; more after each wait.
-        self._wanted = _FIRST_SKIPPING if skipping else _FIRST_BLOCKS
+        self._wanted = _FIRST_BLOCKS  # in flight; more after each wait
         self._most = blocks.workers if blocks.workers > 1 else _MAX_BLOCKS
         self._submitted = start  # of a stream: its blocks come in order, and once
         self._needed: int | None = None
@@ -248,6 +247,8 @@ class ReadAhead:
         if size is None and self._blocks.workers > 1:
             return  # there may be no more
         last = position + self._read_ahead
+        if self._skipping and position <= self._base + _SIZES[0]:
+            last = self._base + _FIRST_SKIPPED  # the second block may be skipped, and all others
         running = sum(not block.future.done() for block in self._held.values())
         while running < self._wanted and (size is None or position < size):
             start, stop = self._find_block(position)
