@@ -9,6 +9,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.gpu import main as measure_gpu
 from benchmarks.gpu import read_gpu
+from benchmarks.remote import main as measure_remote
 from benchmarks.rounds import Contender
 from benchmarks.scale import main as scale
 
@@ -69,3 +70,16 @@ def test_what_nvml_does_not_answer_is_left_out(monkeypatch):
 def test_a_tiny_run_at_scale(capfd):
     assert scale(["--tasks", "200", "--partitions", "200"]) == 0
     assert "ms a task" in capfd.readouterr().out
+
+
+def test_a_tiny_run_of_far_stores(capfd):
+    arguments = ["--images", "16", "--rounds", "1", "--stores", "1", "--gigabytes", "0.002"]
+    assert measure_remote([*arguments, "--only", "40 kB, .tar,"]) == 0
+    printed = capfd.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("| 40 kB")]
+    for reader in ("map_images", "read_metadata", "webdataset", "by hand"):
+        (line,) = [line for line in lines if reader in line]
+        _, _, rate, seconds, fetched, requests, _ = line.split("|")
+        assert min(map(float, (rate, seconds, requests))) > 0
+        assert float(fetched) >= 1
+    assert "peak memory of a shard of 0.002 GB" in printed
