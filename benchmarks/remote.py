@@ -56,13 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2000, help="of 40 kB; of 2 MB a fiftieth")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", type=int, default=len(_STORES))
+    parser.add_argument("--threads", type=int, default=1, help="of each of the two workers")
     parser.add_argument("--gigabytes", type=float, default=1, help="of the shard for the memory")
     parser.add_argument("--only", metavar="WORD", default="", help="rows whose name has the word")
     args = parser.parse_args(arguments)
     from dask_imgread import connect_client
 
     results: list[Result] = []
-    cluster = connect_client(device="cpu", n_workers=2, verbose=False)
+    cluster = connect_client(
+        device="cpu", n_workers=2, threads_per_worker=args.threads, verbose=False
+    )
     with tempfile.TemporaryDirectory() as folder, cluster as client:
         sets = make_sets(Path(folder), args.images)
         for latency, bandwidth in _STORES[: args.stores]:
