@@ -149,7 +149,7 @@ class GpuContender(Contender):
 def main(argv: Sequence[str] | None = None) -> int:
     """Test, measure and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8, help="that all of it may take")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit for everything")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="JSON; Markdown goes beside it"
     )

@@ -41,7 +41,7 @@ Read = Callable[["Client", list[str]], int]
 
 @dataclass(frozen=True)
 class Result:
-    """What one way to read came to, in one store."""
+    """The result of one way to read, from one store."""
 
     what: str
     ratio: float  # of its rate to ours on the local disk
@@ -53,7 +53,7 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.remote", description=__doc__)
-    parser.add_argument("--images", type=int, default=2000, help="of 40 kB; of 2 MB a fiftieth")
+    parser.add_argument("--images", type=int, default=2000, help="of 40 kB; 1/50 as many of 2 MB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", type=int, default=len(_STORES))
     parser.add_argument("--threads", type=int, default=1, help="of each of the two workers")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_memory(gigabytes: float) -> str:
-    """Say what memory a long shard takes in a far store, and what on this disk."""
+    """Return a line on the peak memory of reading a long shard, from a store and from this disk."""
     from dask_imgread.shards.ahead import READ_AHEAD
 
     with tempfile.TemporaryDirectory() as folder:

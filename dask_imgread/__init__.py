@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.tasks import FileGroupTask as FileGroupTask
     from dask_imgread.tasks import ImageBatch as ImageBatch
     from dask_imgread.tasks import ImageObject as ImageObject
+    from dask_imgread.verify import Verification as Verification
     from dask_imgread.verify import verify_shards as verify_shards
 
 __version__ = version("dask-imgread")
@@ -47,7 +48,7 @@ _PUBLIC = {  # by the module that they live in
     "shards.partition": ["partition_shards"],
     "stage": ["ProcessingStage", "Resources"],
     "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],
-    "verify": ["verify_shards"],
+    "verify": ["Verification", "verify_shards"],
 }
 _HOMES = {name: home for home, names in _PUBLIC.items() for name in names}
 
@@ -64,4 +65,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return sorted({*globals(), *_HOMES})

@@ -1,4 +1,4 @@
-"""Memory for decoded images, reused as soon as no array refers to it.
+"""Memory for decoded images and for blocks of shards, reused when no array refers to it.
 
 Fresh memory is expensive: the system clears each page on its first use, which takes a quarter of
 the time of decoding a large JPEG.
@@ -55,7 +55,7 @@ class BufferPool:
     def __init__(self, idle_bytes: int = _IDLE_BYTES, idle_seconds: float = _IDLE_SECONDS) -> None:
         self._idle_bytes, self._idle_seconds = idle_bytes, idle_seconds
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, NDArray[np.uint8]]] = []  # since when; in the order of return
+        self._idle: list[tuple[float, NDArray[np.uint8]]] = []  # and since when; oldest first
         # The garbage collector may return memory at any point, even while a method of this class
         # holds the lock: a deque needs none.
         self._returned: deque[NDArray[np.uint8]] = deque()
@@ -93,7 +93,7 @@ class BufferPool:
         thread = threading.Thread(target=self._sweep, name="dask-imgread-buffers", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no more threads: keep nothing
+        except RuntimeError:  # no thread can be started: keep nothing
             self._sweeping = False
 
     def _reset_after_fork(self) -> None:
@@ -105,7 +105,7 @@ class BufferPool:
     def _take_back(self, memory: NDArray[np.uint8]) -> None:
         if self._sweeping:  # otherwise nothing would ever release it
             self._returned.append(memory)
-            if self._lock.acquire(blocking=False):  # the holder collects it
+            if self._lock.acquire(blocking=False):  # else the next call collects it
                 try:
                     self._collect()
                 finally:
@@ -142,7 +142,7 @@ def _map_memory(size: int) -> NDArray[np.uint8]:
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"no {size} bytes for decoded pictures") from error
+        raise MemoryError(f"no memory for a buffer of {size} bytes") from error
     if size >= _MIN_HUGE_PAGE_BYTES:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -69,7 +69,7 @@ def read_bag(
     FileNotFoundError, PermissionError, StorageError
         If ``partition_shards`` raises them for the paths.
     ValueError
-        If it does, or if tasks are given and ``partitioning`` too.
+        If ``partition_shards`` raises it, or if both tasks and ``partitioning`` are given.
     ReadError
         When it is computed, if an image can't be read and the reader has ``on_error="raise"``.
 
@@ -85,7 +85,7 @@ def read_bag(
     if not tasks:
         return db.from_sequence([], npartitions=1)
     name = f"read-images-{tokenize(reader, tasks)}"
-    # Where a function follows, Dask's optimization removes `reify`, so that batches are streamed.
+    # If a function follows, Dask's optimization removes `reify`, so that batches are streamed.
     graph = {
         (name, number): (db.core.reify, (_stream, reader, task))
         for number, task in enumerate(tasks)
@@ -170,8 +170,8 @@ def map_images(
         The reader; ``ImageReaderStage()`` if not given.
     meta
         An empty DataFrame with the columns, dtypes and index of the rows. If neither it nor
-        ``fn.meta`` is given, ``fn`` is run on a few images, here and now, where Dask computes;
-        arrays of one shape are then Arrow's lists of a fixed size.
+        ``fn.meta`` is given, this call computes ``fn`` for a few images to infer them; arrays of
+        one shape are then Arrow's lists of a fixed size.
     **partitioning
         For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, and the other options of ``partition_shards``.
@@ -185,14 +185,14 @@ def map_images(
     ------
     SchemaError
         When it is computed, if rows do not have the columns and types of ``meta``; at once if
-        ``fn`` is run here and returns no rows. A ValueError.
+        ``meta`` is inferred and ``fn`` does not return rows. A ValueError.
     ValueError
-        If neither ``meta`` is given nor a row made of the first partitions, or as in ``read_bag``.
+        If ``meta`` is not given and the first partitions give no rows, or as in ``read_bag``.
     FileNotFoundError, PermissionError, StorageError, ReadError
         As ``read_bag`` does.
     Exception
-        What ``fn`` raises for a batch with images; when it is computed, or at once if it is run
-        here.
+        What ``fn`` raises for a batch with images; when it is computed, or at once if
+        ``meta`` is inferred.
 
     Examples
     --------
@@ -233,8 +233,8 @@ def _infer_meta(
         if meta is not None:
             return meta
     raise ValueError(
-        f"no row comes of the first {INFERRED_TASKS} partitions, to tell the columns of "
-        f"{name_function(fn)} by: give them with meta"
+        f"the first {INFERRED_TASKS} partitions give no row from which to infer the columns of "
+        f"{name_function(fn)}: give them with meta"
     )
 
 
@@ -278,7 +278,7 @@ class PartitionReader:
     fn
         What makes the rows of a batch.
     meta
-        The columns and types of the rows; the rows of a task without any batch.
+        The columns and types of the rows; returned for a task without any batch.
     """
 
     def __init__(self, reader: ImageReaderStage, fn: BatchFunction, meta: pd.DataFrame) -> None:
@@ -334,8 +334,8 @@ def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:
     except (TypeError, ValueError, NotImplementedError) as error:
         raise SchemaError(
             f"rows of {name} have {_format_types(rows)}, where meta has {_format_types(meta)} "
-            f"({error}): leave meta out to have it from the first images, or give what the "
-            "function returns"
+            f"({error}): leave meta out to have it inferred from the first images, or "
+            "make it match what the function returns"
         ) from None
 
 

@@ -27,7 +27,7 @@ class JobError(RuntimeError):
 
 
 class SchemaError(ValueError):
-    """What a function returns is no rows, or has other columns or types than other rows.
+    """A function's result is not rows, or its columns or types differ from those expected.
 
     Examples
     --------
@@ -41,7 +41,7 @@ class SchemaError(ValueError):
 
 
 class NoWorkersError(TimeoutError):
-    """For too long a cluster had no workers, or none that can run the tasks."""
+    """A cluster has had no workers, or none that can run the tasks, for too long."""
 
 
 class StorageError(OSError):

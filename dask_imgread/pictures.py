@@ -115,6 +115,8 @@ def make_shards(
     ------
     FileExistsError
         If one of the shards exists already: nothing is overwritten.
+    ValueError
+        If there is no extension, or an unknown one.
 
     Examples
     --------
@@ -123,11 +125,13 @@ def make_shards(
     """
     unknown = set(extensions) - IMAGE_EXTENSIONS
     if unknown or not extensions:
-        raise ValueError(f"extensions must be of {sorted(IMAGE_EXTENSIONS)}, not {extensions!r}")
+        raise ValueError(f"extensions must be among {sorted(IMAGE_EXTENSIONS)}, not {extensions!r}")
     paths = [Path(folder) / f"{number:05d}.tar" for number in range(shards)]
     existing = [path for path in paths if path.exists()]
     if existing:
-        raise FileExistsError(f"{existing[0]} is there already, and stays: give another folder")
+        raise FileExistsError(
+            f"{existing[0]} exists already, and is not overwritten: give another folder"
+        )
     total = shards * images_per_shard
     cut = {total * (2 * n + 1) // (2 * broken) for n in range(broken)}
     for shard, path in enumerate(paths):

@@ -20,7 +20,7 @@ _LOG_LINE = (
     "%(partitions_done)d of %(partitions)d partitions, %(images)d images, %(failed)d failed, "
     "%(images_per_second).0f images/s"
 )
-_BAR_INTERVAL = 1.0  # seconds: a log line that has erased the bar stands alone for as long
+_BAR_INTERVAL = 1.0  # seconds; a log line erases the bar for as long
 _ERASE_LINE = "\r\x1b[K"  # ANSI: to the start of the line, and erase it
 _STANDARD_ATTRIBUTES = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 

@@ -23,7 +23,7 @@ from dask_imgread.tasks import ImageBatch, ImageObject, make_index
 Rows: TypeAlias = pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 BatchFunction: TypeAlias = Callable[[ImageBatch], Rows]
 
-# Columns and types are inferred from so many images a batch, batches a task, and tasks at most.
+# Columns and types are inferred from at most as many images per batch, batches per task, and tasks.
 INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS = 8, 4, 10
 
 _MAX_ERROR_LENGTH = 2000  # characters
@@ -40,17 +40,17 @@ def name_function(fn: BatchFunction) -> str:
 
 
 class ByValue:
-    """A function on its way to a worker, where it is the function itself again.
+    """A function wrapped for pickling; unpickled, it is the function itself.
 
-    It travels with its code where its module is registered so (``register_pickle_by_value``).
-    Distributed's pickle asks cloudpickle for that only if the outermost object is of the module.
+    If its module is registered with ``cloudpickle.register_pickle_by_value``, it is pickled with
+    its code. Distributed's pickle would do that only if the outermost object were of that module.
     """
 
     def __init__(self, fn: BatchFunction) -> None:
         self._fn = fn
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what makes it the function again."""
+        """Pickle it with cloudpickle, to be unpickled as the function itself."""
         return cloudpickle.loads, (cloudpickle.dumps(self._fn),)
 
 
@@ -140,7 +140,7 @@ def make_rows_singly(
     """
     try:
         return [make_rows(fn, batch, with_ids)], []
-    except SchemaError:  # not the failure of an image
+    except SchemaError:  # the function is at fault, not an image
         raise
     except Exception as error:
         if len(batch.data) == 1 and not batch.failed:
@@ -174,13 +174,13 @@ def _set_ids(rows: pd.DataFrame, ids: pd.Index) -> pd.DataFrame:
     if rows.index.isin(ids).all():
         return rows.rename_axis("image_id")
     numbered = rows.index.dtype.kind == "i" and sorted(rows.index) == list(range(len(ids)))
-    return rows.set_axis(ids.take(rows.index)) if numbered else rows  # in any order
+    return rows.set_axis(ids.take(rows.index)) if numbered else rows  # perhaps reordered
 
 
 def _to_column(what: str, values: Any, count: int) -> Any:
     """Return a column of one value for each image; of a stack of arrays, one array for each."""
     if isinstance(values, pd.Series):
-        values = values.array  # without its index, to which pandas would align
+        values = values.array  # without its index, by which pandas would align it
     elif hasattr(values, "__array__") and not isinstance(values, ExtensionArray):
         values = np.asarray(values)
     dimensions = getattr(values, "ndim", 1)

@@ -55,19 +55,19 @@ class FileGroupTask:
         Offsets of the first tar header to read and of the first not to read (None: read to
         the end). Only for a task with one shard.
     index
-        Where the part's samples have members that are not adjacent: what the walk over the whole
-        shard has found of them, so that no task walks it again.
+        The index of the part's samples, if some have members that are not adjacent: made by one
+        walk over the whole shard, so that no task repeats it. Otherwise None.
     versions
         A token for the content of each shard, so that a changed shard is read again;
         looked up when it is needed if not given.
     sizes
-        The size of each shard's file in bytes, where it is known: a remote one is then read
-        without asking for it first.
+        The size of each shard's file in bytes, None where it is unknown: reading a remote file then
+        begins with a request for its size.
 
     Raises
     ------
     ValueError
-        If ``data`` is a string, or ``byte_range`` is given for any number of shards but one.
+        If ``data`` is a string, or if ``byte_range`` is given and ``data`` is not a single shard.
 
     Examples
     --------
@@ -135,7 +135,7 @@ class FileGroupTask:
         return {path: make_shard_id(path, base) for path in map(resolve_path, self.data)}
 
     def __repr__(self) -> str:
-        """Return what Dask logs when the task fails: no credentials."""
+        """Return the text that Dask logs when the task fails: without credentials."""
         data = [redact_url(path) for path in self.data]
         return f"FileGroupTask({self.task_id!r}, data={data}, byte_range={self.byte_range})"
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_shards` found. Printed, it is a table of the shards that are not whole.
+    """What `verify_shards` found. As text, a table of the shards with bad images.
 
     Parameters
     ----------
@@ -37,6 +37,13 @@ class Verification:
         damaged, with the columns of ``dask_imgread.tasks.COLUMNS``, indexed by ``image_id``.
     table
         One row for each shard: ``good`` images, and the number of each cause of failure.
+
+    Examples
+    --------
+    >>> from dask_imgread.testing import make_shards
+    >>> found = verify_shards(make_shards("shards", shards=2, images_per_shard=3, broken=1))
+    >>> found.ok, int(found.table["truncated"].sum())
+    (False, 1)
     """
 
     bad: pd.DataFrame
@@ -100,7 +107,8 @@ def verify_shards(
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, or the tasks that it made.
     reader
-        The reader, with ``on_error="record"``; ``ImageReaderStage()`` if not given.
+        The reader; ``ImageReaderStage()`` if not given. Failures are recorded, whatever its
+        ``on_error`` is.
     client
         The cluster to work on; the threads of this process if not given.
     progress
@@ -118,7 +126,7 @@ def verify_shards(
     FileNotFoundError, PermissionError, StorageError
         If ``partition_shards`` raises them for the paths.
     ValueError
-        If it does, or if tasks are given and ``partitioning`` too.
+        If ``partition_shards`` raises it, or if both tasks and ``partitioning`` are given.
     NoWorkersError
         If the cluster has no workers for too long; a TimeoutError.
     RuntimeError

@@ -30,7 +30,7 @@ def split_requirement(text):
     return name, constraint
 
 
-ONLY_ON_PYPI = {"nvidia-dali-cuda120", "simplejpeg"}
+NOT_IN_CONDA = {"nvidia-dali-cuda120", "simplejpeg"}
 
 
 def read_environment():
@@ -48,7 +48,7 @@ def test_conda_and_pip_environments_agree():
     listed = dict(map(split_requirement, read_environment()[0]))
     assert listed.pop("python") == project["requires-python"]
     listed.pop("pip")
-    assert listed == {n: version for n, version in wanted.items() if n not in ONLY_ON_PYPI}
+    assert listed == {n: version for n, version in wanted.items() if n not in NOT_IN_CONDA}
 
 
 def test_pip_takes_the_environments_whole_list(tmp_path):
@@ -60,7 +60,7 @@ def test_pip_takes_the_environments_whole_list(tmp_path):
     done = subprocess.run(command + offline, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Would install dask-imgread" in done.stdout
-    assert all(name in done.stdout for name in ONLY_ON_PYPI)
+    assert all(name in done.stdout for name in NOT_IN_CONDA)
 
 
 def test_the_readme_has_two_commands_for_a_fresh_machine():
@@ -183,6 +183,18 @@ def test_every_file_is_in_the_list_of_contributing():
     table = re.findall(r"^\| `.*", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     listed = {n.replace("/", ".") for line in table for n in re.findall(r"`([\w/]+)\.py`", line)}
     assert listed == {name_module(path) for path in list_files()}
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((ROOT / "dask_imgread" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.name: node.module.removeprefix("dask_imgread.")
+        for node in imports
+        for alias in node.names
+        if node.module.startswith("dask_imgread.")
+    }
+    assert seen == dask_imgread._HOMES
 
 
 def test_only_one_file_runs_dali():

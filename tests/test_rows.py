@@ -83,7 +83,7 @@ def test_meta_is_inferred_where_dask_computes(imgread_client, shards):
 
 def test_what_nothing_can_be_inferred_from_is_said(tmp_path):
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", b"no picture")])
-    with pytest.raises(ValueError, match=r"no row comes of the first .* give them with meta"):
+    with pytest.raises(ValueError, match=r"give no row from which .* give them with meta"):
         map_images(as_dict, shard, reader=READER)
     empty = map_images(as_dict, shard, reader=READER, meta=LOOSE).compute(scheduler="sync")
     assert (len(empty), str(empty.index.dtype)) == (0, "string")

@@ -135,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_cluster(metadata)
 
     apply = _add_command(commands, "apply", "write what a function makes of the images")
-    apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="as for map_images")
+    apply.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help="what makes the rows")
     _add_shards(apply)
     _add_job(apply)
     _add_reader(apply.add_argument_group("reader"), READER_HELP)
@@ -155,9 +155,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_pairs(
         report,
         "--storage-option",
-        "of the shards' file system, and of DIR's if it is remote (default: none)",
+        "option of the shards' file system, and of DIR's if it is remote (default: none)",
     )
-    _add_pairs(report, "--out-option", "of the file system of DIR (default: as --storage-option)")
+    _add_pairs(
+        report, "--out-option", "option of the file system of DIR (default: as --storage-option)"
+    )
     return parser
 
 
@@ -179,7 +181,7 @@ def _format_examples(*examples: str) -> str:
 
 
 def _add_shards(command: argparse.ArgumentParser) -> None:
-    """Add which shards are read, and how they are divided into partitions."""
+    """Add the arguments for the shards, and for dividing them into partitions."""
     command.add_argument("shards", nargs="*", metavar="SHARDS", help="file, folder, glob or URL")
     for name, what in (
         ("images", "images in a partition, about (default: those of a shard)"),
@@ -201,13 +203,13 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
 
 
 def _add_job(command: argparse.ArgumentParser) -> None:
-    """Add what a job writes, and how it is run."""
+    """Add the arguments for a job's output, and for how it runs."""
     job = command.add_argument_group("job")
     job.add_argument("--out", metavar="DIR", help="folder or URL for the Parquet dataset")
     _add_pairs(
         job,
         "--out-option",
-        "for the file system of DIR (default: as --storage-option if it is remote)",
+        "option of the file system of DIR (default: as --storage-option if it is remote)",
     )
     job.add_argument(
         "--config", metavar="FILE", help="TOML file with any of these options (default: none)"
@@ -234,12 +236,12 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="of the log and the summary (default text)",
+        help="format of the log and the summary (default text)",
     )
 
 
 def _add_cluster(command: argparse.ArgumentParser) -> None:
-    """Add which cluster does the work."""
+    """Add the arguments that choose the cluster."""
     cluster = command.add_argument_group("cluster (default: one is started on this machine)")
     which = cluster.add_mutually_exclusive_group()
     which.add_argument("--scheduler", metavar="ADDRESS", help="address of a running scheduler")
@@ -328,15 +330,15 @@ READER_HELP = {
     "dali_batch_size": "images decoded together",
     "num_threads": "threads that decode, at most",
     "num_gpus_per_worker": "share of a GPU that a reader holds",
-    "on_error": "what becomes of an image that can't be read",
+    "on_error": "what to do with an image that can't be read",
     "max_pixels": "refuse larger images",
-    "max_batch_bytes": "most bytes of decoded images in a batch",
-    "read_ahead": "most bytes of a remote shard that are fetched in advance",
+    "max_batch_bytes": "maximum bytes of decoded images and sidecars in a batch",
+    "read_ahead": "maximum bytes of a remote or compressed shard read in advance",
     "resize": "resize images, such as to 256 or 224x224",
-    "decoder": "auto is what is fastest, dali is DALI on a CPU too",
+    "decoder": "auto is the fastest for each format, dali is DALI on a CPU too",
     "scaled_decoding": "begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
     "relative_to": "make ids from the shards' paths below it, not from whole paths",
-    "isolate": "decode each image in a child process that it may kill",
+    "isolate": "decode each image in a child process, which a broken one may crash",
     "sidecars": "read the samples' other members too",
 }
 NOT_OFFERED = {  # the reader's other options, and why they are not on this list

@@ -88,7 +88,7 @@ def run_apply(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def keep_stdout(arguments: argparse.Namespace) -> Iterator[None]:
-    """Start the log; until the end send to stderr what functions and workers print to stdout."""
+    """Start the log; in the ``with`` block, send what is printed to stdout to stderr."""
     start_logging(arguments.log_format)
     sys.stdout.flush()
     kept = os.dup(1)
@@ -179,7 +179,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> None:
-    """Raise ValueError if no shard is a tar: then the path is wrong, not a shard broken."""
+    """Raise ValueError if no shard is a tar: then the path is wrong, and no shard is broken."""
     first: Exception | None = None
     for shard in shards:
         try:

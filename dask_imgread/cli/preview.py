@@ -80,7 +80,7 @@ def _measure(cells: pd.DataFrame) -> int:
 
 
 def _format_value(value: Any) -> str:
-    """Return a value as a short text: bytes by their number, of a list the first items."""
+    """Return a value as a short text: the number of its bytes, or the first items of a list."""
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value):,} bytes>"
     if isinstance(value, np.ndarray):
@@ -99,7 +99,7 @@ def _format_value(value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    """Leave out the middle of a long text, not its end, by which paths differ."""
+    """Leave out the middle of a long text, not its end, in which paths differ."""
     if len(text) <= _WIDEST:
         return text
     head = _WIDEST // 3

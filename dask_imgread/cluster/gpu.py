@@ -91,7 +91,7 @@ def query_driver() -> Driver:
     nodes = glob("/dev/nvidia[0-9]*") + glob("/dev/dxg")
     if nodes and not driver.uuids:
         logger.warning(
-            "there is a GPU (%s), but %s: pictures are decoded on the CPU",
+            "there is a GPU (%s), but %s: images are decoded on the CPU",
             nodes[0],
             driver.problem,
         )
@@ -102,7 +102,7 @@ def _query_nvml() -> Driver:
     try:
         import pynvml
     except ImportError:
-        return Driver(problem="the package nvidia-ml-py, which asks for it, is not installed")
+        return Driver(problem="the package nvidia-ml-py, which finds it, is not installed")
     try:
         pynvml.nvmlInit()
         try:
@@ -231,7 +231,7 @@ def hold_share(share: float) -> Iterator[None]:
             "let it declare more, or ask for less with num_gpus_per_worker"
         )
     shares = _shares[worker.id if worker is not None else ""]
-    thread = threading.get_ident()  # a generator may be closed, and release, in another one
+    thread = threading.get_ident()  # kept: a generator may be closed by another thread
     shares.acquire(thread, share, capacity)
     try:
         yield

@@ -32,7 +32,7 @@ _TIMEOUT = 600  # seconds, to wait for a scheduler or for workers
 _LOCAL_TIMEOUT = 60  # for workers on this machine, which restart soon, or not at all
 WAIT_SETTING = "imgread.wait-for-workers"
 _CHECK_INTERVAL = 5.0  # seconds between looks at the workers, while no task completes
-_MARK = "DASK_IMGREAD_UNGUARDED"  # names the file that tells that a worker has run the script
+_MARK = "DASK_IMGREAD_UNGUARDED"  # the variable with the path of a file: there if a worker ran it
 _UNGUARDED = (
     "dask_imgread: each worker process imports this script, and so runs it again: start the "
     'cluster below `if __name__ == "__main__":`, or in a function that is called there'
@@ -52,7 +52,7 @@ def start_cluster(
     Parameters
     ----------
     device
-        ``"auto"`` uses GPUs if there are any; ``"gpu"`` and ``"cpu"`` insist.
+        ``"auto"`` uses GPUs if there are any; ``"gpu"`` and ``"cpu"`` force either.
     num_gpus_per_worker
         The share of a GPU that each reader will request. A GPU worker declares one
         ``GPU``, and has as many threads as shares fit on it.
@@ -121,8 +121,8 @@ def connect_client(
     Parameters
     ----------
     scheduler, scheduler_file
-        The address of a scheduler, or the file that it writes. Either may appear only after up
-        to ten minutes. If neither is given, a cluster is started.
+        The address of a scheduler, or the file to which it writes it. The scheduler may still be
+        starting: it is waited for, up to ten minutes. If neither is given, a cluster is started.
     n_workers
         How many workers to wait for, by default one; or to start.
     **cluster_options
@@ -136,11 +136,12 @@ def connect_client(
     Raises
     ------
     ValueError
-        When it is entered, as are the other errors: if ``n_workers`` is below 1.
+        If ``n_workers`` is below 1. Like the other errors, it is raised on entering.
     TimeoutError
-        If there is no scheduler after ten minutes. A ``NoWorkersError``, which is one, if there
-        are too few workers after ten minutes, or after what Dask's setting
-        ``imgread.wait-for-workers`` says.
+        If there is no scheduler after ten minutes.
+    NoWorkersError
+        If there are too few workers after ten minutes, or the time that Dask's setting
+        ``imgread.wait-for-workers`` gives; a TimeoutError.
     RuntimeError, ImportError
         If a cluster can't be started, as in ``start_cluster``.
 
@@ -289,10 +290,9 @@ def _disable_logging(client: Client) -> None:
 
 @contextmanager
 def _refuse_unguarded_script() -> Iterator[None]:
-    """End with one line if the workers that are started meanwhile come here, too.
+    """End with one line if the workers started in the ``with`` block get here, too.
 
-    They do where the script starts a cluster whenever it is imported: a new process imports it
-    before anything else.
+    They do if importing the script starts a cluster: each worker process first imports it.
     """
     importing_script = getattr(current_process(), "_inheriting", False)
     if importing_script and _MARK in os.environ:
@@ -349,7 +349,7 @@ def _wait_for_file(path: str) -> None:
 
 
 def _choose_dashboard_address() -> str:
-    """Return Dask's usual port, or any free one if that is taken, as by another cluster."""
+    """Return Dask's usual port, or any free one if that is taken, e.g. by another cluster."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -51,8 +51,8 @@ def map_windowed(
     items
         Its arguments, consumed as they are needed; may be infinite.
     window
-        Tasks in flight at most; by default twice the cluster's threads, as their number
-        changes.
+        Maximum number of tasks in flight; by default twice that of the cluster's threads, and
+        adjusted as that changes.
     smallest_window
         A lower bound for the default; more than 2 if results are small and an adaptive
         cluster should see at once how much work there is.
@@ -122,13 +122,13 @@ def _run_windowed(
         future.release()
         if window is None and time.monotonic() - resized > _RESIZE_INTERVAL:
             limit, resized = _compute_window(client, smallest_window), time.monotonic()
-        # Several at a time: one by one, telling the scheduler costs more than the scheduling.
+        # Several at a time: a message for each task would cost more than scheduling it.
         if limit - len(running) >= max(1, limit // 4):
             submit(limit - len(running))
 
 
 def _wait_for_next(client: Client, completed: as_completed, resources: dict[str, float]) -> Future:
-    """Return the next completed future; raise NoWorkersError if the workers are gone for long."""
+    """Return the next completed future; raise NoWorkersError if there are no workers for long."""
     watch = WorkerWatch(client, resources)
     while not completed.has_ready():
         with completed.thread_condition:
@@ -151,7 +151,7 @@ def run_one(client: Client, fn: Callable[[Item], Result], item: Item, **map_opti
 
 
 def _fetch_result(client: Client, future: Future, resources: dict[str, float]) -> Any:
-    """Return the result of a completed task; raise NoWorkersError if the workers are gone for long.
+    """Return the result of a completed task; raise NoWorkersError if there are no workers for long.
 
     If its worker dies before the result is fetched, Dask runs the task again.
     """

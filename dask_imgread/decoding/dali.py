@@ -251,8 +251,8 @@ class DaliDecoding:
     def _make_memory_error(image: Encoded, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"{image.name}: no memory on the GPU for {image.header.width} x {image.header.height} "
-            f"pixels beside what else is there: {extract_message(error)}. Less is taken by fewer "
-            "readers a GPU (a larger num_gpus_per_worker), a smaller dali_batch_size or "
+            f"pixels, besides what is in use: {extract_message(error)}. To use less, run fewer "
+            "readers on a GPU (a larger num_gpus_per_worker), or reduce dali_batch_size or "
             "max_batch_bytes"
         )
 

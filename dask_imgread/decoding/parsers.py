@@ -286,7 +286,7 @@ def find_png_metadata(content: Content) -> tuple[Metadata, bool]:
 
 
 def _extract_text(kind: bytes, text: bytes) -> bytes:
-    """Return the text of a text chunk, given what follows its keyword; others as they are."""
+    """Return the text of a PNG chunk, decompressed, given what follows its keyword."""
     compressed = kind == b"zTXt"
     if kind == b"zTXt":
         text = text[1:]

@@ -19,7 +19,7 @@ _BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 def decode_with_pillow(content: Content, header: Header) -> Pixels:
-    """Return an image's pixels, uint8 ``(height, width, 3)``, perhaps read-only.
+    """Return an image's pixels, uint8 ``(height, width, 3)``; they may be read-only.
 
     Raises
     ------

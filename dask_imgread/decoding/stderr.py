@@ -86,7 +86,7 @@ def capture(names: Sequence[str]) -> Iterator[None]:
     try:
         _capture.open()
     except OSError as error:  # too many open files: the output goes to stderr as usual
-        logger.warning("what DALI prints can't be caught: %s", error)
+        logger.warning("the output of DALI can't be captured: %s", error)
         yield
         return
     failed = True

@@ -1,1 +1,1 @@
-"""Batch jobs that go on where they stopped."""
+"""Batch jobs, resumed where they stopped."""

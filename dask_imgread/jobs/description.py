@@ -24,7 +24,7 @@ def describe_job(reader: ImageReaderStage, row_maker: RowMaker) -> dict[str, Any
     Raises
     ------
     ValueError
-        If a subclass of the reader holds something that can't be told from another.
+        If a subclass of the reader holds something for which there is no deterministic token.
     """
     values = vars(reader)
     return {
@@ -51,9 +51,9 @@ def _describe_subclass(reader: ImageReaderStage) -> dict[str, Any]:
             token = tokenize(value, ensure_deterministic=True)
         except Exception as error:  # pickling a value may raise anything
             raise ValueError(
-                f"the reader's {name}, a {type(value).__name__}, can't be told from another, so "
-                "that the job could go on over other settings: keep plain values in it, or give "
-                "it a __dask_tokenize__"
+                f"the reader's {name}, a {type(value).__name__}, has no deterministic token, so "
+                "that changed settings would not be noticed: keep plain values in it, or give it a "
+                "__dask_tokenize__"
             ) from error
         simple = value is None or isinstance(value, str | int | float)
         more[name] = value if simple else f"{type(value).__name__} {token}"

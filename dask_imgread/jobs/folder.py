@@ -143,7 +143,7 @@ class JobFolder:
             )
         if description["id"] != footer.job:
             raise OtherJobError(
-                f"{redact_url(self.url)} has become another job's: give another folder"
+                f"{redact_url(self.url)} now belongs to another job: give another folder"
             )
         metadata = {FOOTER: json.dumps(asdict(footer)).encode()}
         name = f"part-{number:07d}.parquet"
@@ -209,8 +209,8 @@ class JobFolder:
                 f"{more}: give another folder"
             )
         if has_job:
-            # If this process is killed meanwhile, the parts that are left are still a job's. So
-            # `_job.json` says that they are to go, and is itself removed last.
+            # `_job.json` is removed last, and marks the rest as output that is being removed, in
+            # case this process is killed meanwhile.
             self.write_job({"format": CLEARED, "id": ""})
         for name in sorted(names, key=lambda name: name == JOB):
             with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name == IMAGES)
@@ -252,7 +252,7 @@ class JobFolder:
 
 
 def name_records(part: str) -> str:
-    """Return the file of a part's records: not ``.parquet``, as some readers look at nothing else.
+    """Return the name of a part's records: not ``.parquet``, by which some readers find parts.
 
     Examples
     --------

@@ -29,12 +29,12 @@ _SCHEMA = pa.schema(
         "count": pa.int32(),
         "start": pa.int64(),  # null: whole shards
         "stop": pa.int64(),
-        "index": pa.string(),  # of its samples, where it takes the whole shard to find them
+        "index": pa.string(),  # ShardIndex as JSON, if the task has one
     }
 )
 _LOGGED_EVERY = 10  # seconds
 _ROWS = 10_000  # converted to Python objects at the same time
-_SHOWN = 3  # shards of a difference
+_SHOWN = 3  # shards named in a difference
 
 logger = logging.getLogger("dask_imgread")
 
@@ -80,7 +80,7 @@ class Plan:
         table = self.folder.read_table(PLAN)
         if table.schema.metadata[_ID].decode() != self.job_id:
             raise OtherJobError(
-                f"{redact_url(self.folder.url)} has become another job's: give another folder"
+                f"{redact_url(self.folder.url)} now belongs to another job: give another folder"
             )
         rows = (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
         for number, row in enumerate(rows):
@@ -184,7 +184,7 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
             rows.clear()
         if time.monotonic() - logged > _LOGGED_EVERY:
             logged = time.monotonic()
-            logger.info("planning: %d of %d shards looked through", first, len(shards))
+            logger.info("planning: %d of %d shards read", first, len(shards))
     batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
     return pa.Table.from_batches(batches, _SCHEMA)
 
@@ -221,7 +221,7 @@ def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
             more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
             number = "1 shard is" if len(paths) == 1 else f"{len(paths)} shards are"
             differences.append(f"{number} {what}: {', '.join(paths[:_SHOWN])}{more}")
-    return differences or ["the shards are in another order, or their URLs in what is not shown"]
+    return differences or ["the shards are in another order, or their URLs differ in hidden parts"]
 
 
 def _digest(shards: list[Shard]) -> str:
@@ -233,7 +233,7 @@ def _digest(shards: list[Shard]) -> str:
 
 
 def _list_shards(shards: list[Shard]) -> pa.Table:
-    """Return one row for each shard, without what its URL holds of secrets."""
+    """Return one row for each shard, without the secrets in its URL."""
     return pa.table(
         {
             "shard": pa.array([redact_url(shard.path) for shard in shards], pa.string()),

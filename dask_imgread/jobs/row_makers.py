@@ -33,7 +33,7 @@ _LOGGED_PER_BATCH = 5  # failures of a function; the records have all of them
 
 
 class RowMaker(ABC):
-    """Makes the rows of a job. Plain values: it is pickled to workers.
+    """Makes the rows of a job. It consists of plain values, since it is pickled for workers.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class FunctionRows(RowMaker):
     fn
         The function.
     on_error
-        What becomes of an image for which it raises, as of one that can't be read.
+        What to do with an image for which it raises: the same as with one that can't be read.
     declared
         The schema that the user has declared, with null for a type that is left open; None if
         there is none.
@@ -97,7 +97,7 @@ class FunctionRows(RowMaker):
     keeps_records: ClassVar[bool] = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let the function travel with its code, if it must."""
+        """Pickle the function with its code, where its module asks for that."""
         return FunctionRows, (ByValue(self.fn), self.on_error, self.declared)
 
     def describe(self) -> dict[str, str | None]:
@@ -105,7 +105,7 @@ class FunctionRows(RowMaker):
         return {"command": "apply", "function": name_function(self.fn)}
 
     def find_schema(self, finder: SchemaFinder) -> pa.Schema:
-        """Return what is kept, declared or inferred."""
+        """Return the schema that is kept in the folder, or declared, or inferred."""
         return finder.find(self.fn, self.declared)
 
     def make_rows(self, batch: ImageBatch, schema: pa.Schema) -> pa.Table:
@@ -147,7 +147,7 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     if not len(table):
         return schema.empty_table()
     if set(table.column_names) != set(schema.names):
-        raise ValueError(f"columns {table.column_names} came where {schema.names} are expected")
+        raise ValueError(f"columns are {table.column_names}, expected {schema.names}")
     columns = []
     for field in schema:
         column = table[field.name]

@@ -51,7 +51,7 @@ class Summary:
     partitions
         How many partitions the job has.
     new_images, new_failed, new_partitions
-        The same numbers of this run alone.
+        The same numbers for this run alone.
     seconds
         How long this run took, finding the shards included.
     images_per_second
@@ -121,8 +121,8 @@ def run_job(
     client
         The cluster to work on: a client, which stays open, or a context manager that gives one,
         such as ``connect_client(scheduler_file="scheduler.json")``. The latter is entered only
-        if anything is left to do, and then left, too. If not given, a cluster that fits the reader
-        is started on this machine, likewise only if anything is left to do.
+        if anything is left to do, and exited at the end. If not given, a cluster that fits the
+        reader is started on this machine, likewise only if anything is left to do.
     reader
         The reader. If not given, ``ImageReaderStage()`` for a function, and for metadata one
         that reads headers alone.
@@ -131,7 +131,7 @@ def run_job(
         given, ``fn.meta``; without that, ``fn`` is run on a few images.
     storage_options
         Options for the shards' file system, and for that of ``out`` if it is remote. They are
-        written nowhere.
+        not stored.
     out_options
         Options for the file system of ``out``, if it needs others.
     retries
@@ -144,7 +144,7 @@ def run_job(
     progress
         Show it on stderr: a bar on a terminal, else a line every ten seconds.
     relative_to
-        The reader's option, if not given there: ids are made from the shards' paths below it.
+        Overrides the reader's ``relative_to``: ids are made from the shards' paths below it.
     **partitioning
         How the shards are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, as in ``partition_shards``.
@@ -158,11 +158,18 @@ def run_job(
     OtherJobError
         If ``out`` holds the output of other shards or options; a ValueError.
     FileExistsError
-        If ``out`` holds what no job has written.
+        If ``out`` holds files that no job has written.
     FileNotFoundError
-        If a path, or all that a folder or a glob stands for, does not exist.
+        If a path does not exist, or a folder or a glob has no shards.
+    PermissionError, StorageError
+        If a store denies access, or can't be reached.
+    ValueError
+        If more than one way to divide shards is given, or a number below 1, or if ``fn`` is given
+        and the reader has ``decode=False``.
     ReadError
         If an image can't be read, under ``on_error="raise"``.
+    TimeoutError
+        If ``client`` is ``connect_client(...)`` and there is no scheduler after ten minutes.
     JobError
         If partitions could not be done, the scheduler is lost, or the cluster has had no workers
         for ten minutes; for one minute if it is on this machine. Dask's setting
@@ -170,6 +177,7 @@ def run_job(
 
     Examples
     --------
+    >>> import pandas as pd
     >>> from distributed import Client
     >>> from dask_imgread.testing import make_shards
     >>> shards = make_shards("shards", shards=2, images_per_shard=4, broken=1)
@@ -196,7 +204,7 @@ def run_job(
     count, rate = Count(), 0.0
     if any(wanted):
         with _raise_job_errors(), _choose_client(client, reader) as opened:
-            wait_for_workers(opened)  # what they declare decides what tasks ask for
+            wait_for_workers(opened)  # the resources that they declare decide what tasks request
             finder = SchemaFinder(opened, folder, reader, plan.iterate_tasks(wanted))
             schema = row_maker.find_schema(finder)
             writer = PartWriter(folder, plan.job_id, reader, row_maker, schema, retry_failed)
@@ -233,7 +241,7 @@ def _choose_client(
     client: Client | AbstractContextManager[Client] | None, reader: ImageReaderStage
 ) -> AbstractContextManager[Client]:
     if isinstance(client, Client):
-        return nullcontext(client)  # it is the caller's to close, though it is a context manager
+        return nullcontext(client)  # not entered: the caller closes it
     return connect_for_reader(reader) if client is None else client
 
 

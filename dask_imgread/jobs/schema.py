@@ -82,7 +82,7 @@ class SchemaFinder:
         Raises
         ------
         JobError
-            If the function fails on the first images, or their rows leave the schema open.
+            If the function fails on the first images, or their rows do not determine the schema.
         """
         try:
             return self.folder.read_table(SCHEMA).schema
@@ -109,8 +109,8 @@ class SchemaFinder:
             if schemas:
                 return schemas
         raise JobError(
-            f"no image of the first {INFERRED_TASKS} partitions could be read, to tell the columns "
-            f"of {name} by: give them with meta"
+            f"no image of the first {INFERRED_TASKS} partitions could be read, from which to infer "
+            f"the columns of {name}: give them with meta"
         )
 
     def _infer_from_task(
@@ -118,7 +118,7 @@ class SchemaFinder:
     ) -> list[pa.Schema]:
         """Run it on a worker; if that dies, once more with each image decoded in a child process.
 
-        Then a picture that kills its decoder costs only itself.
+        So an image that kills its decoder costs only itself.
         """
         small = self.reader.with_options(dali_batch_size=INFERRED_BATCH)
         carried: Any = ByValue(fn)
@@ -160,12 +160,12 @@ def _merge(schemas: list[pa.Schema], declared: pa.Schema | None, name: str) -> p
         found = declared
     if untyped := _list_untyped(found):
         raise JobError(
-            f"{name}: the first images do not tell the type of {', '.join(untyped)}: give it "
+            f"{name}: the first images do not show the type of {', '.join(untyped)}: give it "
             f"with meta, an empty DataFrame, such as {name}.meta"
         )
     return found
 
 
 def _list_untyped(schema: pa.Schema) -> list[str]:
-    """Return the columns whose type is null: no row has told it."""
+    """Return the columns whose type is null: no row has a value."""
     return [field.name for field in schema if pa.types.is_null(field.type)]

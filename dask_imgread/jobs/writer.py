@@ -84,7 +84,7 @@ class PartWriter:
         earlier = self.folder.read_footer(number) if self.replaces_parts else None
         if earlier is not None and earlier.images > count.images:
             logger.warning(
-                "partition %d: %d images could be read before, and %d now: its rows stay",
+                "partition %d: %d images could be read before, and %d now: earlier rows stay",
                 *(number, earlier.images, count.images),
             )
             return earlier.count()

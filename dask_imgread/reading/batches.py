@@ -13,7 +13,7 @@ from dask_imgread.tasks import ImageBatch, ImageObject
 
 logger = logging.getLogger("dask_imgread")
 
-_BATCHES_AHEAD = {"gpu": 1, "cpu": 0}  # decoded while the user works on the batch before
+_BATCHES_AHEAD = {"gpu": 1, "cpu": 0}  # batches decoded while the user works on an earlier one
 _LOGGED_PER_BATCH = 5  # failures; the batch itself has all of them
 _HEADERS_PER_BATCH = 1000  # images of a batch, if only headers are read
 

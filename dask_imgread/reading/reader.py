@@ -196,7 +196,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     def read(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         """Yield the batches of ``stream`` while holding a share of the worker's GPU.
 
-        All of the package reads with this method, so that a subclass's ``stream`` is used
+        The whole package reads with this method, so that a subclass's ``stream`` is used
         everywhere, and runs within its GPU share.
         """
         with self._hold_share():
@@ -214,10 +214,21 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         return self.with_options(isolate=True)
 
     def with_options(self, **options: Any) -> ImageReaderStage:
-        """Return a copy, of the same class, with some options changed."""
+        """Return a copy, of the same class, with some options changed.
+
+        Raises
+        ------
+        TypeError
+            If there is no such option.
+        ValueError
+            If an option can't have the value.
+        """
         reader = copy(self)  # not a call of the class: a subclass's arguments may be different
         for name, value in options.items():
+            if not hasattr(reader, name):
+                raise TypeError(f"{type(self).__name__} has no option {name!r}")
             setattr(reader, name, value)
+        ReaderOptions.__post_init__(reader)
         return reader
 
     def __dask_tokenize__(self) -> object:

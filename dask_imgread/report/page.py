@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,8 +49,8 @@ _MAX_PIXELS = 1 << 28
 
 
 def write_report(
-    out: str,
-    path: str | None = None,
+    out: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     storage_options: dict[str, Any] | None = None,
     out_options: dict[str, Any] | None = None,
@@ -84,39 +85,38 @@ def write_report(
     FileNotFoundError
         If there is no batch job in ``out``.
     FileExistsError
-        If what stands in its place was not written by a job.
+        If the ``_job.json`` there was not written by a job.
     PermissionError, StorageError
-        If a store refuses what is asked of it, or can't be reached.
+        If a store denies access, or can't be reached.
     ValueError
         If ``samples`` is negative.
 
     Examples
     --------
-    >>> from dask_imgread import read_metadata
+    >>> from distributed import Client
+    >>> from dask_imgread import run_job
     >>> from dask_imgread.testing import make_shards
-    >>> rows = read_metadata(make_shards("shards")).compute(scheduler="sync")
-    >>> Path("out").mkdir()
-    >>> rows.to_parquet("out/part-0000000.parquet")
-    >>> job = {"format": 1, "command": "metadata", "partitions": 1, "shards": 2}
-    >>> JobFolder("out").write_job(job)
+    >>> with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
+    ...     summary = run_job(make_shards("shards"), "out", client=client)
     >>> write_report("out")
     'out/_report.html'
     """
     if samples < 0:
         raise ValueError(f"samples must be at least 0, not {samples!r}")
-    path = path or f"{out.rstrip('/')}/_report.html"
+    out = os.path.expanduser(out)
+    path = os.path.expanduser(path) if path else f"{out.rstrip('/')}/_report.html"
     shard_options = storage_options or {}
     out_options = shard_options if out_options is None else out_options
     folder = JobFolder(resolve_path(out), out_options)
-    job = folder.read_job()
-    if job is None:
+    description = folder.read_job()
+    if description is None:
         raise FileNotFoundError(
             f"no batch job in {redact_url(out)}: no {JOB} there; give the folder that a job "
             "writes to"
         )
     fs, root = folder.connect()
     names = folder.list_parts()
-    if job["command"] == "apply":
+    if description["command"] == "apply":
         names = [name_records(name) for name in names]
     parts = [f"{root}/{name}" for name in names]
     stats = count_parts(fs, parts, samples)
@@ -124,7 +124,9 @@ def write_report(
     neighbours = find_neighbours(fs, parts, inside[:_IN_CONTEXT])
     shown = [*stats.samples.rows, *(row for trio in neighbours for row in trio if row)]
     pictures = _load_thumbnails(shown, shard_options)
-    html = _render_page(redact_url(folder.url), job, len(parts), stats, neighbours, pictures)
+    html = _render_page(
+        redact_url(folder.url), description, len(parts), stats, neighbours, pictures
+    )
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
 
@@ -194,7 +196,7 @@ def _encode_thumbnail(source: ByteSource, row: Row) -> bytes:
 
 def _render_page(
     out: str,
-    job: Mapping[str, Any],
+    description: Mapping[str, Any],
     parts: int,
     stats: Statistics,
     neighbours: Sequence[Trio],
@@ -204,7 +206,7 @@ def _render_page(
     times = np.array(stats.times).reshape(-1, 3).T
     times[2:] = times[2:].clip(times[1] + 1e-3)
     divs, script, bokeh = embed_plots(stats, times)
-    decoded = job.get("options", {}).get("decode", True)
+    decoded = description.get("options", {}).get("decode", True)
     if stats.images or stats.failed:
         sections = [
             _render_failures(decoded, stats, neighbours, pictures, divs),
@@ -214,9 +216,18 @@ def _render_page(
         ]
     else:
         sections = [_render_section("Images", _render_banner("None: no part has a row.", "warn"))]
-    done = parts >= job["partitions"]
-    status = "done" if done else f"unfinished: {parts:,} of {job['partitions']:,} partitions done"
-    made = [job["command"], job.get("function"), out, f"dask-imgread {job.get('version', '')}"]
+    done = parts >= description["partitions"]
+    status = (
+        "done"
+        if done
+        else f"unfinished: {parts:,} of {description['partitions']:,} partitions done"
+    )
+    made = [
+        description["command"],
+        description.get("function"),
+        out,
+        f"dask-imgread {description.get('version', '')}",
+    ]
     made += [f"page made {format_time(datetime.now(UTC).timestamp())} UTC"]
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
@@ -224,7 +235,7 @@ def _render_page(
         status=_render_badge(status, done)
         + ("" if decoded else _render_badge(_HEADERS_ONLY, False)),
         made=escape(" · ".join(filter(None, made))),
-        cards=_render_cards(job, decoded, parts, stats, times),
+        cards=_render_cards(description, decoded, parts, stats, times),
         sections="".join(sections),
         bokeh=bokeh,
         script=script,
@@ -236,14 +247,14 @@ def _render_badge(text: str, good: bool) -> str:
 
 
 def _render_cards(
-    job: Mapping[str, Any], decoded: bool, parts: int, stats: Statistics, times: Floats
+    description: Mapping[str, Any], decoded: bool, parts: int, stats: Statistics, times: Floats
 ) -> str:
     images, rows = stats.images, stats.images + stats.failed
     cards = [
         ("Images read" if decoded else "Headers read", f"{images:,}", f"of {rows:,}"),
         ("Failed", f"{stats.failed:,}", f"{stats.failed / rows:.2%}" if rows else ""),
-        ("Shards", f"{job['shards']:,}", f"{len(stats.shards):,} with failures"),
-        ("Partitions", f"{parts:,}", f"of {job['partitions']:,}"),
+        ("Shards", f"{description['shards']:,}", f"{len(stats.shards):,} with failures"),
+        ("Partitions", f"{parts:,}", f"of {description['partitions']:,}"),
     ]
     for title, total, unit in (("Pixels", stats.pixels, "px"), ("Encoded", stats.bytes, "B")):
         mean = f"{format_number(total / images, unit)} an image" if images else ""

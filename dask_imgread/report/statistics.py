@@ -73,7 +73,7 @@ _get_offset = attrgetter("offset")
 
 
 @dataclass
-class _Sample:
+class _RandomSample:
     """A random sample: the rows with the lowest random numbers, so that samples can be merged."""
 
     size: int
@@ -85,9 +85,9 @@ class _Sample:
         limit = self.numbers[-1] if self.numbers and len(self.numbers) == self.size else 1.0
         low = np.flatnonzero(numbers < limit)
         low = low[np.argsort(numbers[low])][: self.size]
-        self.merge(_Sample(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
+        self.merge(_RandomSample(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
 
-    def merge(self, other: _Sample) -> None:
+    def merge(self, other: _RandomSample) -> None:
         pairs = zip(self.numbers + other.numbers, self.rows + other.rows, strict=True)
         kept = sorted(pairs, key=lambda pair: pair[0])[: self.size]
         self.numbers, self.rows = [number for number, _ in kept], [row for _, row in kept]
@@ -137,7 +137,7 @@ class Histogram:
 class Statistics:
     """Statistics of any number of rows, in memory that does not grow with them."""
 
-    samples: _Sample
+    samples: _RandomSample
     images: int = 0
     failed: int = 0
     pixels: int = 0
@@ -145,8 +145,8 @@ class Statistics:
     formats: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, _Sample] = field(
-        default_factory=lambda: defaultdict(lambda: _Sample(LISTED))
+    failures: dict[str, _RandomSample] = field(
+        default_factory=lambda: defaultdict(lambda: _RandomSample(LISTED))
     )
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram() for name in MEASURES}
@@ -227,13 +227,13 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> S
                 stats.add_footer(Footer(**json.loads(footer)))
 
     def count(first: int) -> Statistics:
-        stats = Statistics(_Sample(samples))
+        stats = Statistics(_RandomSample(samples))
         rng = np.random.default_rng(first)  # so that the same rows give the same page
         for rows in _join(read(first, stats)):
             stats.add(rows, rng)
         return stats
 
-    total = Statistics(_Sample(samples))
+    total = Statistics(_RandomSample(samples))
     with ThreadPoolExecutor(threads) as pool:
         for stats in pool.map(count, range(threads)):
             total.merge(stats)

@@ -92,7 +92,7 @@ class ReadAhead:
     start
         The offset at which reading begins.
     skipping
-        Whether large gaps between two reads are not fetched.
+        Whether to leave out large gaps between two reads.
     """
 
     streamed = True
@@ -111,9 +111,9 @@ class ReadAhead:
         self._held: dict[int, _Block] = {}  # by their starts
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
-        self._wanted = _FIRST_BLOCKS  # in flight; more after each wait
+        self._wanted = _FIRST_BLOCKS  # blocks in flight; increased after each wait
         self._most = blocks.workers if blocks.workers > 1 else _MAX_BLOCKS
-        self._submitted = start  # of a stream: its blocks come in order, and once
+        self._submitted = start  # the end of the last block; a stream's come once, in order
         self._needed: int | None = None
         self._next = start  # where the last read ended
         self._pieces: deque[tuple[int, memoryview]] = deque(maxlen=_KEPT_PIECES)
@@ -215,7 +215,7 @@ class ReadAhead:
         """Fetch a block that is needed now; of a stream, first those before it."""
         if self._blocks.workers == 1:
             if start < self._submitted:
-                raise OSError(f"what lies at offset {start} is not kept any more")
+                raise OSError(f"the bytes at offset {start} were discarded")
             while self._submitted < start:
                 self._submit(*self._find_block(self._submitted))
         return self._submit(start, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
@@ -107,13 +107,20 @@ def partition_shards(
     _check_positive("limit", limit)
     shards = find_shards(paths, storage_options)
     chosen = list(islice(divide_shards(shards, division, storage_options), limit))
-    for number, task in enumerate(chosen):
-        task.task_id = f"file_group_{number}"
-        task.dataset_name = dataset_name
-        if relative_to is not None:
-            task.reader_config = task.reader_config | {"relative_to": os.fspath(relative_to)}
+    config = {} if relative_to is None else {"relative_to": os.fspath(relative_to)}
+    tasks = [
+        replace(
+            task,
+            task_id=f"file_group_{number}",
+            dataset_name=dataset_name,
+            reader_config=task.reader_config | config,
+        )
+        for number, task in enumerate(chosen)
+    ]
+    if relative_to is not None:
+        for task in tasks:
             task.name_shards()  # raises if a shard is not in relative_to
-    return chosen
+    return tasks
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _MAX_VIEWS = 8  # images of one sample; if a key has more, they are samples with
 _MAX_DOTS = 16  # in a name, counted from the right, at which it may be split
 _MAX_LINKS = 40  # followed from one member, the limit of Linux
 _GAP = "\0.gap"  # never a member's name: these end at the first NUL
-_WINDOW = 2 << 20  # bytes between members of one sample, if a shard is read only once
+_WINDOW = 2 << 20  # maximum bytes between a sample's members, if a shard is read once
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -291,8 +291,8 @@ class _SampleStream:
             return ShardIndex()
         first = self._late[0]
         problem = (
-            f"{len(self._late)} sidecars stand more than {_WINDOW >> 20} MiB behind their images, "
-            f"which were read without them, such as {first.name}"
+            f"late sidecars: {len(self._late)} are more than {_WINDOW >> 20} MiB behind their "
+            f"images, which were read without them, such as {first.name}"
         )
         return ShardIndex(broken=[Member("", first.start, first.start, 0, problem)])
 

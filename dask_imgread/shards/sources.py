@@ -16,7 +16,7 @@ from dask_imgread.shards.tar import BLOCK, ByteSource, is_header
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.ranges import NoRangesError, RangeReader
 
-# A name may say anything: a file's first bytes tell how it is compressed. Skippable frames of zstd
+# Names are not reliable: a file's first bytes show how it is compressed. Skippable frames of zstd
 # (RFC 8878, 3.1.2) may come first.
 _MAGICS = {
     b"\x1f\x8b": "gzip",
@@ -40,9 +40,9 @@ def open_shard(
 ) -> Iterator[ByteSource]:
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
 
-    A plain local file is read in place. Of any other, what follows is fetched, or inflated, while
-    what came before is used. What can only be read from its beginning on, a compressed shard or
-    one on a server without ranges, is read once: what lies far behind is not to be had again.
+    A plain local file is read in place. Of any other, the next bytes are fetched, or inflated,
+    while earlier ones are used. A compressed shard, or one on a server without ranges, is read
+    once, from its beginning on: bytes far behind the last read are discarded.
 
     Parameters
     ----------
@@ -51,13 +51,13 @@ def open_shard(
     start
         The offset at which reading begins.
     plain
-        Whether it is known not to be compressed; else its first bytes tell.
+        Whether it is known not to be compressed; otherwise its first bytes are examined.
     size
-        The file's size where it is known: then a remote one is not asked for it first.
+        The file's size, if known: this saves a request for it.
     read_ahead
         Bytes that are fetched or inflated in advance, at most.
     skipping
-        Whether no more than headers may be wanted, so that what lies between need not be fetched.
+        Whether only headers may be needed, so that large gaps between reads are not fetched.
 
     Raises
     ------

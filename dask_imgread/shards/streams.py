@@ -17,7 +17,7 @@ from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import until_stopped
 
 _PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
-_SKIPPED_BYTES = 4 << 20  # at a time, up to where a broken connection is taken up again
+_SKIPPED_BYTES = 4 << 20  # at a time, to get back to where a connection broke
 
 
 class Stream:
@@ -62,7 +62,7 @@ class Stream:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # what could not be read can't be closed in order
+        with suppress(OSError):  # closing fails after a failed read
             self._stream.close()
         self._file.close()
 
@@ -74,10 +74,10 @@ class Stream:
                 piece = self._stream.read(
                     min(_PIECE_BYTES, missing) if self.compressed else missing
                 )
-            except StorageError as error:  # in the middle of a block: no more is in its place
+            except StorageError as error:  # later bytes would be at wrong offsets
                 self._lost = error
                 raise
-            except OSError as error:  # cut or damaged: what came before stands
+            except OSError as error:  # truncated or damaged: what came before is kept
                 self.problem = str(error)
                 piece = b""
             if not piece:
@@ -119,7 +119,7 @@ class SourceFile(io.RawIOBase):
 
 
 class ResumedFile(io.RawIOBase):
-    """A remote file read from its beginning on, and taken up again where its connection breaks."""
+    """A remote file, read from its beginning on, and reopened where its connection breaks."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class ResumedFile(io.RawIOBase):
         self._stopped = threading.Event()
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, asked for again where that may help."""
+        """Return the next bytes; transient errors are retried."""
         return until_stopped(self._stopped, self._read_once, self._name, size)
 
     def _read_once(self, size: int) -> bytes:
@@ -174,7 +174,7 @@ class ResumedFile(io.RawIOBase):
         return True
 
     def stop(self) -> None:
-        """End what is under way: with the answer to the request that is out now."""
+        """Read no more, once the current request is answered."""
         self._stopped.set()
 
     def close(self) -> None:

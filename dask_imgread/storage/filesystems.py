@@ -34,7 +34,7 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
         If fsspec knows no such store, or the store does not take these options.
     """
     if path.startswith("hf://"):
-        fsspec.get_filesystem_class("https")  # ranges are fetched by it: raises if it can't be had
+        fsspec.get_filesystem_class("https")  # raises without aiohttp, which fetches ranges
     if path.startswith(("s3://", "s3a://")):
         # s3fs and botocore would make 25 attempts for each of ours: hours, if the server is down.
         no_retries = {"config_kwargs": {"retries": {"max_attempts": 0}}}
@@ -50,7 +50,7 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
 
 
 def reach_hub(fs: fsspec.AbstractFileSystem, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the web server that the Hugging Face Hub is, and the URL there of one of its files.
+    """Return the Hugging Face Hub as a web server's file system, and the URL of one of its files.
 
     The Hub's own client would list the file's folder in each thread that reads, only to see that
     it is a file, and could not end a request that is under way.

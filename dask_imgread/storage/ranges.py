@@ -38,9 +38,9 @@ class _Answer(NamedTuple):
 class RangeReader:
     """Read ranges of a remote file.
 
-    No request is made before the first read: answers of S3 and of web servers, the Hugging Face Hub
-    included, have the file's size. They have its ETag, too, so that a file that changes meanwhile
-    is noticed.
+    For S3 and web servers no request is made before the first read: each answer has the file's
+    size. It has its ETag, too, so that a file that changes meanwhile is noticed. Other stores are
+    asked for the size, if it is not given, and the Hugging Face Hub for the file's revision.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class RangeReader:
         self._running: set[Future[Any]] = set()
         self._etag: str | None = None
         self.size = size
-        self._sized = False  # by the first answer
+        self._sized = False  # whether an answer has confirmed `size`
         if not self._protocols & {"http", "s3"}:
             if self.size is None:
                 self.size = with_retries(fs.info, name, name).get("size")
@@ -128,7 +128,7 @@ class RangeReader:
         elif self._fs.async_impl:
             request = self._fs._cat_file(self._name, start=start, end=stop)
             answer = _Answer(self._run(request), self.size, None)
-        else:  # it opens the file, and by default reads more than the range
+        else:  # opens the file, and by default would read more than the range
             opened = {"cache_type": "none", "size": self.size}
             content = self._fs.cat_file(self._name, start=start, end=stop, **opened)
             answer = _Answer(content, self.size, None)
@@ -166,7 +166,7 @@ class RangeReader:
                 return _Answer(b"", start if size is None else size, etag)
             response.raise_for_status()
             if response.status != _PARTIAL:
-                response.close()  # or all of the file would come
+                response.close()  # otherwise the whole file would be transferred
                 return _Answer(None, None, etag)
             return _Answer(await _receive(response, stop - start), size, etag)
 

@@ -69,7 +69,7 @@ def until_stopped(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Result:
-    """Do the same as ``with_retries``, and no more once ``stopped`` is set."""
+    """Do the same as ``with_retries``, but stop retrying when ``stopped`` is set."""
     start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -85,11 +85,11 @@ def until_stopped(
         logger.info("%s; trying again in %.1f s", reason, pause)
         if _pause(pause, stopped):
             raise StorageError(f"{reason}; stopped")
-    raise StorageError(f"{reason}, and so {attempt} times in {seconds:.0f} s")
+    raise StorageError(f"{reason} (tried {attempt} times in {seconds:.0f} s)")
 
 
 def _pause(seconds: float, stopped: threading.Event) -> bool:
-    """Wait; return whether the wait was cut short since nothing is to be tried any more."""
+    """Wait; return whether the wait was cut short, since no further attempt is wanted."""
     end = time.monotonic() + seconds
     while not (GIVEN_UP.is_set() or stopped.is_set()):
         left = end - time.monotonic()

@@ -1,7 +1,7 @@
 """Decode shards on a Dask cluster on Kubernetes, one GPU for each worker; write their metadata.
 
-Runs in the pod of cronjob.yaml. Needs the Dask operator in the cluster, and, as the image
-has it, `pip install dask-kubernetes`.
+Runs in the pod of cronjob.yaml. Needs the Dask operator in the cluster, and
+`pip install dask-kubernetes`, as in the image.
 """
 
 import argparse

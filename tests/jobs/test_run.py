@@ -563,7 +563,7 @@ def grow(rows, batch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.assign(more=1), "columns .*more.* came where"),
+        (lambda rows: rows.assign(more=1), "columns are .*more.*, expected"),
         (lambda rows: rows.assign(number=rows["number"] + 0.5), r"column 'number' \(int64\)"),
         (lambda rows: rows.assign(number="x"), r"column 'number' \(int64\)"),
         (lambda rows: rows.assign(box=[{"a": 1, "b": 2}] * len(rows)), r"no place for \['b'\]"),
@@ -586,7 +586,7 @@ def test_a_column_without_a_type_is_asked_for(folder, client, shards):
     def measure(batch):
         return count_rows(batch).assign(note=None)
 
-    with pytest.raises(JobError, match="do not tell the type of note"):
+    with pytest.raises(JobError, match="do not show the type of note"):
         run_job(shards[:1], "out", measure, client=client, reader=DECODING)
 
 
@@ -626,7 +626,7 @@ def test_a_task_of_a_job_that_was_overwritten_writes_nothing(folder, client, sha
     run_job(shards[:1], "out", client=client, overwrite=True)
     table = pq.read_table("out/part-0000000.parquet")
     footer = Footer(job["id"], 1, 0, 0.0, 0.0, "")
-    with pytest.raises(OtherJobError, match="has become another job's"):
+    with pytest.raises(OtherJobError, match="now belongs to another job"):
         late.write_part(7, table, None, footer)
     assert len(list(Path("out").glob("part-*"))) == 1
 

@@ -187,7 +187,7 @@ def test_lists_joined_as_webdataset_does(tmp_path):
 
 def test_no_shard_is_overwritten(tmp_path):
     (tmp_path / "00001.tar").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"00001\.tar is there already, and stays"):
+    with pytest.raises(FileExistsError, match=r"00001\.tar exists already, and is not"):
         make_shards(tmp_path, shards=3, images_per_shard=1)
     assert [path.name for path in tmp_path.iterdir()] == ["00001.tar"]
     assert (tmp_path / "00001.tar").read_text() == "mine"

@@ -75,7 +75,7 @@ def test_nothing_is_lost_of_any_order(seed, monkeypatch):
         attached = [m.name for e in images for _, m in e.sidecars]
         assert len(set(attached)) == len(attached)
         assert all(m.name.split(".")[0] == e.key for e in images for _, m in e.sidecars)
-        late = sum(int(member.problem.split()[0]) for member in broken)
+        late = sum(int(member.problem.split()[2]) for member in broken)
         assert len(attached) + late == 2 * count
         # What stands before its image is never late.
         starts = {image.key: image.member.start for image in images}
@@ -89,7 +89,7 @@ def test_what_comes_too_late_is_named(monkeypatch):
     images, (record,) = stream(lay_out(names))
     joined = sum(len(e.sidecars) for e in images)
     assert 0 < joined < 5
-    assert record.problem.startswith(f"{20 - joined} sidecars stand more than")
+    assert record.problem.startswith(f"late sidecars: {20 - joined} are more than")
     assert record.problem.endswith("such as 18.txt")
 
 
