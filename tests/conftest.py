@@ -1,5 +1,6 @@
 """Real photographs in real shards, and a real cluster of worker processes."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,16 @@ def photo_shards(photographs, tmp_path_factory):
             ]
         paths.append(write_shard(folder / f"photos-{shard:02d}.tar", members))
     return paths
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    """Leave no handler behind: it writes to a stderr that pytest has closed by the next test."""
+    loggers = [logging.getLogger(name) for name in (None, "dask_imgread")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture
