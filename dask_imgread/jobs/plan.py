@@ -29,11 +29,12 @@ _SCHEMA = pa.schema(
         "count": pa.int32(),
         "start": pa.int64(),  # null: whole shards
         "stop": pa.int64(),
-        "index": pa.string(),  # ShardIndex as JSON, if the task has one
+        "index": pa.large_string(),  # ShardIndex as JSON, if the task has one
     }
 )
 _LOGGED_EVERY = 10  # seconds
 _ROWS = 10_000  # converted to Python objects at the same time
+_CHARACTERS = 1 << 26  # of indexes, likewise
 _SHOWN = 3  # shards named in a difference
 
 logger = logging.getLogger("dask_imgread")
@@ -169,7 +170,7 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
     """Return one row for each task, which refers to its shards by number."""
     batches: list[pa.RecordBatch] = []
     rows: list[dict[str, Any]] = []
-    first = 0
+    first = characters = 0
     logged = time.monotonic()
     for task in tasks:
         while shards[first].path != task.data[0]:  # tasks and shards are in the same order
@@ -179,9 +180,11 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
         rows.append(
             {"first": first, "count": len(task.data), "start": start, "stop": stop, "index": index}
         )
-        if len(rows) == _ROWS:
+        characters += len(index or "")
+        if len(rows) == _ROWS or characters > _CHARACTERS:
             batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
             rows.clear()
+            characters = 0
         if time.monotonic() - logged > _LOGGED_EVERY:
             logged = time.monotonic()
             logger.info("planning: %d of %d shards read", first, len(shards))

@@ -18,7 +18,7 @@ MIB = 1 << 20
 READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
-_MAX_KEPT_BYTES = 256 * MIB  # before the last read, whatever `keep` says
+_MAX_KEPT_BYTES = 256 * MIB  # whatever `keep` says
 _FIRST_BLOCKS, _MAX_BLOCKS = 8, 64  # in flight
 _FIRST_SKIPPED = MIB // 2  # bytes fetched to begin with, if only headers may be needed
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
@@ -31,6 +31,7 @@ _STARTS = [0, *accumulate(_SIZES)]
 _SKIPPED_BYTES = 512 << 10
 _PIECE_BYTES = 32 << 10
 _KEPT_PIECES = 64
+_SPARSE = 16  # a view is a copy if it is so many times farther from the one before than its size
 
 
 class Blocks(Protocol):
@@ -38,7 +39,6 @@ class Blocks(Protocol):
 
     workers: int  # threads that may read at a time; one if blocks come only in order
     size: int | None  # None until it is known
-    compressed: bool
     problem: str
 
     def read(self, start: int, stop: int) -> bytes | memoryview:
@@ -112,24 +112,27 @@ class ReadAhead:
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
         self._wanted = _FIRST_BLOCKS  # blocks in flight; increased after each wait
-        self._most = blocks.workers if blocks.workers > 1 else _MAX_BLOCKS
+        self._most = _MAX_BLOCKS if self.sequential else blocks.workers
         self._submitted = start  # the end of the last block; a stream's come once, in order
         self._needed: int | None = None
         self._next = start  # where the last read ended
+        self._viewed = start  # where the last view ended
+        self._front = start  # where the farthest read ended
         self._pieces: deque[tuple[int, memoryview]] = deque(maxlen=_KEPT_PIECES)
         self._piece_bytes = 0  # of the next request for headers alone; 0 while reading blocks
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return the bytes from ``offset``, fewer where the source ends."""
-        return bytes(self.view_at(offset, size))
+        return bytes(self._view(offset, size))
 
     def view_at(self, offset: int, size: int) -> memoryview:
-        """Return the same without a copy, as a view of the block."""
-        place = offset - self._content_start
-        if not 0 <= place <= place + size <= len(self._content):
-            return self._gather(offset, size)
-        self._next = offset + size
-        return self._content[place : place + size]
+        """Return the same, as a view of the block if most of that is viewed.
+
+        A view keeps its whole block in memory.
+        """
+        view = self._view(offset, size)
+        gap, self._viewed = offset - self._viewed, offset + size
+        return memoryview(bytes(view)) if gap > _SPARSE * (size + _SIZES[0] // 4) else view
 
     def keep(self, offset: int) -> None:
         """Allow the bytes before an offset to be discarded, and keep those after it."""
@@ -144,9 +147,9 @@ class ReadAhead:
         return self._blocks.size or 0
 
     @property
-    def compressed(self) -> bool:
-        """Whether offsets are those of the decompressed bytes, not of the file."""
-        return self._blocks.compressed
+    def sequential(self) -> bool:
+        """Whether it can be read only once, and from its beginning on."""
+        return self._blocks.workers == 1
 
     @property
     def problem(self) -> str:
@@ -161,6 +164,13 @@ class ReadAhead:
             _BUDGET.give_back(block.taken)
         self._held.clear()
         self._blocks.close()
+
+    def _view(self, offset: int, size: int) -> memoryview:
+        place = offset - self._content_start
+        if not 0 <= place <= place + size <= len(self._content):
+            return self._gather(offset, size)
+        self._next = offset + size
+        return self._content[place : place + size]
 
     def _gather(self, offset: int, size: int) -> memoryview:
         """Assemble bytes from several blocks, or wait for them."""
@@ -180,22 +190,13 @@ class ReadAhead:
     def _load(self, offset: int, size: int) -> None:
         """Make the block that holds an offset the current one."""
         start, stop = self._find_block(offset)
-        if self._skipping and start not in self._held:
-            for place, piece in self._pieces:  # the walk has been here before
-                if place <= offset < place + len(piece):
-                    self._show(place, piece)
-                    return
-            if not 0 <= offset - self._next <= _SKIPPED_BYTES:
-                self._piece_bytes = _PIECE_BYTES
-            if 0 < self._piece_bytes <= _SKIPPED_BYTES:
-                wanted = max(self._piece_bytes, min(size, _BLOCK_BYTES))
-                self._piece_bytes *= 2
-                self._show(offset, memoryview(self._blocks.read(offset, offset + wanted)))
-                self._pieces.append((offset, self._content))
+        if start not in self._held and not self.sequential:
+            if self._load_piece(offset, size):
                 return
             if self._piece_bytes:
                 self._piece_bytes, self._base = 0, offset
                 start, stop = self._find_block(offset)
+        self._front = max(self._front, offset + size)
         block = self._held.get(start) or self._fetch(start, stop)
         self._drop(offset)
         if not self._piece_bytes:
@@ -204,16 +205,39 @@ class ReadAhead:
             wait([block.future])
             self._wanted = min(4 * self._wanted, self._most)
         content = block.future.result()
-        if self._blocks.workers > 1 and len(content) < min(stop, self._blocks.size or 0) - start:
+        if not self.sequential and len(content) < min(stop, self._blocks.size or 0) - start:
             # It was cut off where the file was believed to end.
             content = bytes(content) + self._blocks.read(start + len(content), stop)
             block.future = Future()
             block.future.set_result(content)
         self._show(start, memoryview(content))
 
+    def _load_piece(self, offset: int, size: int) -> bool:
+        """Load a piece by itself, not a block, and return True, if nothing around it is needed."""
+        for place, piece in self._pieces:
+            if place <= offset < place + len(piece):
+                self._show(place, piece)
+                return True
+        wanted = min(size, _BLOCK_BYTES)
+        if offset >= self._front:
+            if not self._skipping:
+                return False
+            if not 0 <= offset - self._next <= _SKIPPED_BYTES:
+                self._piece_bytes = _PIECE_BYTES
+            if not 0 < self._piece_bytes <= _SKIPPED_BYTES:
+                return False
+            wanted = max(self._piece_bytes, wanted)
+            self._piece_bytes *= 2
+            self._front = offset + wanted
+        # Otherwise it was read before, and discarded.
+        self._show(offset, memoryview(self._blocks.read(offset, offset + wanted)))
+        if wanted <= _SKIPPED_BYTES:
+            self._pieces.append((offset, self._content))
+        return True
+
     def _fetch(self, start: int, stop: int) -> _Block:
         """Fetch a block that is needed now; of a stream, first those before it."""
-        if self._blocks.workers == 1:
+        if self.sequential:
             if start < self._submitted:
                 raise OSError(f"the bytes at offset {start} were discarded")
             while self._submitted < start:
@@ -244,7 +268,7 @@ class ReadAhead:
     def _submit_ahead(self, position: int) -> None:
         """Fetch the next blocks, within the limits of what may be in flight and in memory."""
         size = self._blocks.size
-        if size is None and self._blocks.workers > 1:
+        if size is None and not self.sequential:
             return  # there may be no more
         last = position + self._read_ahead
         if self._skipping and position <= self._base + _SIZES[0]:
@@ -263,7 +287,9 @@ class ReadAhead:
 
     def _drop(self, offset: int) -> None:
         """Discard blocks that are not needed any more, or lie too far behind."""
-        needed = offset - _KEPT_BYTES if self._needed is None else self._needed
-        needed = max(min(needed, offset), offset - _MAX_KEPT_BYTES)
-        for start in [start for start, block in self._held.items() if block.stop <= needed]:
-            _BUDGET.give_back(self._held.pop(start).taken)
+        needed = offset - _KEPT_BYTES if self._needed is None else min(self._needed, offset)
+        # In the middle of too much lies a very large member, most likely no image.
+        middle = needed + _MAX_KEPT_BYTES // 2, offset - _MAX_KEPT_BYTES // 2
+        for start, block in list(self._held.items()):
+            if block.stop <= needed or (start >= middle[0] and block.stop <= middle[1]):
+                _BUDGET.give_back(self._held.pop(start).taken)

@@ -13,7 +13,7 @@ _AHEAD_GAP = 64 << 10  # that sequential reads may skip
 class LocalSource:
     """A local file, not memory-mapped: truncating a mapped file kills the process."""
 
-    streamed, compressed, problem = False, False, ""
+    streamed, sequential, problem = False, False, ""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -228,7 +228,7 @@ def _cut(
         with open_shard(
             shard.path, config.get("storage_options"), size=shard.size, skipping=True
         ) as source:
-            if source.compressed:
+            if source.sequential:
                 yield task
                 return
             index = index_members(walk_members(source))

@@ -54,8 +54,8 @@ class ByteSource(Protocol):
         """Whether bytes should be read only once, and in order."""
 
     @property
-    def compressed(self) -> bool:
-        """Whether the file is compressed, so that reading must start at its beginning."""
+    def sequential(self) -> bool:
+        """Whether it can be read only once, and from its beginning on: no part by itself."""
 
     @property
     def problem(self) -> str:

@@ -78,7 +78,8 @@ def from_disk(folder):
 def test_a_web_server_gives_what_the_disk_gives(folder, from_disk, ranges, faults):
     with serve_http(folder, ranges=ranges, faults=faults) as server:
         there = read([f"{server.url}/{name}" for name in NAMES], images_per_partition=30)
-    pd.testing.assert_frame_equal(there, from_disk)
+    # Without ranges shards are not cut, so that failures stand at the end of other batches.
+    pd.testing.assert_frame_equal(there.sort_index(), from_disk.sort_index())
     assert from_disk["error"].notna().sum() == 2
     if faults is not None:
         assert faults.injected.total() > 3

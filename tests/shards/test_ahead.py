@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -351,8 +352,6 @@ def test_the_size_need_not_be_asked_for(large_folder):
 
 @pytest.mark.parametrize("said", [10, 1 << 40])
 def test_a_wrong_size_is_corrected_by_the_first_answer(large_folder, said):
-    import fsspec
-
     content = (large_folder / "a.tar").read_bytes()
     with serve_http(large_folder) as server:
         source = ReadAhead(RangeReader(fsspec.filesystem("http"), f"{server.url}/a.tar", said))
@@ -421,3 +420,61 @@ def test_an_outage_is_never_a_mixture(large_folder, name, monkeypatch):
         errors = {error for *_, error, _ in rows if error is not None}
         assert errors
         assert all(error.startswith("unreachable") for error in errors), errors
+
+
+def test_sidecars_long_before_their_images_are_fetched_by_themselves(tmp_path):
+    pixels = np.random.default_rng(3).integers(0, 256, (400, 400, 3), np.uint8)
+    noise = encode(Image.fromarray(pixels), "PNG")
+    names = [f"{n:03d}" for n in range(60)]
+    members = [(f"{name}.txt", name.encode()) for name in names]
+    members += [(f"{name}.png", noise + name.encode()) for name in names]
+    path = write_shard(tmp_path / "s.tar", members)
+    size = os.path.getsize(path)
+    with serve_http(tmp_path) as server:
+        assert read(f"{server.url}/s.tar", read_ahead=4 * MIB) == read(path)
+        gets = [request for request in server.requests if request.method == "GET"]
+    assert count_bytes(gets, size) < 1.1 * size
+    assert len(gets) < 110
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.zst"])
+def test_a_very_large_member_costs_no_image_and_little_memory(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(ahead, "_MAX_KEPT_BYTES", 16 * MIB)
+    picture = encode_picture(draw_picture(0, (64, 48)))
+    members = [("a.jpg", picture), ("big.bin", bytes(60 * MIB)), ("b.jpg", picture)]
+    plain = write_shard(tmp_path / "plain.tar", members)
+    write_shard(tmp_path / name, members)
+    most = 0
+    drop = ReadAhead._drop
+
+    def watch(source, offset):
+        nonlocal most
+        drop(source, offset)
+        most = max(most, sum(block.stop - start for start, block in source._held.items()))
+
+    monkeypatch.setattr(ReadAhead, "_drop", watch)
+    with serve_http(tmp_path) as server:
+        assert read(f"{server.url}/{name}", read_ahead=8 * MIB) == read(plain)
+    assert most < 50 * MIB
+
+
+def test_small_images_far_apart_pin_no_blocks(tmp_path):
+    picture = encode_picture(draw_picture(0, (16, 16)))
+    members = [
+        member
+        for n in range(20)
+        for member in ((f"{n:02d}.jpg", picture), (f"{n:02d}.bin", bytes(4 * MIB)))
+    ]
+    write_shard(tmp_path / "s.tar", members)
+    with serve_http(tmp_path) as server:
+        source = ReadAhead(RangeReader(fsspec.filesystem("http"), f"{server.url}/s.tar"))
+        views = [source.view_at(512 + n * (4 * MIB + 2048), len(picture)) for n in range(20)]
+        source.close()
+    assert all(view == picture for view in views)
+    assert sum(view.nbytes == len(memoryview(view.obj).cast("B")) for view in views) >= 19
+
+
+def test_a_server_without_ranges_is_not_cut(large_folder):
+    with serve_http(large_folder, ranges=False) as server:
+        (task,) = partition_shards(f"{server.url}/a.tar", images_per_partition=5)
+        assert sum(batch.num_items for batch in READER.process(task)) == 30
