@@ -40,14 +40,14 @@ class Stream:
         self._position = 0
         self.size: int | None = None
         self.problem = ""
-        self._lost: StorageError | None = None
+        self._lost: OSError | None = None
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes of a block, fewer where the file ends or can't be decompressed.
 
         Raises
         ------
-        StorageError
+        OSError
             If they can't be fetched, or any before them could not.
         """
         if self._lost is not None:
@@ -74,11 +74,11 @@ class Stream:
                 piece = self._stream.read(
                     min(_PIECE_BYTES, missing) if self.compressed else missing
                 )
-            except StorageError as error:  # later bytes would be at wrong offsets
-                self._lost = error
-                raise
-            except OSError as error:  # truncated or damaged: what came before is kept
-                self.problem = str(error)
+            except OSError as error:
+                self._lost = self._file.error if isinstance(self._file, SourceFile) else error
+                if self._lost is not None:  # later bytes would be at wrong offsets
+                    raise self._lost from None
+                self.problem = str(error)  # truncated or damaged: what came before is kept
                 piece = b""
             if not piece:
                 self.size = self._position + size - missing
@@ -96,10 +96,15 @@ class SourceFile(io.RawIOBase):
     def __init__(self, source: LocalSource | ReadAhead) -> None:
         super().__init__()
         self._source, self._position = source, 0
+        self.error: OSError | None = None  # Arrow's own errors are of the same classes
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, fewer where the source ends."""
-        content = self._source.read_at(self._position, size)
+        """Return the next bytes, fewer where the source ends; keep the source's error."""
+        try:
+            content = self._source.read_at(self._position, size)
+        except OSError as error:
+            self.error = error
+            raise
         self._position += len(content)
         return content
 
