@@ -2,11 +2,14 @@
 
 import gzip
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.errors import StorageError
+from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode
 from tests.helpers.servers import Handler, Server
@@ -123,3 +126,106 @@ def test_a_change_in_the_middle_is_no_truncation(shard, expected, compressed):
         error = read_until_lost(f"{server.url}/a.tar", expected)
     assert error.startswith("unreadable shard: ")
     assert 'changed while it was read: its ETag was "x" and is "y"' in error
+
+
+def send_more(handler, content, start, stop):
+    handler.send_part(content, start, min(stop + 100, len(content)), ETAG)
+
+
+def send_less(handler, content, start, stop):
+    handler.send_part(content, start, min(stop, start + MIB // 2), ETAG)
+
+
+def hide_the_size(handler, content, start, stop):
+    handler.send_part(content, start, stop, ETAG, total="*")
+
+
+def hide_the_range(handler, content, start, stop):
+    handler.send_bytes(206, "application/x-tar", content[start:stop], ETAG)
+
+
+def call_it_an_encoding(handler, content, start, stop):
+    handler.send_part(content, start, stop, ETAG, ("Content-Encoding", "gzip"))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    "send", [send_more, send_less, hide_the_size, hide_the_range, call_it_an_encoding]
+)
+def test_unusual_answers_are_understood(shard, expected, send, compressed):
+    content = gzip.compress(shard, 1) if compressed else shard
+
+    def answer(handler):
+        start, stop = handler.asked(len(content))
+        send(handler, content, start, stop)
+
+    with serve(answer) as server:
+        assert read(f"{server.url}/a.tar") == expected
+
+
+def test_another_range_than_was_asked_for_is_an_error(shard, expected):
+    def answer(handler):
+        start, stop = handler.asked(len(shard))
+        shift = 51_200 if start > MIB else 0
+        handler.send_part(shard, start - shift, stop - shift, ETAG)
+
+    with serve(answer) as server:
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+    assert error.startswith(f"unreadable shard: {server.url}/a.tar: the server sent the range from")
+
+
+@pytest.mark.parametrize(
+    ("mark", "more"), [("size", 512), ("Last-Modified", 0)], ids=["size", "date"]
+)
+def test_a_change_shows_without_an_etag(shard, expected, mark, more):
+    def answer(handler):
+        start, stop = handler.asked(len(shard))
+        late = start > 2 * MIB
+        content = shard + bytes(more if late else 0)
+        date = f"Mon, 0{1 + late} Jan 2024 00:00:00 GMT" if not more else "Mon, 01 Jan 2024"
+        handler.send_part(content, start, stop, ("Last-Modified", date))
+
+    with serve(answer) as server:
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+    assert f"changed while it was read: its {mark} was" in error
+
+
+def test_a_whole_file_amid_ranges_is_tried_again(shard, expected):
+    refused = []
+
+    def answer(handler):
+        start, stop = handler.asked(len(shard))
+        if start > 2 * MIB and (handler.server.broken or not refused):
+            refused.append(start)
+            handler.send_bytes(200, "application/x-tar", shard, ETAG)
+        else:
+            handler.send_part(shard, start, stop, ETAG)
+
+    with serve(answer) as server:
+        server.broken = False
+        assert read(f"{server.url}/a.tar") == expected
+        assert refused
+        server.broken = True
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+    assert error.startswith("unreachable: ")
+    assert "the server sent the whole file" in error
+
+
+@pytest.mark.parametrize("said", [0, 1, 512, 1 << 50])
+@pytest.mark.parametrize("first", [0, 30])
+def test_a_wrong_size_loses_nothing(shard, expected, said, first):
+    def answer(handler):
+        handler.send_part(shard, *handler.asked(len(shard)), ETAG)
+
+    start = shard.index(b"%03d.png" % first)
+    with serve(answer) as server:
+        rows = read(f"{server.url}/a.tar", sizes=(said,), byte_range=(start, None))
+    assert rows == expected[first:]
+
+
+def test_a_stopped_read_says_so(shard):
+    with serve(lambda handler: handler.fail(503)) as server:
+        ranges = RangeReader(fsspec.filesystem("http"), f"{server.url}/a.tar")
+        ranges.stop()
+        with pytest.raises(StorageError, match=r"a\.tar: stopped$"):
+            ranges.read(0, 10)
