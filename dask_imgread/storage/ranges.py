@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 
 _PARTIAL, _NOT_SATISFIABLE = 206, 416
 _PIECE_BYTES = 1 << 16  # received at a time
+_SILENCE = 30.0  # seconds without a byte of a whole file, after which it is asked for again
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)")  # RFC 9110, 14.4
 
 
@@ -66,12 +67,13 @@ class Requests:
         self.stopped = threading.Event()
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for a request's result; raise CancelledError if ``stop`` was or is called."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
+        """Wait for a request's result; raise CancelledError once ``stop`` was called."""
         with self._lock:
-            self._running.add(future)
             if self.stopped.is_set():
-                future.cancel()
+                coroutine.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
+            self._running.add(future)
         try:
             return future.result()
         finally:
@@ -89,7 +91,11 @@ class Requests:
 async def ask(
     fs: fsspec.AbstractFileSystem, url: str, **headers: str
 ) -> tuple[Any, int, Mapping[str, str]]:
-    """Ask a web server or S3 for a file: return aiohttp's response, its status and headers."""
+    """Ask a web server or S3 for a file, or the range that a header names.
+
+    Returns aiohttp's response, its status and its headers. The time that a range takes is limited;
+    that of a whole file is not, as long as its bytes keep coming.
+    """
     if "s3" in fs.protocol:
         bucket, key, version = fs.split_path(url)
         options = {"VersionId": version} if version else {}
@@ -99,6 +105,12 @@ async def ask(
     session = await fs.set_session()
     # Offsets are those of the file, even if the server says that its format is an encoding.
     options = {**fs.kwargs, "auto_decompress": False}
+    if "Range" not in headers:
+        from aiohttp import ClientTimeout
+
+        limits = options.get("timeout") or getattr(session, "timeout", None)
+        silence = getattr(limits, "sock_read", None) or _SILENCE
+        options["timeout"] = ClientTimeout(sock_connect=silence, sock_read=silence)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
     response = await session.get(fs.encode_url(url), headers=headers, **options)
     response.raise_for_status()

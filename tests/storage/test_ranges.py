@@ -1,7 +1,10 @@
 """Remote files on servers that fail, lie, or answer in unusual but legal ways."""
 
 import gzip
+import threading
+import time
 
+import aiohttp
 import fsspec
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from dask_imgread.errors import StorageError
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode
-from tests.helpers.servers import Handler, Server
+from tests.helpers.servers import KEY, SECRET, Handler, Server
 
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -229,3 +232,108 @@ def test_a_stopped_read_says_so(shard):
         ranges.stop()
         with pytest.raises(StorageError, match=r"a\.tar: stopped$"):
             ranges.read(0, 10)
+
+
+def break_off(handler, content, length):
+    """Send the first bytes of a whole file, and close the connection."""
+    handler.send_response_only(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.send_header(*ETAG)
+    handler.end_headers()
+    handler.wfile.write(content[:length])
+    handler.wfile.flush()
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_whole_file_that_changes_is_no_mixture(shard, expected, compressed):
+    content = gzip.compress(shard, 1) if compressed else shard
+    opened = []
+
+    def answer(handler):
+        opened.append(handler.path)
+        if len(opened) <= 2:  # to see whether it sends ranges, and to be read
+            break_off(handler, content, 3 * MIB)
+        else:
+            handler.send_bytes(200, "application/x-tar", bytes(len(content)), ("ETag", '"y"'))
+
+    with serve(answer) as server:
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+    assert len(opened) == 3
+    assert 'changed while it was read: its ETag was "x" and is "y"' in error
+
+
+def test_a_refusal_amid_a_whole_file_is_unreachable(shard, expected):
+    opened = []
+
+    def answer(handler):
+        opened.append(handler.path)
+        if len(opened) <= 2:
+            break_off(handler, shard, 3 * MIB)
+        else:
+            handler.fail(403)
+
+    with serve(answer) as server:
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+    assert error.startswith(f"unreachable: {server.url}/a.tar: HTTP 403")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_closing_does_not_wait_for_a_server_that_stalls(shard, compressed):
+    content = gzip.compress(shard, 1) if compressed else shard
+    closed, waited = threading.Event(), []
+
+    def answer(handler):
+        break_off(handler, content, 6 * MIB)
+        waited.append(closed.wait(60))
+
+    with serve(answer) as server:
+        reader = ImageReaderStage(device="cpu", verbose=False, dali_batch_size=2)
+        batches = reader.stream(FileGroupTask(data=[f"{server.url}/a.tar"]))
+        next(batches)
+        batches.close()
+        closed.set()
+    assert all(waited)
+
+
+def test_a_whole_file_may_take_long_if_its_bytes_keep_coming(shard, expected):
+    """The time limit of a session holds for each of its other requests."""
+    limit = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=0.5)}}
+
+    def answer(handler):
+        break_off(handler, shard, 0)
+        for start in range(0, len(shard), MIB):
+            handler.wfile.write(shard[start : start + MIB])
+            time.sleep(0.1)
+
+    with serve(answer) as server:
+        options = {"reader_config": {"storage_options": limit}}
+        assert read(f"{server.url}/a.tar", **options) == expected
+
+
+def test_a_whole_file_that_stops_coming_is_a_time_out(shard, expected, monkeypatch):
+    monkeypatch.setattr("dask_imgread.storage.ranges._SILENCE", 0.2)
+    done = threading.Event()
+
+    def answer(handler):
+        break_off(handler, shard, 3 * MIB)
+        done.wait(60)
+
+    with serve(answer) as server:
+        error = read_until_lost(f"{server.url}/a.tar", expected)
+        done.set()
+    assert error.startswith("unreachable: ")
+    assert "Timeout" in error
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_s3_without_ranges_sends_whole_files(shard, expected, compressed):
+    content = gzip.compress(shard, 1) if compressed else shard
+
+    def answer(handler):
+        handler.send_bytes(200, "application/x-tar", content, ETAG)
+
+    with serve(answer) as server:
+        place = {"endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
+        options = {"storage_options": {"key": KEY, "secret": SECRET, **place}}
+        assert read("s3://bucket/a.tar", reader_config=options) == expected
