@@ -1,8 +1,11 @@
 """Remote files on servers that fail, lie, or answer in unusual but legal ways."""
 
 import gzip
+import io
+import tarfile
 import threading
 import time
+from pathlib import Path
 
 import aiohttp
 import fsspec
@@ -337,3 +340,31 @@ def test_an_s3_without_ranges_sends_whole_files(shard, expected, compressed):
         place = {"endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
         options = {"storage_options": {"key": KEY, "secret": SECRET, **place}}
         assert read("s3://bucket/a.tar", reader_config=options) == expected
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_sidecar_that_cannot_be_fetched_fails_its_image_alone(
+    shard, expected, tmp_path, monkeypatch, status
+):
+    monkeypatch.setattr("dask_imgread.shards.ahead._MAX_KEPT_BYTES", 5 * MIB)
+    with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}
+    pictures = [(name, content) for name, content in files.items() if name.endswith("png")]
+    path = Path(write_shard(tmp_path / "b.tar", [("058.txt", b"far before"), *pictures]))
+    content = path.read_bytes()
+    begun = []
+
+    def answer(handler):
+        start, stop = handler.asked(len(content))
+        if start == 0 and begun:
+            handler.fail(status)
+        else:
+            begun.append(start)
+            handler.send_part(content, start, stop, ETAG)
+
+    with serve(answer) as server:
+        rows = {key: row for key, *row in read(f"{server.url}/b.tar")}
+    pixels, metadata, error = rows.pop("058")
+    assert (pixels, metadata) == (False, {})
+    assert error.startswith(f"unreachable: {server.url}/b.tar: HTTP {status}")
+    assert rows == {key: [pixels, {}, None] for key, pixels, *_ in expected if key != "058"}
