@@ -121,8 +121,8 @@ class RangeReader:
     """Read ranges of a remote file.
 
     For S3 and web servers no request is made before the first read: each answer has the file's
-    size. It has its ETag, too, so that a file that changes meanwhile is noticed. Other stores are
-    asked for the size, if it is not given, and the Hugging Face Hub for the file's revision.
+    size. It has its ETag or date, too, so that a file that changes meanwhile is noticed. Other
+    stores are asked for the size, if it is not given, and the Hugging Face Hub for the revision.
 
     Parameters
     ----------
