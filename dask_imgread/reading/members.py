@@ -9,8 +9,11 @@ from typing import Any
 
 from dask_imgread.decoding.contract import Content, Header
 from dask_imgread.decoding.header import ImageError, read_header, read_header_only
+from dask_imgread.errors import StorageError
+from dask_imgread.reading.records import UNREACHABLE
 from dask_imgread.shards.samples import MAX_SIDECAR_BYTES, parse_sidecar
 from dask_imgread.shards.tar import ByteSource, Member
+from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.tasks import ImageObject
 
 _APPLE_MAGICS = (b"\0\5\x16\7", b"\0\5\x16\0")  # AppleDouble and AppleSingle
@@ -42,7 +45,7 @@ class SidecarReader:
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
-        self._members: Sequence[tuple[str, Member]] = ()
+        self._members: Sequence[tuple[str, Member]] | None = None  # read last, without an error
         self._values: dict[str, Any] = {}
         self._problems: list[str] = []
         # The last sample's values by offset: the next sample may share a sidecar with it.
@@ -51,11 +54,17 @@ class SidecarReader:
     def attach(self, members: Sequence[tuple[str, Member]], image: ImageObject) -> int:
         """Add sidecars to an image's record, with a warning for each that can't be read.
 
+        If one can't be fetched, the image fails instead, since a later attempt may succeed.
+
         Returns the bytes of memory they add: 0 if the image before has the same sidecars.
         """
         size = 0
         if members is not self._members:
-            size = self._read(members)
+            try:
+                size = self._read(members)
+            except (StorageError, PermissionError) as error:
+                image.error = hide_secrets(f"{UNREACHABLE}: {error}")
+                return 0
             for problem in self._problems:
                 logger.warning("%s: %s", image.image_path, problem)
         image.metadata = dict(self._values)
@@ -63,7 +72,7 @@ class SidecarReader:
         return size
 
     def _read(self, members: Sequence[tuple[str, Member]]) -> int:
-        self._members, self._values, self._problems = members, {}, []
+        self._members, self._values, self._problems = None, {}, []
         before, self._parsed = self._parsed, {}
         size = 0
         for extension, member in members:
@@ -81,6 +90,9 @@ class SidecarReader:
                     value = parse_sidecar(extension, content)
                     size += len(content) * (_PARSED_GROWTH if isinstance(value, dict | list) else 1)
                 self._values[extension] = self._parsed[member.offset] = value
+            except (StorageError, PermissionError):
+                raise
             except (ValueError, OSError) as error:
                 self._problems.append(f"sidecar {member.name}: {error}")
+        self._members = members
         return size

@@ -312,7 +312,9 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                             continue
                         image = describe_image(entry, shown, shard_id)
                         more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
-                        encoded = self._load(source, entry.member, image, decoder_options)
+                        encoded = None  # a sidecar that can't be fetched is an error of its image
+                        if image.error is None:
+                            encoded = self._load(source, entry.member, image, decoder_options)
                         yield from batches.add(image, encoded, more)
                     for member in index.broken:
                         yield from batches.add(describe_damage(member, shown, shard_id), None)

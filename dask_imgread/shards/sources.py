@@ -89,6 +89,8 @@ def _open_remote(
     skipping: bool,
 ) -> ReadAhead:
     """Open a remote file, and read its first bytes: they tell whether its server sends ranges."""
+    if size is not None and size <= start:
+        size = None  # it is wrong
     try:
         source = ReadAhead(RangeReader(fs, name, size), read_ahead, start=start, skipping=skipping)
         try:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import threading
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import IO
 
 import fsspec
 import pyarrow as pa
 
-from dask_imgread.errors import StorageError
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.shards.local import LocalSource
-from dask_imgread.storage.redaction import redact_url
+from dask_imgread.storage.ranges import Marks, Requests, ask, list_marks
 from dask_imgread.storage.retries import until_stopped
 
 _PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
@@ -40,14 +39,14 @@ class Stream:
         self._position = 0
         self.size: int | None = None
         self.problem = ""
-        self._lost: StorageError | None = None
+        self._lost: OSError | None = None
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes of a block, fewer where the file ends or can't be decompressed.
 
         Raises
         ------
-        StorageError
+        OSError
             If they can't be fetched, or any before them could not.
         """
         if self._lost is not None:
@@ -74,11 +73,11 @@ class Stream:
                 piece = self._stream.read(
                     min(_PIECE_BYTES, missing) if self.compressed else missing
                 )
-            except StorageError as error:  # later bytes would be at wrong offsets
-                self._lost = error
-                raise
-            except OSError as error:  # truncated or damaged: what came before is kept
-                self.problem = str(error)
+            except OSError as error:
+                self._lost = self._file.error if isinstance(self._file, SourceFile) else error
+                if self._lost is not None:  # later bytes would be at wrong offsets
+                    raise self._lost from None
+                self.problem = str(error)  # truncated or damaged: what came before is kept
                 piece = b""
             if not piece:
                 self.size = self._position + size - missing
@@ -96,10 +95,15 @@ class SourceFile(io.RawIOBase):
     def __init__(self, source: LocalSource | ReadAhead) -> None:
         super().__init__()
         self._source, self._position = source, 0
+        self.error: OSError | None = None  # Arrow's own errors are of the same classes
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, fewer where the source ends."""
-        content = self._source.read_at(self._position, size)
+        """Return the next bytes, fewer where the source ends; keep the source's error."""
+        try:
+            content = self._source.read_at(self._position, size)
+        except OSError as error:
+            self.error = error
+            raise
         self._position += len(content)
         return content
 
@@ -124,18 +128,18 @@ class ResumedFile(io.RawIOBase):
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
         super().__init__()
         self._fs, self._name = fs, name
-        self._file: IO[bytes] | None = None
+        self._file: IO[bytes] | _Body | None = None
         self._done = 0
-        self._stopped = threading.Event()
+        self._requests, self._marks = Requests(fs), Marks(name)
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes; transient errors are retried."""
-        return until_stopped(self._stopped, self._read_once, self._name, size)
+        return until_stopped(self._requests.stopped, self._read_once, self._name, size)
 
     def _read_once(self, size: int) -> bytes:
         try:
-            if self._stopped.is_set():
-                raise StorageError(f"{redact_url(self._name)}: stopped")
+            if self._requests.stopped.is_set():
+                raise CancelledError
             if self._file is None:
                 self._file = self._open()
             content = self._file.read(size)
@@ -145,24 +149,24 @@ class ResumedFile(io.RawIOBase):
         self._done += len(content)
         return content
 
-    def _open(self) -> IO[bytes]:
-        # A web server's file is one stream.
-        options = {"block_size": 0} if "http" in self._fs.protocol else {}
-        file: IO[bytes] = self._fs.open(self._name, "rb", **options)
+    def _open(self) -> IO[bytes] | _Body:
+        if "http" not in self._fs.protocol and "s3" not in self._fs.protocol:
+            file: IO[bytes] = self._fs.open(self._name, "rb")
+            file.seek(self._done)
+            return file
+        body = _Body(self._requests, self._fs, self._name)
         try:
-            if options:
-                skipped = 0
-                while skipped < self._done:
-                    piece = file.read(min(_SKIPPED_BYTES, self._done - skipped))
-                    if not piece:
-                        raise ConnectionError(f"the file ended after {skipped} bytes")
-                    skipped += len(piece)
-            else:
-                file.seek(self._done)
+            self._marks.compare(body.marks)
+            skipped = 0
+            while skipped < self._done:
+                piece = body.read(min(_SKIPPED_BYTES, self._done - skipped))
+                if not piece:
+                    raise ConnectionError(f"the file ended after {skipped} bytes")
+                skipped += len(piece)
         except BaseException:
-            file.close()
+            body.close()
             raise
-        return file
+        return body
 
     def _drop(self) -> None:
         if self._file is not None:
@@ -174,10 +178,29 @@ class ResumedFile(io.RawIOBase):
         return True
 
     def stop(self) -> None:
-        """Read no more, once the current request is answered."""
-        self._stopped.set()
+        """Cancel the request that is under way; reads raise from now on."""
+        self._requests.stop()
 
     def close(self) -> None:
         """Close the connection."""
         self._drop()
         super().close()
+
+
+class _Body:
+    """A whole file of a web server or of S3: the body of one answer."""
+
+    def __init__(self, requests: Requests, fs: fsspec.AbstractFileSystem, name: str) -> None:
+        self._requests, self._loop = requests, fs.loop
+        self._response, _, headers = requests.run(ask(fs, name))
+        length = headers.get("content-length")
+        self.marks = list_marks(headers, None if length is None else int(length))
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes."""
+        content: bytes = self._requests.run(self._response.content.read(size))
+        return content
+
+    def close(self) -> None:
+        """End the answer."""
+        self._loop.call_soon_threadsafe(self._response.close)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
 from dask_imgread.buffers import BUFFERS
-from dask_imgread.errors import StorageError
 from dask_imgread.storage.filesystems import reach_hub
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import find_status, until_stopped, with_retries
@@ -22,7 +20,8 @@ Result = TypeVar("Result")
 
 _PARTIAL, _NOT_SATISFIABLE = 206, 416
 _PIECE_BYTES = 1 << 16  # received at a time
-_CONTENT_RANGE = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")  # RFC 9110, 14.4
+_SILENCE = 30.0  # seconds without a byte of a whole file, after which it is asked for again
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)")  # RFC 9110, 14.4
 
 
 class NoRangesError(OSError):
@@ -31,16 +30,99 @@ class NoRangesError(OSError):
 
 class _Answer(NamedTuple):
     content: bytes | memoryview | None  # None: the server sends no ranges
-    size: int | None  # of the whole file, if the answer has it
-    etag: str | None
+    marks: Mapping[str, Any]  # see Marks
+
+
+class Marks:
+    """What tells a file from another that replaced it: its size, and its ETag or its date."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._seen = redact_url(name), dict[str, Any]()
+
+    def compare(self, marks: Mapping[str, Any]) -> None:
+        """Keep those that are seen for the first time; raise OSError if another has changed."""
+        for mark, value in marks.items():
+            if value is None:
+                continue
+            seen = self._seen.setdefault(mark, value)
+            if seen != value:
+                raise OSError(
+                    f"{self._name} changed while it was read: its {mark} was {seen} and is {value}"
+                )
+
+
+def list_marks(headers: Mapping[str, str], size: int | None) -> dict[str, Any]:
+    """Return the marks that an answer has."""
+    kind = "ETag" if headers.get("etag") else "Last-Modified"
+    return {"size": size, kind: headers.get(kind.lower())}
+
+
+class Requests:
+    """Requests on fsspec's event loop, all of which can be cancelled. Thread-safe."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
+        self._fs = fs
+        self._lock = threading.Lock()
+        self._running: set[Future[Any]] = set()
+        self.stopped = threading.Event()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Wait for a request's result; raise CancelledError once ``stop`` was called."""
+        with self._lock:
+            if self.stopped.is_set():
+                coroutine.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
+            self._running.add(future)
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self._running.discard(future)
+
+    def stop(self) -> None:
+        """Cancel what is under way, and all that follows."""
+        self.stopped.set()
+        with self._lock:
+            for future in self._running:
+                future.cancel()
+
+
+async def ask(
+    fs: fsspec.AbstractFileSystem, url: str, **headers: str
+) -> tuple[Any, int, Mapping[str, str]]:
+    """Ask a web server or S3 for a file, or the range that a header names.
+
+    Returns aiohttp's response, its status and its headers. The time that a range takes is limited;
+    that of a whole file is not, as long as its bytes keep coming.
+    """
+    if "s3" in fs.protocol:
+        bucket, key, version = fs.split_path(url)
+        options = {"VersionId": version} if version else {}
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options, **headers)
+        about = answer["ResponseMetadata"]
+        return answer["Body"].raw_stream, about["HTTPStatusCode"], about["HTTPHeaders"]
+    session = await fs.set_session()
+    # Offsets are those of the file, even if the server says that its format is an encoding.
+    options = {**fs.kwargs, "auto_decompress": False}
+    if "Range" not in headers:
+        from aiohttp import ClientTimeout
+
+        limits = options.get("timeout") or getattr(session, "timeout", None)
+        silence = getattr(limits, "sock_read", None) or _SILENCE
+        options["timeout"] = ClientTimeout(sock_connect=silence, sock_read=silence)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
+    response = await session.get(fs.encode_url(url), headers=headers, **options)
+    response.raise_for_status()
+    return response, response.status, response.headers
 
 
 class RangeReader:
     """Read ranges of a remote file.
 
     For S3 and web servers no request is made before the first read: each answer has the file's
-    size. It has its ETag, too, so that a file that changes meanwhile is noticed. Other stores are
-    asked for the size, if it is not given, and the Hugging Face Hub for the file's revision.
+    size. It has its ETag or date, too, so that a file that changes meanwhile is noticed. Other
+    stores are asked for the size, if it is not given, and the Hugging Face Hub for the revision.
 
     Parameters
     ----------
@@ -58,19 +140,16 @@ class RangeReader:
         if "hf" in fs.protocol:
             fs, self._url = with_retries(reach_hub, name, fs, name)
         self._fs = fs
-        self._protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        self._requests = Requests(fs)
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
-        self._running: set[Future[Any]] = set()
-        self._etag: str | None = None
-        self.size = size
+        self._marks = Marks(name)
+        self.size = size or None  # some servers say 0 of a file whose size they don't know
         self._sized = False  # whether an answer has confirmed `size`
-        if not self._protocols & {"http", "s3"}:
+        self._asks = "http" in fs.protocol or "s3" in fs.protocol
+        if not self._asks:
             if self.size is None:
-                self.size = with_retries(fs.info, name, name).get("size")
+                self.size = self._find_size()
             self._sized = True
-            if self.size is None:
-                raise NoRangesError(f"{redact_url(name)}: its size is not known")
 
     def read(self, start: int, stop: int) -> bytes | memoryview:
         """Return the bytes of a range, fewer where the file ends.
@@ -82,115 +161,103 @@ class RangeReader:
         NoRangesError
             If the server sends whole files only.
         OSError
-            If the file has changed since the first read.
+            If the file has changed since the first read, or the server sends another range.
         """
-        if self.size is not None:
-            stop = min(stop, self.size)
-        if start >= stop:
-            return b""
-        try:
-            answer = until_stopped(self._stopped, self._request, self._name, start, stop)
-        except CancelledError:
-            raise StorageError(f"{redact_url(self._name)}: stopped") from None
-        if answer.content is None:
-            raise NoRangesError(f"{redact_url(self._name)}: the server sends whole files only")
-        self._compare(answer)
-        return answer.content
+        pieces: list[bytes | memoryview] = []
+        while (end := self._clip(start, stop)) > start:  # servers may send less than they are asked
+            stopped = self._requests.stopped
+            answer = until_stopped(stopped, self._request, self._name, start, end)
+            if answer.content is None:
+                raise NoRangesError(f"{redact_url(self._name)}: the server sends whole files only")
+            self._compare(answer.marks)
+            if not answer.content:
+                break
+            pieces.append(answer.content)
+            start += len(answer.content)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def stop(self) -> None:
         """Cancel all requests; reads raise from now on."""
-        self._stopped.set()
-        with self._lock:
-            for future in self._running:
-                future.cancel()
+        self._requests.stop()
 
     def close(self) -> None:
         """Do nothing: no file is open between requests."""
 
-    def _compare(self, answer: _Answer) -> None:
-        """Keep the size and ETag of the first answer; raise OSError if a later ETag differs."""
+    def _clip(self, start: int, stop: int) -> int:
+        """Return where a read ends; a size that is not confirmed ends none before it begins."""
+        if self.size is None or (start >= self.size and not self._sized):
+            return stop
+        return min(stop, self.size)
+
+    def _compare(self, marks: Mapping[str, Any]) -> None:
+        """Raise OSError if the file has changed; keep the size that the first answer tells."""
+        size = marks.get("size")
+        if size is None and self.size is None:
+            size = self._find_size()
         with self._lock:
+            self._marks.compare(marks)
             if not self._sized:  # what the caller gave may be outdated
-                self.size, self._sized = answer.size, True
-            if self._etag is None:
-                self._etag = answer.etag
-            elif answer.etag not in (None, self._etag):
-                raise OSError(
-                    f"{redact_url(self._name)} changed while it was read: "
-                    f"its ETag was {self._etag} and is {answer.etag}"
-                )
+                self.size, self._sized = self.size if size is None else size, True
+
+    def _find_size(self) -> int:
+        size: int | None = with_retries(self._fs.info, self._name, self._url).get("size")
+        if size is None:
+            raise NoRangesError(f"{redact_url(self._name)}: its size is not known")
+        return size
 
     def _request(self, start: int, stop: int) -> _Answer:
-        if "http" in self._protocols:
-            answer = self._run(self._ask_web_server(start, stop))
-        elif "s3" in self._protocols:
-            answer = self._run(self._ask_s3(start, stop))
-        elif self._fs.async_impl:
+        if self._asks:
+            answer = self._requests.run(self._ask(start, stop))
+            if answer.content is None and self._sized:
+                raise ConnectionError("the server sent the whole file, and ranges before")
+            return answer
+        if self._fs.async_impl:
             request = self._fs._cat_file(self._name, start=start, end=stop)
-            answer = _Answer(self._run(request), self.size, None)
+            content = self._requests.run(request)
         else:  # opens the file, and by default would read more than the range
             opened = {"cache_type": "none", "size": self.size}
             content = self._fs.cat_file(self._name, start=start, end=stop, **opened)
-            answer = _Answer(content, self.size, None)
-        if answer.content is None:
-            return answer
-        wanted = (stop if answer.size is None else min(stop, answer.size)) - start
-        if len(answer.content) < wanted:
-            raise ConnectionError(f"{len(answer.content)} bytes came of {wanted}")
-        return answer
+        if not content:
+            raise ConnectionError(f"0 bytes came of {stop - start}")
+        return _Answer(content, {})
 
-    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a request on fsspec's event loop, where it can be cancelled."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
-        with self._lock:
-            self._running.add(future)
-            if self._stopped.is_set():
-                future.cancel()
+    async def _ask(self, start: int, stop: int) -> _Answer:
         try:
-            return future.result()
-        finally:
-            with self._lock:
-                self._running.discard(future)
-
-    async def _ask_web_server(self, start: int, stop: int) -> _Answer:
-        session = await self._fs.set_session()
-        options = dict(self._fs.kwargs)
-        headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
-        headers["Accept-Encoding"] = "identity"  # offsets are those of the file
-        url = self._fs.encode_url(self._url)
-        async with session.get(url, headers=headers, **options) as response:
-            match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-            size = int(match[1]) if match else None
-            etag = response.headers.get("ETag")
-            if response.status == _NOT_SATISFIABLE:
-                return _Answer(b"", start if size is None else size, etag)
-            response.raise_for_status()
-            if response.status != _PARTIAL:
-                response.close()  # otherwise the whole file would be transferred
-                return _Answer(None, None, etag)
-            return _Answer(await _receive(response, stop - start), size, etag)
-
-    async def _ask_s3(self, start: int, stop: int) -> _Answer:
-        bucket, key, version = self._fs.split_path(self._name)
-        options = {"VersionId": version} if version else {}
-        options |= {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
-        try:
-            response = await self._fs._call_s3("get_object", **options)
+            response, status, headers = await ask(
+                self._fs, self._url, Range=f"bytes={start}-{stop - 1}"
+            )
         except Exception as error:
-            if find_status(error) == _NOT_SATISFIABLE:
-                return _Answer(b"", start, None)
-            raise
-        match = _CONTENT_RANGE.match(response.get("ContentRange", ""))
+            if find_status(error) != _NOT_SATISFIABLE:
+                raise
+            match = _CONTENT_RANGE.match(
+                (getattr(error, "headers", None) or {}).get("content-range", "")
+            )
+            return _Answer(b"", {"size": int(match[3]) if match and match[3] else start})
         try:
-            content = await _receive(response["Body"].raw_stream, stop - start)
+            if status != _PARTIAL:
+                return _Answer(None, {})
+            match = _CONTENT_RANGE.match(headers.get("content-range", ""))
+            first, last, size = map(_to_int, match.groups()) if match else (None, None, None)
+            if first not in (None, start):
+                raise OSError(
+                    f"{redact_url(self._name)}: the server sent the range from {first} on, "
+                    f"not that from {start} on"
+                )
+            content = await _receive(response, stop - start)
         finally:
-            with suppress(Exception):
-                response["Body"].close()
-        return _Answer(content, int(match[1]) if match else len(content), response.get("ETag"))
+            response.close()  # unless the answer is complete: then its connection is used again
+        wanted = max(1, min(last + 1, stop) - start) if last is not None else 1
+        if len(content) < wanted:
+            raise ConnectionError(f"{len(content)} bytes came of {wanted}")
+        return _Answer(content, list_marks(headers, size))
+
+
+def _to_int(digits: str | None) -> int | None:
+    return None if digits is None else int(digits)
 
 
 async def _receive(response: Any, most: int) -> memoryview:
-    """Return the body of an aiohttp response, in reused memory.
+    """Return the first bytes of the body of an aiohttp response, in reused memory.
 
     Dask sets MALLOC_TRIM_THRESHOLD_=65536 for its workers. Each of the pieces of 256 KiB that
     asyncio receives is then mapped and unmapped, which takes three times as long.
@@ -200,6 +267,9 @@ async def _receive(response: Any, most: int) -> memoryview:
         transport.max_size = _PIECE_BYTES
     content, position = BUFFERS.take(most).data, 0
     async for piece in response.content.iter_any():
-        content[position : position + len(piece)] = piece
-        position += len(piece)
+        used = piece[: most - position]
+        content[position : position + len(used)] = used
+        position += len(used)
+        if len(used) < len(piece):
+            break  # more than was asked for
     return content[:position]

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from typing import ParamSpec, TypeVar
 
 from dask_imgread.errors import StorageError
@@ -74,6 +75,8 @@ def until_stopped(
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call(*args, **kwargs)
+        except CancelledError:
+            raise StorageError(f"{redact_url(url)}: stopped") from None
         except Exception as error:
             if not is_transient(error):
                 raise _explain(error, url) from None  # the cause's message may hold secrets
