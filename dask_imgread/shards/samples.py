@@ -217,7 +217,7 @@ def index_stream(members: Iterable[Member], keep: Callable[[int], object]) -> It
                     yield stream.pop_samples(member.start - _WINDOW)
             elif member.problem is not None:  # damage: samples are joined across it
                 yield ShardIndex(broken=[member])
-            else:
+            else:  # the end of an archive
                 yield stream.pop_samples(None)
                 yield stream.begin_archive(member)
             keep(stream.find_needed(member))
@@ -255,7 +255,7 @@ class _SampleStream:
     def begin_archive(self, boundary: Member) -> ShardIndex:
         """Forget the last archive's members, which are joined with none of the next one."""
         index = ShardIndex()
-        self._note_second_sidecars(index)
+        _note_second_sidecars(self._aside, self._extensions, index)
         text = f"an archive ends at offset {boundary.start}, and another follows"
         index.notes["archives"] = text
         for members in (self._by_path, self._extensions, self._aside, self._seen.stems):
@@ -268,8 +268,9 @@ class _SampleStream:
         files = [member for member in files if member.link is None]
         files = self._find_aside(files) + files
         index = index_members(files, self._seen)
-        if "dotted" in index.notes and limit is not None:
-            files = [member for member in files if not self._is_ahead(member)]
+        if "dotted" in index.notes and (limit is not None or self._extensions):
+            # Else the images held would share what belongs to an earlier or a later one.
+            files = [member for member in files if not self._is_apart(member)]
             index = index_members(files, self._seen)
         last_start = {entry.key: entry.member.start for entry in index.images}
         open_key = self._split(self._held[-1])[0] if limit is not None else None
@@ -300,7 +301,7 @@ class _SampleStream:
     def finish(self) -> ShardIndex:
         """Return a record of the sidecars that came too late, if any."""
         index = ShardIndex()
-        self._note_second_sidecars(index)
+        _note_second_sidecars(self._aside, self._extensions, index)
         if self._late:
             first = self._late[0]
             problem = (
@@ -322,25 +323,25 @@ class _SampleStream:
     def _split(self, member: Member) -> tuple[str, str]:
         """Split a member's name as ``index_members`` does."""
         key, extension = split_name(member.name)
-        return (
-            _split_dotted(member, key, self._seen.stems[key])
-            if self._is_dotted(key)
-            else (key, extension)
-        )
+        if self._is_dotted(key):
+            return _split_dotted(member, key, self._seen.stems[key])
+        return key, extension
 
     def _is_dotted(self, key: str) -> bool:
+        """Return whether the key has too many images to be one sample's."""
         return len(self._seen.stems.get(key, ())) > _MAX_VIEWS
 
-    def _is_ahead(self, member: Member) -> bool:
-        """Return whether a sidecar of a dotted key may belong to an image yet to come."""
+    def _is_apart(self, member: Member) -> bool:
+        """Return whether a sidecar of a dotted key may belong to an image that is not held."""
         key, extension = self._split(member)
         return "." in extension and self._is_dotted(key)
 
     def _find_aside(self, files: list[Member]) -> list[Member]:
-        """Return the sidecars set aside that may belong to these files, and a gap after them."""
+        """Return the sidecars set aside that may belong to these images, and a gap after them."""
         found: dict[str, dict[str, Member]] = {}
         for member in files if self._aside else ():
-            for key in (split_name(member.name)[0], member.name.rpartition(".")[0]):
+            stem, _, extension = member.name.rpartition(".")
+            for key in (split_name(member.name)[0], stem) if is_image(extension.lower()) else ():
                 if key in self._aside:
                     found[key] = self._aside[key]
         sidecars = [member for some in found.values() for member in some.values()]
@@ -349,7 +350,7 @@ class _SampleStream:
     def _set_aside(self, member: Member) -> None:
         """Remember a sidecar for an image yet to come."""
         key, extension = self._split(member)
-        if self._is_ahead(member):
+        if self._is_apart(member):
             key, _, extension = member.name.rpartition(".")
         self._aside.setdefault(key, {})[extension.lower()] = member
 
@@ -382,9 +383,6 @@ class _SampleStream:
                 # All images of a dotted key may share a sidecar.
                 if member.start not in used or self._is_dotted(self._split(member)[0]):
                     self._set_aside(member)
-
-    def _note_second_sidecars(self, index: ShardIndex) -> None:
-        _note_second_sidecars([key for key in self._aside if key in self._extensions], index)
 
     def _note(self, index: ShardIndex) -> ShardIndex:
         """Remove notes on topics that were noted before."""
@@ -499,7 +497,7 @@ def _join_samples(
             apart.sidecars |= sample.sidecars
         else:
             waiting[sample.key] = sample
-    _note_second_sidecars([key for key in waiting if key in latest], index)
+    _note_second_sidecars(waiting, latest, index)
     # Sidecars that match none of a dotted key's images belong to all of them, unless they are many.
     shared = {key: waiting[key].sidecars for key in stems if key in waiting}
     for sample in samples if shared else ():
@@ -509,10 +507,12 @@ def _join_samples(
     return samples
 
 
-def _note_second_sidecars(keys: list[str], index: ShardIndex) -> None:
-    if keys:
+def _note_second_sidecars(apart: Iterable[str], images: Container[str], index: ShardIndex) -> None:
+    """Add a note on keys that have both images and sidecars apart from them."""
+    again = [key for key in apart if key in images]
+    if again:
         index.notes["sidecars"] = (
-            f"{len(keys)} keys have second sidecars without images, such as {keys[0]}: left out"
+            f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
         )
 
 
