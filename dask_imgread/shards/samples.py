@@ -255,7 +255,7 @@ class _SampleStream:
     def begin_archive(self, boundary: Member) -> ShardIndex:
         """Forget the last archive's members, which are joined with none of the next one."""
         index = ShardIndex()
-        _note_second_sidecars(self._aside, self._extensions, index)
+        self._note_left_out(index)
         text = f"an archive ends at offset {boundary.start}, and another follows"
         index.notes["archives"] = text
         for members in (self._by_path, self._extensions, self._aside, self._seen.stems):
@@ -301,7 +301,7 @@ class _SampleStream:
     def finish(self) -> ShardIndex:
         """Return a record of the sidecars that came too late, if any."""
         index = ShardIndex()
-        _note_second_sidecars(self._aside, self._extensions, index)
+        self._note_left_out(index)
         if self._late:
             first = self._late[0]
             problem = (
@@ -383,6 +383,18 @@ class _SampleStream:
                 # All images of a dotted key may share a sidecar.
                 if member.start not in used or self._is_dotted(self._split(member)[0]):
                     self._set_aside(member)
+
+    def _note_left_out(self, index: ShardIndex) -> None:
+        """Add notes on an archive's sidecars that no image has got."""
+        _note_second_sidecars(self._aside, self._extensions, index)
+        lost = [key for key in self._aside if key not in self._extensions]
+        lost = [key for key in lost if not self._is_dotted(key)]  # else its images share them
+        lost = [key for key in lost if self._is_dotted(split_name(key)[0])]
+        if lost:
+            index.notes["apart"] = (
+                f"{len(lost)} keys with dots have sidecars but no image near them, "
+                f"such as {lost[0]}: left out"
+            )
 
     def _note(self, index: ShardIndex) -> ShardIndex:
         """Remove notes on topics that were noted before."""

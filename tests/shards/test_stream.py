@@ -252,3 +252,16 @@ def test_sidecars_of_a_key_with_dots_that_stand_before_all_images(monkeypatch):
     images, broken = stream(members)
     assert to_tuples(images) == to_tuples(index_members(members).images)
     assert broken == []
+
+
+def test_sidecars_of_a_key_with_dots_that_have_no_image_are_noted(monkeypatch):
+    monkeypatch.setattr(samples, "_WINDOW", 16 << 10)
+    names = [f"img.{n:05d}.{e}" for n in range(100) for e in ("json", "jpg")]
+    names.remove("img.00050.jpg")
+    pieces = list(index_stream(iter(lay_out(names)), lambda offset: None))
+    for entry in (entry for piece in pieces for entry in piece.images):
+        assert [member.name for _, member in entry.sidecars] == [f"{entry.key}.json"]
+    (note,) = [piece.notes["apart"] for piece in pieces if "apart" in piece.notes]
+    assert note.startswith(
+        "1 keys with dots have sidecars but no image near them, such as img.00050"
+    )
