@@ -12,7 +12,7 @@ import hashlib
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -152,10 +152,15 @@ class _Sample:
 
 
 class Seen(NamedTuple):
-    """The keys and names of earlier images of the shard."""
+    """The keys and names of earlier images of the shard.
+
+    ``stems`` are the names, up to the last dot, of the current archive's images whose key has, or
+    may turn out to have, too many images to be views of one sample.
+    """
 
     keys: set[str]
     names: set[str]
+    stems: dict[str, set[str]]  # by key
 
 
 def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardIndex:
@@ -166,10 +171,11 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
     that lacks their extensions.
     """
     index = ShardIndex()
-    seen = seen or Seen(set(), set())
-    here = Seen(set(), set())
+    known = seen is not None  # then these are the members of one archive
+    seen = seen or Seen(set(), set(), {})
+    here = Seen(set(), set(), {})
     for archive in _list_archives(members, index):
-        for sample in _join_samples(archive, index):
+        for sample in _join_samples(archive, index, seen.stems if known else {}):
             sample.repeated_key = sample.key in here.keys or sample.key in seen.keys
             index.scattered |= sample.repeated_key
             here.keys.add(sample.key)
@@ -209,9 +215,11 @@ def index_stream(members: Iterable[Member], keep: Callable[[int], object]) -> It
             if member.name:
                 if stream.add(member):
                     yield stream.pop_samples(member.start - _WINDOW)
-            else:
+            elif member.problem is not None:  # damage: samples are joined across it
+                yield ShardIndex(broken=[member])
+            else:  # the end of an archive
                 yield stream.pop_samples(None)
-                yield stream.add_nameless(member)
+                yield stream.begin_archive(member)
             keep(stream.find_needed(member))
     except OSError:
         yield stream.pop_samples(None)
@@ -225,9 +233,11 @@ class _SampleStream:
 
     def __init__(self) -> None:
         self._held: list[Member] = []  # whose samples were not yielded yet
-        self._seen = Seen(set(), set())
+        self._seen = Seen(set(), set(), {})
         self._by_path: dict[str, Member] = {}  # for links
-        self._early: dict[str, dict[str, Member]] = {}  # sidecars far before their images, by key
+        self._extensions: dict[str, tuple[str, ...]] = {}  # of the sidecars yielded, by key
+        self._shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # most samples have the same
+        self._aside: dict[str, dict[str, Member]] = {}  # sidecars without an image, by key
         self._late: list[Member] = []  # sidecars far after their images
         self._popped = 0  # up to where samples were popped last
         self._noted: set[str] = set()
@@ -242,26 +252,28 @@ class _SampleStream:
         self._held.append(member)
         return member.start - self._popped > 2 * _WINDOW
 
-    def add_nameless(self, member: Member) -> ShardIndex:
-        """Add a member without a name: return a record of damage, or begin the next archive."""
-        if member.problem is not None:
-            return ShardIndex(broken=[member])
-        self._by_path.clear()
-        self._early.clear()
-        text = f"an archive ends at offset {member.start}, and another follows"
-        return self._note(ShardIndex(notes={"archives": text}))
+    def begin_archive(self, boundary: Member) -> ShardIndex:
+        """Forget the last archive's members, which are joined with none of the next one."""
+        index = ShardIndex()
+        self._note_left_out(index)
+        text = f"an archive ends at offset {boundary.start}, and another follows"
+        index.notes["archives"] = text
+        for members in (self._by_path, self._extensions, self._aside, self._seen.stems):
+            members.clear()
+        return self._note(index)
 
     def pop_samples(self, limit: int | None) -> ShardIndex:
         """Remove and return the samples that end before ``limit``, or all if it is None."""
         files = [m if m.link is None else self._follow(m, limit) for m in self._held]
         files = [member for member in files if member.link is None]
+        files = self._find_aside(files) + files
         index = index_members(files, self._seen)
-        if "dotted" in index.notes and limit is not None:
-            # Members after the last image may belong to a later image, or to all of them.
-            last = index.images[-1].member.start
-            index = index_members([m for m in files if m.start <= last], self._seen)
+        if "dotted" in index.notes and (limit is not None or self._extensions):
+            # Else the images held would share what belongs to an earlier or a later one.
+            files = [member for member in files if not self._is_apart(member)]
+            index = index_members(files, self._seen)
         last_start = {entry.key: entry.member.start for entry in index.images}
-        open_key = split_name(self._held[-1].name)[0] if limit is not None else None
+        open_key = self._split(self._held[-1])[0] if limit is not None else None
         done, waiting = ShardIndex(notes=index.notes), set[int]()
         for entry in index.images:
             if limit is None or (last_start[entry.key] <= limit and entry.key != open_key):
@@ -269,9 +281,6 @@ class _SampleStream:
             else:
                 waiting.update((entry.member.start, *(m.start for _, m in entry.sidecars)))
         used = {m.start for e in done.images for m in (e.member, *(m for _, m in e.sidecars))}
-        self._attach(done.images)
-        self._seen.keys.update(entry.key for entry in done.images)
-        self._seen.names.update(entry.member.name for entry in done.images)
         held, self._held = self._held, []
         for member in held:
             still = member.start in waiting or (limit is not None and member.start > limit)
@@ -279,22 +288,28 @@ class _SampleStream:
                 self._held.append(member)
             else:
                 if not still and member.start not in used:
+                    self._leave(member, last_start)
+                elif self._is_dotted(self._split(member)[0]):  # shared by images yet to come
                     self._set_aside(member)
                 if self._held and self._held[-1].name != _GAP:  # its neighbours stay separate
-                    self._held.append(member._replace(name=_GAP, link=None, hard=False))
+                    self._held.append(_make_gap(member))
+        self._remember(done.images, used)
         self._popped = self._popped if limit is None else limit
+        done.notes.pop("sidecars", None)  # counted once the archive ends
         return self._note(done)
 
     def finish(self) -> ShardIndex:
         """Return a record of the sidecars that came too late, if any."""
-        if not self._late:
-            return ShardIndex()
-        first = self._late[0]
-        problem = (
-            f"late sidecars: {len(self._late)} are more than {_WINDOW >> 20} MiB behind their "
-            f"images, which were read without them, such as {first.name}"
-        )
-        return ShardIndex(broken=[Member("", first.start, first.start, 0, problem)])
+        index = ShardIndex()
+        self._note_left_out(index)
+        if self._late:
+            first = self._late[0]
+            problem = (
+                f"late sidecars: {len(self._late)} are more than {_WINDOW >> 20} MiB behind their "
+                f"images, which were read without them, such as {first.name}"
+            )
+            index.broken.append(Member("", first.start, first.start, 0, problem))
+        return self._note(index)
 
     def find_needed(self, last: Member) -> int:
         """Return the offset of the first member that may still be read."""
@@ -305,30 +320,92 @@ class _SampleStream:
         # Its target may be yet to come.
         return member if found.problem and limit is not None and member.start > limit else found
 
-    def _attach(self, images: list[ImageEntry]) -> None:
-        """Add to images the sidecars that came far before them."""
-        joined: dict[str, tuple[tuple[str, Member], ...]] = {}
-        for entry in images if self._early else ():
-            if entry.key in self._early:
-                sidecars = self._early.pop(entry.key) | dict(entry.sidecars)
-                joined[entry.key] = tuple(sidecars.items())
-            entry.sidecars = joined.get(entry.key, entry.sidecars)
+    def _split(self, member: Member) -> tuple[str, str]:
+        """Split a member's name as ``index_members`` does."""
+        key, extension = split_name(member.name)
+        if self._is_dotted(key):
+            return _split_dotted(member, key, self._seen.stems[key])
+        return key, extension
+
+    def _is_dotted(self, key: str) -> bool:
+        """Return whether the key has too many images to be one sample's."""
+        return len(self._seen.stems.get(key, ())) > _MAX_VIEWS
+
+    def _is_apart(self, member: Member) -> bool:
+        """Return whether a sidecar of a dotted key may belong to an image that is not held."""
+        key, extension = self._split(member)
+        return "." in extension and self._is_dotted(key)
+
+    def _find_aside(self, files: list[Member]) -> list[Member]:
+        """Return the sidecars set aside that may belong to these images, and a gap after them."""
+        found: dict[str, dict[str, Member]] = {}
+        for member in files if self._aside else ():
+            stem, _, extension = member.name.rpartition(".")
+            for key in (split_name(member.name)[0], stem) if is_image(extension.lower()) else ():
+                if key in self._aside:
+                    found[key] = self._aside[key]
+        sidecars = [member for some in found.values() for member in some.values()]
+        return [*sidecars, _make_gap(sidecars[-1])] if sidecars else []
 
     def _set_aside(self, member: Member) -> None:
-        """Remember a sidecar that belongs to no image so far, or comes too late for one."""
-        key, extension = split_name(member.name)
+        """Remember a sidecar for an image yet to come."""
+        key, extension = self._split(member)
+        if self._is_apart(member):
+            key, _, extension = member.name.rpartition(".")
+        self._aside.setdefault(key, {})[extension.lower()] = member
+
+    def _leave(self, member: Member, images: Container[str]) -> None:
+        """Set a sidecar without an image aside, or note that it comes too late for one."""
+        key, extension = self._split(member)
         if not extension or is_image(extension) or member.name == _GAP:
             return
-        if key in self._seen.keys:
-            self._late.append(member)
+        before = self._extensions.get(key)
+        if before is None or extension in before or key in images:
+            self._set_aside(member)
         else:
-            self._early.setdefault(key, {})[extension] = member
+            self._late.append(member)
+            self._extensions[key] = (*before, extension)
+
+    def _remember(self, images: list[ImageEntry], used: set[int]) -> None:
+        """Remember which images were yielded, and forget the sidecars set aside for them."""
+        keys = set[str]()
+        for entry in images:
+            key, stem = split_name(entry.member.name)[0], entry.member.name.rpartition(".")[0]
+            keys.update((key, entry.key))
+            if entry.warning and stem != entry.key:
+                self._seen.stems.setdefault(key, set()).add(stem)
+            extensions = tuple(extension for extension, _ in entry.sidecars)
+            self._extensions[entry.key] = self._shared.setdefault(extensions, extensions)
+            self._seen.keys.add(entry.key)
+            self._seen.names.add(entry.member.name)
+        for key in keys & self._aside.keys():
+            for member in self._aside.pop(key).values():
+                # All images of a dotted key may share a sidecar.
+                if member.start not in used or self._is_dotted(self._split(member)[0]):
+                    self._set_aside(member)
+
+    def _note_left_out(self, index: ShardIndex) -> None:
+        """Add notes on an archive's sidecars that no image has got."""
+        _note_second_sidecars(self._aside, self._extensions, index)
+        lost = [key for key in self._aside if key not in self._extensions]
+        lost = [key for key in lost if not self._is_dotted(key)]  # else its images share them
+        lost = [key for key in lost if self._is_dotted(split_name(key)[0])]
+        if lost:
+            index.notes["apart"] = (
+                f"{len(lost)} keys with dots have sidecars but no image near them, "
+                f"such as {lost[0]}: left out"
+            )
 
     def _note(self, index: ShardIndex) -> ShardIndex:
         """Remove notes on topics that were noted before."""
         index.notes = {kind: text for kind, text in index.notes.items() if kind not in self._noted}
         self._noted.update(index.notes)
         return index
+
+
+def _make_gap(member: Member) -> Member:
+    """Return what stands between members in a list that were not adjacent in the shard."""
+    return member._replace(name=_GAP, link=None, hard=False)
 
 
 def _list_archives(members: Iterable[Member], index: ShardIndex) -> list[list[Member]]:
@@ -405,10 +482,12 @@ def _follow_linked_folder(path: str, by_path: dict[str, Member]) -> Member | Non
     return None
 
 
-def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
+def _join_samples(
+    members: list[Member], index: ShardIndex, known: dict[str, set[str]]
+) -> list[_Sample]:
     """Group an archive's adjacent members by key; then add sidecars from elsewhere."""
     runs = list(_group_adjacent(members, {}))
-    stems = _find_dotted_keys(runs, index)
+    stems = _find_dotted_keys(runs, index, known)
     if stems:
         runs = list(_group_adjacent(members, stems))
     elif len({sample.key for sample in runs}) == len(runs):  # as in most shards
@@ -430,11 +509,7 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
             apart.sidecars |= sample.sidecars
         else:
             waiting[sample.key] = sample
-    again = [key for key in waiting if key in latest]
-    if again:
-        index.notes["sidecars"] = (
-            f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
-        )
+    _note_second_sidecars(waiting, latest, index)
     # Sidecars that match none of a dotted key's images belong to all of them, unless they are many.
     shared = {key: waiting[key].sidecars for key in stems if key in waiting}
     for sample in samples if shared else ():
@@ -444,15 +519,31 @@ def _join_samples(members: list[Member], index: ShardIndex) -> list[_Sample]:
     return samples
 
 
-def _find_dotted_keys(samples: Sequence[_Sample], index: ShardIndex) -> dict[str, set[str]]:
+def _note_second_sidecars(apart: Iterable[str], images: Container[str], index: ShardIndex) -> None:
+    """Add a note on keys that have both images and sidecars apart from them."""
+    again = [key for key in apart if key in images]
+    if again:
+        index.notes["sidecars"] = (
+            f"{len(again)} keys have second sidecars without images, such as {again[0]}: left out"
+        )
+
+
+def _find_dotted_keys(
+    samples: Sequence[_Sample], index: ShardIndex, known: dict[str, set[str]]
+) -> dict[str, set[str]]:
     """Return keys with too many images to be views of one sample, each with its images' stems.
 
-    The images' names have dots before their extension. A stem is the name up to the last dot.
+    The images' names have dots before their extension. A stem is the name up to the last dot;
+    those of earlier images are ``known``, and others are added there.
     """
     counts: Counter[str] = Counter()
     for sample in samples:
         counts[sample.key] += len(sample.images)
-    stems: dict[str, set[str]] = {key: set() for key, n in counts.items() if n > _MAX_VIEWS}
+    stems = {
+        key: known.setdefault(key, set())
+        for key, n in counts.items()
+        if n > _MAX_VIEWS or key in known
+    }
     for sample in samples if stems else ():
         if sample.key in stems:
             stems[sample.key].update(m.name.rpartition(".")[0] for m in sample.images)

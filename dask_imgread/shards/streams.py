@@ -34,7 +34,7 @@ class Stream:
     workers = 1
 
     def __init__(self, file: SourceFile | ResumedFile, codec: str | None = None) -> None:
-        self._file, self.compressed = file, codec is not None
+        self._file, self._compressed = file, codec is not None
         self._stream = file if codec is None else pa.CompressedInputStream(file, codec)
         self._position = 0
         self.size: int | None = None
@@ -71,7 +71,7 @@ class Stream:
         while missing:
             try:
                 piece = self._stream.read(
-                    min(_PIECE_BYTES, missing) if self.compressed else missing
+                    min(_PIECE_BYTES, missing) if self._compressed else missing
                 )
             except OSError as error:
                 self._lost = self._file.error if isinstance(self._file, SourceFile) else error
@@ -105,6 +105,7 @@ class SourceFile(io.RawIOBase):
             self.error = error
             raise
         self._position += len(content)
+        self._source.keep(self._position)
         return content
 
     def readable(self) -> bool:

@@ -133,7 +133,7 @@ class RangeReader:
     """
 
     workers = 16  # requests at a time
-    compressed, problem = False, ""
+    problem = ""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int | None = None) -> None:
         self._name = self._url = name

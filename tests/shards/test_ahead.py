@@ -36,7 +36,7 @@ READER = ImageReaderStage(device="cpu", verbose=False)
 class Bytes:
     """Blocks of known bytes, each of which takes a while; notes which were read."""
 
-    compressed, problem = False, ""
+    problem = ""
 
     def __init__(self, content, workers, seconds=0.0):
         self.content, self.workers, self.seconds = content, workers, seconds
