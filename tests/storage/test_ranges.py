@@ -356,7 +356,7 @@ def test_a_sidecar_that_cannot_be_fetched_fails_its_image_alone(
 
     def answer(handler):
         start, stop = handler.asked(len(content))
-        if start == 0 and begun:
+        if start < 1024 and begun:
             handler.fail(status)
         else:
             begun.append(start)
