@@ -62,7 +62,7 @@ class BufferPool:
         self._last_taken = 0.0  # by `time.monotonic()`
         self._sweeping = False  # whether a thread releases idle memory
 
-    def take(self, size: int) -> NDArray[np.uint8]:
+    def take(self, size: int, *, spare: bool = True) -> NDArray[np.uint8]:
         """Return a flat, uninitialized array of ``size`` bytes."""
         with self._lock:
             self._collect()
@@ -71,8 +71,8 @@ class BufferPool:
             if not self._sweeping:
                 self._start_sweeping()
         if memory is None:
-            # An eighth more, so that a slightly larger next batch fits, too.
-            memory = _map_memory(size + size // 8)
+            # An eighth to spare, so that a slightly larger next batch fits, too.
+            memory = _map_memory(size + size // 8 if spare else size)
         return np.asarray(_Lease(memory, size, self))
 
     def clear(self) -> None:

@@ -23,7 +23,7 @@ _FIRST_BLOCKS, _MAX_BLOCKS = 8, 64  # in flight
 _FIRST_SKIPPED = MIB // 2  # bytes fetched to begin with, if only headers may be needed
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
 # request costs a latency.
-_SIZES = [size << 10 for size in 4 * [256] + 4 * [1024] + 12 * [2048] + 2 * [4096]]
+_SIZES = [size << 10 for size in 4 * [256] + 4 * [1024] + 4 * [2048]]
 _BLOCK_BYTES = 8 * MIB
 _STARTS = [0, *accumulate(_SIZES)]
 # If only headers are needed and more than this lies between two of them, each is a request of its

@@ -265,7 +265,7 @@ async def _receive(response: Any, most: int) -> memoryview:
     transport = response.connection and response.connection.transport
     if hasattr(transport, "max_size"):  # asyncio's own transport, without TLS
         transport.max_size = _PIECE_BYTES
-    content, position = BUFFERS.take(most).data, 0
+    content, position = BUFFERS.take(most, spare=False).data, 0
     async for piece in response.content.iter_any():
         used = piece[: most - position]
         content[position : position + len(used)] = used
