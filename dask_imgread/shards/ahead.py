@@ -236,12 +236,16 @@ class ReadAhead:
         return True
 
     def _fetch(self, start: int, stop: int) -> _Block:
-        """Fetch a block that is needed now; of a stream, first those before it."""
+        """Fetch a block that is needed now; of a stream, first those before it.
+
+        More than would be kept of them the stream skips: a tar header may state any size.
+        """
         if self.sequential:
             if start < self._submitted:
                 raise OSError(f"the bytes at offset {start} were discarded")
-            while self._submitted < start:
-                self._submit(*self._find_block(self._submitted))
+            if start - self._submitted <= _MAX_KEPT_BYTES:
+                while self._submitted < start:
+                    self._submit(*self._find_block(self._submitted))
         return self._submit(start, stop)
 
     def _show(self, start: int, content: memoryview) -> None:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -478,3 +479,23 @@ def test_a_server_without_ranges_is_not_cut(large_folder):
     with serve_http(large_folder, ranges=False) as server:
         (task,) = partition_shards(f"{server.url}/a.tar", images_per_partition=5)
         assert sum(batch.num_items for batch in READER.process(task)) == 30
+
+
+def test_a_size_beyond_all_bounds_ends_the_archive_alone(tmp_path):
+    """In a compressed shard the end is known only once all is inflated."""
+    picture = encode_picture(draw_picture(0, (64, 48)))
+    noise = np.random.default_rng(4).bytes(MIB // 2)
+    content = Path(
+        write_shard(tmp_path / "s.tar", [("a.jpg", picture), ("b.bin", noise)])
+    ).read_bytes()
+    evil = tarfile.TarInfo("evil.jpg")
+    evil.size = 1 << 60
+    content = content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512)
+    content += evil.tobuf(tarfile.GNU_FORMAT) + bytes(40 * MIB)
+    plain, packed = tmp_path / "s.tar", tmp_path / "s.tar.gz"
+    plain.write_bytes(content)
+    packed.write_bytes(gzip.compress(content, 1))
+    expected = read(plain)
+    assert [key for key, *_ in expected] == ["a", "evil"]
+    assert "truncated archive" in expected[1][3]
+    assert read(packed) == expected
