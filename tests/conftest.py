@@ -71,6 +71,12 @@ def restore_logging():
 
 
 @pytest.fixture
+def short_pauses(monkeypatch):
+    """Retry requests at once."""
+    monkeypatch.setattr("dask_imgread.storage.retries.FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
 def client(imgread_client):
     return imgread_client
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnail
 from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
 from dask_imgread.shards.find import Shard, find_shards
-from dask_imgread.shards.partition import Division, divide_shards, partition_shards
+from dask_imgread.shards.partition import Partitioning, partition_shards
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.storage.redaction import redact_url
@@ -112,23 +112,37 @@ def do_job(
         shards,
         arguments.out,
         fn,
-        client=connect_for_reader(
-            reader,
-            scheduler=arguments.scheduler,
-            scheduler_file=arguments.scheduler_file,
-            n_workers=arguments.workers,
-        ),
+        client=connect(arguments, reader),
         reader=reader,
-        files_per_partition=arguments.files_per_partition,
-        images_per_partition=arguments.images_per_partition,
-        blocksize=arguments.blocksize,
         storage_options=storage_options,
         out_options=out_options,
         retries=arguments.retries,
         retry_failed=arguments.retry_failed,
         overwrite=arguments.overwrite,
         progress=True,
+        **read_partitioning(arguments),
     )
+
+
+def connect(
+    arguments: argparse.Namespace, reader: ImageReaderStage
+) -> AbstractContextManager[Client]:
+    """Return the cluster that the arguments name, or one on this machine that fits the reader."""
+    return connect_for_reader(
+        reader,
+        scheduler=arguments.scheduler,
+        scheduler_file=arguments.scheduler_file,
+        n_workers=arguments.workers,
+    )
+
+
+def read_partitioning(arguments: argparse.Namespace) -> Partitioning:
+    """Return how the shards are divided."""
+    return {
+        "files_per_partition": arguments.files_per_partition,
+        "images_per_partition": arguments.images_per_partition,
+        "blocksize": arguments.blocksize,
+    }
 
 
 def finish_job(arguments: argparse.Namespace, summary: Summary) -> int:
@@ -149,18 +163,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
     storage_options = merge_pairs(arguments.storage_option)
     shards = find_shards(arguments.shards, storage_options)
     check_readable(shards, storage_options)
-    division = Division(
-        arguments.files_per_partition, arguments.images_per_partition, arguments.blocksize
+    tasks = partition_shards(
+        shards, storage_options=storage_options, **read_partitioning(arguments)
     )
-    tasks = list(divide_shards(shards, division, storage_options))
-    with connect_client(
-        scheduler=arguments.scheduler,
-        scheduler_file=arguments.scheduler_file,
-        n_workers=arguments.workers,
-        device=arguments.device,
-        verbose=False,
-    ) as client:
-        found = verify_shards(tasks, reader=make_reader(arguments), client=client, progress=True)
+    reader = make_reader(arguments)
+    with connect(arguments, reader) as client:
+        found = verify_shards(tasks, reader=reader, client=client, progress=True)
     print(found)
     if arguments.out is not None:
         found.bad.to_parquet(arguments.out)

@@ -312,9 +312,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                             continue
                         image = describe_image(entry, shown, shard_id)
                         more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
-                        encoded = None  # a sidecar that can't be fetched is an error of its image
-                        if image.error is None:
-                            encoded = self._load(source, entry.member, image, decoder_options)
+                        encoded = self._load(source, entry.member, image, decoder_options)
                         yield from batches.add(image, encoded, more)
                     for member in index.broken:
                         yield from batches.add(describe_damage(member, shown, shard_id), None)
@@ -353,6 +351,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         decoder_options: DecoderOptions,
     ) -> Encoded | None:
         """Read an image's bytes and header; on failure set ``image.error`` and return None."""
+        if image.error is not None:  # a sidecar could not be fetched
+            return None
         try:
             if member.problem is not None:
                 raise ImageError(member.problem)

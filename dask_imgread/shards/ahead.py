@@ -204,13 +204,7 @@ class ReadAhead:
         if not block.future.done():  # too few were in flight, or this is the first
             wait([block.future])
             self._wanted = min(4 * self._wanted, self._most)
-        content = block.future.result()
-        if not self.sequential and len(content) < min(stop, self._blocks.size or 0) - start:
-            # It was cut off where the file was believed to end.
-            content = bytes(content) + self._blocks.read(start + len(content), stop)
-            block.future = Future()
-            block.future.set_result(content)
-        self._show(start, memoryview(content))
+        self._show(start, memoryview(block.future.result()))
 
     def _load_piece(self, offset: int, size: int) -> bool:
         """Load a piece by itself, not a block, and return True, if nothing around it is needed."""

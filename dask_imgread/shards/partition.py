@@ -238,15 +238,13 @@ def _cut(
     if images is None:
         parts = -(-(shard.size or 0) // blocksize)
         images = max(1, -(-len(index.images) // max(1, parts)))
-    for byte_range in cut_at_samples(index, images):
-        yield FileGroupTask(
-            data=task.data,
-            reader_config=config,
-            byte_range=None if byte_range == (0, None) else byte_range,
-            index=index.cut(*byte_range) if index.scattered and byte_range != (0, None) else None,
-            versions=task.versions,
-            sizes=task.sizes,
-        )
+    for part in cut_at_samples(index, images):
+        if part == (0, None):
+            yield task
+        else:
+            yield replace(
+                task, byte_range=part, index=index.cut(*part) if index.scattered else None
+            )
 
 
 def _divide_by_bytes(

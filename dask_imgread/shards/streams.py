@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.shards.local import LocalSource
-from dask_imgread.storage.ranges import Marks, Requests, ask, list_marks
+from dask_imgread.storage.ranges import Marks, Requests, ask, can_ask, list_marks
 from dask_imgread.storage.retries import until_stopped
 
 _PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
@@ -151,7 +151,7 @@ class ResumedFile(io.RawIOBase):
         return content
 
     def _open(self) -> IO[bytes] | _Body:
-        if "http" not in self._fs.protocol and "s3" not in self._fs.protocol:
+        if not can_ask(self._fs):
             file: IO[bytes] = self._fs.open(self._name, "rb")
             file.seek(self._done)
             return file

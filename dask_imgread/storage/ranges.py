@@ -88,6 +88,11 @@ class Requests:
                 future.cancel()
 
 
+def can_ask(fs: fsspec.AbstractFileSystem) -> bool:
+    """Return whether ``ask`` knows the kind of store; else fsspec's own requests must do."""
+    return "http" in fs.protocol or "s3" in fs.protocol
+
+
 async def ask(
     fs: fsspec.AbstractFileSystem, url: str, **headers: str
 ) -> tuple[Any, int, Mapping[str, str]]:
@@ -145,7 +150,7 @@ class RangeReader:
         self._marks = Marks(name)
         self.size = size or None  # some servers say 0 of a file whose size they don't know
         self._sized = False  # whether an answer has confirmed `size`
-        self._asks = "http" in fs.protocol or "s3" in fs.protocol
+        self._asks = can_ask(fs)
         if not self._asks:
             if self.size is None:
                 self.size = self._find_size()

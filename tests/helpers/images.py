@@ -84,5 +84,15 @@ def read(path, **options):
     return [i for b in batches for i in b.data], [i for b in batches for i in b.failed]
 
 
+def read_rows(path, *, task=None, **options):
+    """Return the key, pixels, sidecars, error and warning of each image; failed ones last."""
+    reader = ImageReaderStage(device="cpu", verbose=False, **options)
+    return [
+        (i.key, i.image_data is not None and i.image_data.tobytes(), i.metadata, i.error, i.warning)
+        for batch in reader.stream(FileGroupTask(data=[str(path)], **(task or {})))
+        for i in (*batch.data, *batch.failed)
+    ]
+
+
 def read_members(tmp_path, *members, **options):
     return read(write_shard(tmp_path / "s.tar", members), **options)

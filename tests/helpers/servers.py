@@ -45,6 +45,16 @@ class Request(NamedTuple):
     status: int | None
 
 
+def count_bytes(requests, size):
+    """Return how many bytes of a file were asked for, by all requests for ranges."""
+    total = 0
+    for request in requests:
+        if request.method == "GET" and request.range:
+            start, _, stop = request.range.removeprefix("bytes=").partition("-")
+            total += min(int(stop), size - 1) - int(start) + 1
+    return total
+
+
 @dataclass
 class Faults:
     """Which requests fail, and how: by their number, never by chance.

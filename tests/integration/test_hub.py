@@ -10,15 +10,16 @@ import pytest
 from dask_imgread import ImageReaderStage, partition_shards, read_metadata, run_job
 from dask_imgread.cli.main import main
 from dask_imgread.shards.find import find_shards
-from dask_imgread.storage import retries
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.testing import make_shards
 from tests.helpers.hub import serve_hub
-from tests.helpers.servers import Faults, serve_http, serve_s3
+from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False)
 TOKEN = "hf_s3cr3tT0ken"
 DATASET = "hf://datasets/owner/name"
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,6 @@ def folder(tmp_path_factory):
     make_shards(folder / "data", shards=20, images_per_shard=4, broken=1)
     make_shards(folder / "large", shards=1, images_per_shard=80, size=(1200, 900))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +63,6 @@ def strip_places(frame):
 def decode(paths, **options):
     batches = (READER.stream(task) for task in partition_shards(paths, **options))
     return strip_places(pd.concat(batch.to_frame() for each in batches for batch in each))
-
-
-def sum_ranges(requests, size):
-    """Return how many bytes of a file requests have asked for."""
-    ranges = [request.range.removeprefix("bytes=").split("-") for request in requests]
-    return sum(min(int(stop), size - 1) - int(start) + 1 for start, stop in ranges)
 
 
 def forget(server):
@@ -113,7 +103,7 @@ def test_each_byte_of_a_dataset_is_fetched_once(folder, hub, images_per_partitio
     hub.files.requests.clear()
     reader = READER.with_options(decode=False, sidecars=False)
     assert sum(batch.num_items for task in tasks for batch in reader.stream(task)) == 80
-    fetched = sum_ranges(hub.files.requests, size)
+    fetched = count_bytes(hub.files.requests, size)
     if images_per_partition is None:
         assert fetched == size
         assert len(hub.files.requests) > 8

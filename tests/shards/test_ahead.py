@@ -27,11 +27,13 @@ from dask_imgread.shards import ahead
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.images import encode, members_of
-from tests.helpers.servers import Faults, serve_http, serve_s3
+from tests.helpers.images import encode, members_of, read_rows
+from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
 
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
+
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 class Bytes:
@@ -69,16 +71,6 @@ class Bytes:
 @pytest.fixture(scope="module")
 def content():
     return np.random.default_rng(0).bytes(60 * MIB)
-
-
-def count_bytes(requests, size):
-    """Return how many bytes of a file were asked for, by all requests for ranges."""
-    total = 0
-    for request in requests:
-        if request.method == "GET" and request.range:
-            start, _, stop = request.range.removeprefix("bytes=").partition("-")
-            total += min(int(stop), size - 1) - int(start) + 1
-    return total
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -200,26 +192,15 @@ def large_folder(tmp_path_factory):
     return folder
 
 
-def read(path, **options):
-    batches = ImageReaderStage(device="cpu", verbose=False, **options).stream(
-        FileGroupTask(data=[str(path)])
-    )
-    return [
-        (i.key, i.image_data is not None and i.image_data.tobytes(), i.metadata, i.error, i.warning)
-        for b in batches
-        for i in (*b.data, *b.failed)
-    ]
-
-
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
 @pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
 def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults):
-    expected = read(large_folder / "a.tar")
+    expected = read_rows(large_folder / "a.tar")
     assert len(expected) == 30
     assert all(error is None for *_, error, _ in expected)
     size = os.path.getsize(large_folder / name)
     with serve_http(large_folder, faults=faults) as server:
-        assert read(f"{server.url}/{name}") == expected
+        assert read_rows(f"{server.url}/{name}") == expected
         good = [r for r in server.requests if r.status == 206]
         assert faults is None or faults.injected.total() >= 3
     if faults is None:
@@ -228,7 +209,7 @@ def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, fa
 
 @pytest.mark.parametrize("name", ["a.tar.zst", "a.tar.gz", "frames.tar.zst"])
 def test_a_local_compressed_shard_gives_the_same(large_folder, name):
-    assert read(large_folder / name) == read(large_folder / "a.tar")
+    assert read_rows(large_folder / name) == read_rows(large_folder / "a.tar")
 
 
 def test_headers_of_large_images_take_few_bytes(tmp_path):
@@ -374,8 +355,8 @@ def test_a_far_sidecar_of_a_compressed_shard_is_a_warning(tmp_path, monkeypatch)
     plain = write_shard(tmp_path / "s.tar", members)
     packed = write_shard(tmp_path / "s.tar.gz", members)
     with serve_http(tmp_path) as server:
-        assert read(f"{server.url}/s.tar") == read(plain)
-    *others, (key, _, metadata, error, warning) = read(packed, max_batch_bytes=MIB)
+        assert read_rows(f"{server.url}/s.tar") == read_rows(plain)
+    *others, (key, _, metadata, error, warning) = read_rows(packed, max_batch_bytes=MIB)
     assert len(others) == 20
     assert (key, metadata, error) == ("z", {}, None)
     assert "z.txt" in warning
@@ -411,11 +392,11 @@ def count_pixels(batch):
 def test_an_outage_is_never_a_mixture(large_folder, name, monkeypatch):
     """Images before it are right, and what follows is recorded as unreachable."""
     monkeypatch.setattr("dask_imgread.storage.retries.ATTEMPTS", 1)
-    expected = {key: pixels for key, pixels, *_ in read(large_folder / "a.tar")}
+    expected = {key: pixels for key, pixels, *_ in read_rows(large_folder / "a.tar")}
     for first_good in (3, 6, 9):
         with serve_http(large_folder) as server:
             server.faults = Faults(every=first_good, kinds=("500",))
-            rows = read(f"{server.url}/{name}", read_ahead=4 * MIB)
+            rows = read_rows(f"{server.url}/{name}", read_ahead=4 * MIB)
         good = {key: pixels for key, pixels, _, error, _ in rows if error is None}
         assert good == {key: expected[key] for key in good}
         errors = {error for *_, error, _ in rows if error is not None}
@@ -432,7 +413,7 @@ def test_sidecars_long_before_their_images_are_fetched_by_themselves(tmp_path):
     path = write_shard(tmp_path / "s.tar", members)
     size = os.path.getsize(path)
     with serve_http(tmp_path) as server:
-        assert read(f"{server.url}/s.tar", read_ahead=4 * MIB) == read(path)
+        assert read_rows(f"{server.url}/s.tar", read_ahead=4 * MIB) == read_rows(path)
         gets = [request for request in server.requests if request.method == "GET"]
     assert count_bytes(gets, size) < 1.1 * size
     assert len(gets) < 110
@@ -455,7 +436,7 @@ def test_a_very_large_member_costs_no_image_and_little_memory(tmp_path, name, mo
 
     monkeypatch.setattr(ReadAhead, "_drop", watch)
     with serve_http(tmp_path) as server:
-        assert read(f"{server.url}/{name}", read_ahead=8 * MIB) == read(plain)
+        assert read_rows(f"{server.url}/{name}", read_ahead=8 * MIB) == read_rows(plain)
     assert most < 50 * MIB
 
 
@@ -495,7 +476,7 @@ def test_a_size_beyond_all_bounds_ends_the_archive_alone(tmp_path):
     plain, packed = tmp_path / "s.tar", tmp_path / "s.tar.gz"
     plain.write_bytes(content)
     packed.write_bytes(gzip.compress(content, 1))
-    expected = read(plain)
+    expected = read_rows(plain)
     assert [key for key, *_ in expected] == ["a", "evil"]
     assert "truncated archive" in expected[1][3]
-    assert read(packed) == expected
+    assert read_rows(packed) == expected

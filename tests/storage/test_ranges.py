@@ -17,11 +17,10 @@ from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.errors import StorageError
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
-from tests.helpers.images import encode
+from tests.helpers.images import encode, read_rows
 from tests.helpers.servers import KEY, SECRET, Handler, Server
 
 MIB = 1 << 20
-READER = ImageReaderStage(device="cpu", verbose=False)
 ETAG = ("ETag", '"x"')
 
 
@@ -78,17 +77,13 @@ def expected(shard, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def few_attempts(monkeypatch):
+def few_attempts(monkeypatch, short_pauses):
     monkeypatch.setattr("dask_imgread.storage.retries.ATTEMPTS", 2)
-    monkeypatch.setattr("dask_imgread.storage.retries.FIRST_PAUSE", 0.01)
 
 
 def read(path, **task):
     """Return the key, pixels, sidecars and error of each image."""
-    batches = READER.process(FileGroupTask(data=[str(path)], **task))
-    images = [image for batch in batches for image in (*batch.data, *batch.failed)]
-    pixels = [image.image_data is not None and image.image_data.tobytes() for image in images]
-    return [(i.key, p, i.metadata, i.error) for i, p in zip(images, pixels, strict=True)]
+    return [row[:4] for row in read_rows(path, task=task)]
 
 
 def read_until_lost(url, expected):
