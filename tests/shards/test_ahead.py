@@ -194,7 +194,8 @@ def large_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
 @pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
-def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults):
+def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults, monkeypatch):
+    monkeypatch.setattr(ahead, "_MAX_KEPT_BYTES", 8 * MIB)
     expected = read_rows(large_folder / "a.tar")
     assert len(expected) == 30
     assert all(error is None for *_, error, _ in expected)
