@@ -21,7 +21,7 @@ from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_apply_orienta
 from dask_imgread.decoding.geometry import apply_orientation, resize
 from dask_imgread.decoding.header import ImageError, to_image_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
-from dask_imgread.decoding.parsers import is_intact
+from dask_imgread.decoding.parsers import is_intact, is_plain_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
 
 _ALIGNMENT = 64  # bytes, a cache line
@@ -107,12 +107,13 @@ def release() -> None:
 def choose_backend(content: Content, header: Header, decoder_options: DecoderOptions) -> str:
     """Return the decoder for an image: "libjpeg-turbo", "dali-gpu", "dali-cpu" or "pillow".
 
-    Only JPEG is decoded on a GPU: PNG and WebP DALI would decode on the CPU, and copy to the GPU
-    and back.
+    Only plain JPEG is decoded on a GPU: PNG and WebP DALI would decode on the CPU, and copy to the
+    GPU and back.
     """
     if not header.unambiguous:
         return "pillow"
-    device = "gpu" if decoder_options.device == "gpu" and header.format == "jpeg" else "cpu"
+    on_gpu = decoder_options.device == "gpu" and header.format == "jpeg" and is_plain_jpeg(content)
+    device = "gpu" if on_gpu else "cpu"
     if device == "cpu" and decoder_options.decoder == "auto":
         backend = _FASTEST_ON_CPU[header.format]
     else:

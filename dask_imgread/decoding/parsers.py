@@ -29,7 +29,9 @@ _JPEG_CODINGS = {
     **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "hierarchical JPEG"),
     0xF7: "JPEG-LS",
 }
-_DHT, _DQT, _SOS, _APP1 = 0xC4, 0xDB, 0xDA, 0xE1
+_DHT, _DQT, _SOS, _APP1, _APP14 = 0xC4, 0xDB, 0xDA, 0xE1, 0xEE
+_GREY_SAMPLING = (0x11,)  # horizontal and vertical factor of each component, four bits each
+_COLOUR_SAMPLING = tuple((luma, 0x11, 0x11) for luma in (0x11, 0x12, 0x21, 0x22, 0x41, 0x42))
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _CODE_SPACE = tuple(1 << 15 - n for n in range(16))  # taken of 2**16 by a code of 1 to 16 bits
 _MAX_TABLES_BYTES = 8 * (1 + 16 + 256)  # of all tables that can be defined at a time
@@ -143,6 +145,28 @@ def _walk_jpeg(content: Content) -> Iterator[tuple[int, int, int]]:
         length = content[position + 1] << 8 | content[position + 2]
         yield marker, position + 3, length
         position += 1 + length
+
+
+def is_plain_jpeg(content: Content) -> bool:
+    """Return whether nvJPEG decodes a JPEG with a valid header to the same pixels as libjpeg.
+
+    That is one of a single component, or of YCbCr, in an interleaved scan or progressive. Of RGB,
+    and of a single component with sampling factors of 2, nvJPEG 12.4 returns wrong pixels, but no
+    error (seen on an H200).
+    """
+    for marker, body, length in _walk_jpeg(content):
+        if marker == _APP14 and bytes(content[body : body + 5]) == b"Adobe" and length >= 14:
+            if content[body + 11] != 1:  # not YCbCr
+                return False
+        elif marker in _JPEG_FRAMES:
+            progressive, components = marker == 0xC2, content[body + 5]
+            fields = bytes(content[body + 6 : body + 6 + 3 * components])
+        elif marker == _SOS:
+            break
+    if fields[::3] == b"RGB" or not (progressive or content[body] == components):
+        return False
+    sampling = tuple(fields[1::3])
+    return sampling == _GREY_SAMPLING or sampling in _COLOUR_SAMPLING
 
 
 def is_intact(content: Content, format: str) -> bool:

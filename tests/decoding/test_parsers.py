@@ -19,7 +19,7 @@ from dask_imgread.decoding.parsers import is_intact
 from dask_imgread.testing import write_shard
 from tests.conftest import count_fuzz_inputs
 from tests.helpers import odd_headers
-from tests.helpers.images import read_with_pillow
+from tests.helpers.images import PICTURE, encode, read_with_pillow
 
 CPU = DecoderOptions("cpu", 1, 100, decoder="dali")
 GPU = DecoderOptions("gpu", 1, 100)
@@ -44,13 +44,43 @@ def test_what_the_parsers_refuse_is_kept_from_them(name):
 def test_what_they_accept_is_given_to_them(name):
     content = odd_headers.SOUND[name]
     assert choose(content, CPU) == "dali-cpu"
-    assert (
-        choose(content, GPU)
-        == {"jpg": "dali-gpu", "png": "dali-cpu", "webp": "pillow"}[name.rpartition(".")[2]]
-    )
+    if name != "RGB without YCbCr.jpg":
+        extension = name.rpartition(".")[2]
+        on_gpu = {"jpg": "dali-gpu", "png": "dali-cpu", "webp": "pillow"}
+        assert choose(content, GPU) == on_gpu[extension]
     (decoded,) = Decoding([Encoded(name, content, read_header(content), "dali-cpu")], CPU).result()
     assert decoded.backend == "dali-cpu"
     np.testing.assert_array_equal(decoded.pixels, read_with_pillow(content))
+
+
+def sample(jpeg, *factors):
+    """Return a JPEG whose components are said to have other sampling factors."""
+    content, frame = bytearray(jpeg), jpeg.index(b"\xff\xc0")
+    content[frame + 11 : frame + 11 + 3 * len(factors) : 3] = bytes(factors)
+    return bytes(content)
+
+
+GREY = encode(PICTURE.convert("L"), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("content", "plain"),
+    {
+        "4:4:4": (encode(PICTURE, "JPEG", subsampling=0), True),
+        "4:2:2": (encode(PICTURE, "JPEG", subsampling=1), True),
+        "4:2:0": (encode(PICTURE, "JPEG", subsampling=2), True),
+        "progressive": (encode(PICTURE, "JPEG", progressive=True), True),
+        "all components of 2 x 2": (sample(GOOD, 0x22, 0x22, 0x22), False),
+        "chroma finer than luma": (sample(GOOD, 0x11, 0x22, 0x22), False),
+        "grey": (GREY, True),
+        "grey of 2 x 2": (sample(GREY, 0x22), False),
+        "RGB": (encode(PICTURE, "JPEG", keep_rgb=True), False),
+        "Adobe's RGB": (odd_headers.SOUND["RGB without YCbCr.jpg"], False),
+        "Adobe's YCbCr": (odd_headers.SOUND["odd Adobe segment.jpg"], True),
+    }.values(),
+)
+def test_what_nvjpeg_gets_wrong_is_kept_from_it(content, plain):
+    assert choose(content, GPU) == ("dali-gpu" if plain else "libjpeg-turbo")
 
 
 _PROGRESSIVE = odd_headers.encode("JPEG", progressive=True)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from dask_imgread import (
@@ -29,6 +30,7 @@ from dask_imgread.cluster.gpu import count_gpus, query_driver
 from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import write_shard
 from tests.helpers.images import BROKEN, encode, members_of, read_with_pillow, variants
+from tests.helpers.odd_headers import SOUND
 from tests.helpers.workers import META, WatchedReader, add_up, count_most_at_once
 
 pytestmark = [
@@ -39,7 +41,7 @@ pytestmark = [
 # nvJPEG's inverse transform rounds otherwise than libjpeg-turbo's: the mean over an image of the
 # absolute difference, in levels of 0 to 255, and the largest on 99.9 % of the pixels.
 MEAN_TOLERANCE, MOST_TOLERANCE = 1.0, 8
-NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+NO_DEVICE = 100, 101  # CUDA_ERROR_NO_DEVICE; CUDA_ERROR_INVALID_DEVICE where one is named twice
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +67,26 @@ def fetch(pixels):
     return np.asarray(pixels.as_cpu() if hasattr(pixels, "as_cpu") else pixels)
 
 
-def assert_like(pixels, expected, name, exact=False):
-    pixels = fetch(pixels)
-    assert pixels.shape == expected.shape, name
-    if exact:
-        np.testing.assert_array_equal(pixels, expected, name)
-        return
-    difference = np.abs(pixels.astype(int) - expected)
-    print(f"{name}: {difference.mean():.3f}, {np.quantile(difference, 0.999):.0f}")
-    assert difference.mean() < MEAN_TOLERANCE, name
-    assert np.quantile(difference, 0.999) <= MOST_TOLERANCE, name
+def find_unlike(images, members):
+    """Return what of the images, by name, differs from Pillow's."""
+    expected = {name: read_with_pillow(members[name]) for name in images}
+    return find_differences(images, expected)
+
+
+def find_differences(images, expected):
+    unlike = {}
+    for name, image in images.items():
+        pixels, backend = fetch(image.image_data), image.backend
+        if pixels.shape != expected[name].shape:
+            unlike[name] = backend, pixels.shape, expected[name].shape
+            continue
+        difference = np.abs(pixels.astype(int) - expected[name])
+        mean, most = difference.mean(), np.quantile(difference, 0.999)
+        tolerated = (MEAN_TOLERANCE, MOST_TOLERANCE) if backend == "dali-gpu" else (0, 0)
+        print(f"{name}: {backend} {mean:.3f}, {most:.0f}")
+        if mean > tolerated[0] or most > tolerated[1]:
+            unlike[name] = backend, mean, most
+    return unlike
 
 
 def test_photographs(photo_shards, tmp_path):
@@ -82,25 +94,47 @@ def test_photographs(photo_shards, tmp_path):
     good, failed = read(members, tmp_path)
     assert (len(good), failed) == (25, {})
     assert {image.backend for image in good.values()} == {"dali-gpu"}
-    for name, image in good.items():
-        assert isinstance(image.image_data, np.ndarray)
-        assert_like(image.image_data, read_with_pillow(members[name]), name)
+    assert all(isinstance(image.image_data, np.ndarray) for image in good.values())
+    assert find_unlike(good, members) == {}
 
 
 def test_every_format(tmp_path):
     members = dict(variants())
     good, failed = read(members, tmp_path, dali_batch_size=40)
     assert failed == {}
-    for name, image in good.items():
-        exact = image.backend != "dali-gpu"
-        assert_like(image.image_data, read_with_pillow(members[name]), name, exact)
+    assert find_unlike(good, members) == {}
     backends = {
         name: {i.backend for i in good.values() if i.format == name}
         for name in ("jpeg", "png", "webp")
     }
-    assert backends["jpeg"] == {"dali-gpu", "pillow"}
+    assert backends["jpeg"] == {"dali-gpu", "libjpeg-turbo", "pillow"}
     assert backends["png"] == {"dali-cpu", "pillow"}
     assert backends["webp"] == {"pillow"}
+
+
+def test_every_sampling(photographs, tmp_path):
+    """Which of the JPEG engines and multiprocessors decodes what is nvJPEG's secret: all sizes."""
+    members = {}
+    for number, photo in enumerate(photographs):
+        for side in (33, 160, 400):
+            pixels = np.array(photo.resize((side, side * 2 // 3 + 1)))
+            for sampling in ("444", "422", "420", "440", "411", "Gray"):
+                source = pixels if sampling != "Gray" else pixels[..., :1]
+                members[f"{number}-{side}-{sampling}.jpg"] = simplejpeg.encode_jpeg(
+                    np.ascontiguousarray(source), 88, "RGB" if sampling != "Gray" else "GRAY",
+                    sampling,
+                )  # fmt: skip
+    good, failed = read(members, tmp_path)
+    assert failed == {}
+    assert {image.backend for image in good.values()} == {"dali-gpu"}
+    assert find_unlike(good, members) == {}
+
+
+def test_odd_headers(tmp_path):
+    members = {name: content for name, content in SOUND.items() if name.endswith("jpg")}
+    good, failed = read(members, tmp_path)
+    assert failed == {}
+    assert find_unlike(good, members) == {}
 
 
 @pytest.mark.parametrize("output", ["host", "device"])
@@ -113,8 +147,7 @@ def test_every_orientation(photographs, tmp_path, orientation, output):
         f"a.{e}": encode(picture, c, exif=exif) for e, c in (("jpg", "JPEG"), ("png", "PNG"))
     }
     good, _ = read(members, tmp_path, output=output)
-    for name, content in members.items():
-        assert_like(good[name].image_data, read_with_pillow(content), name)
+    assert find_unlike(good, members) == {}
     on_gpu = output == "host" or orientation == 1
     assert good["a.jpg"].backend == ("dali-gpu" if on_gpu else "pillow")
 
@@ -126,8 +159,7 @@ def test_rgb_without_ycbcr(photographs, tmp_path):
     }
     good, failed = read(members, tmp_path)
     assert failed == {}
-    for name, image in good.items():
-        assert_like(image.image_data, read_with_pillow(members[name]), name)
+    assert find_unlike(good, members) == {}
 
 
 @pytest.mark.parametrize("resize", [100, (96, 128)])
@@ -136,8 +168,7 @@ def test_resize(photo_shards, tmp_path, resize):
     members = {n: c for n, c in members_of(photo_shards[0]).items() if n.endswith("jpg")}
     good, _ = read(members, tmp_path, resize=resize)
     expected, _ = read(members, tmp_path, resize=resize, device="cpu", decoder="dali")
-    for name, image in good.items():
-        assert_like(image.image_data, expected[name].image_data, name)
+    assert find_differences(good, {n: i.image_data for n, i in expected.items()}) == {}
 
 
 def test_arrays_on_the_device_outlive_their_batch_and_its_decoder(photo_shards, tmp_path):
@@ -151,9 +182,9 @@ def test_arrays_on_the_device_outlive_their_batch_and_its_decoder(photo_shards, 
     DECODERS.clear()
     gc.collect()
     read(members, tmp_path, dali_batch_size=7)  # whose memory might have been theirs
-    for name, image in good.items():
+    for image in good.values():
         assert image.image_data.__cuda_array_interface__["shape"][2] == 3
-        assert_like(image.image_data, read_with_pillow(members[name]), name)
+    assert find_unlike(good, members) == {}
 
 
 def test_readers_side_by_side(photo_shards):
@@ -215,7 +246,7 @@ class Cuda:
         """Count them; where none is visible CUDA does not even start."""
         count = ctypes.c_int()
         status = self._lib.cuInit(0)
-        if status != NO_DEVICE:
+        if status not in NO_DEVICE:
             assert status == 0, status
             self._call("cuDeviceGetCount", ctypes.byref(count))
         return count.value
@@ -334,18 +365,20 @@ def test_shares_hold_and_readers_work_side_by_side(gpu_client, photo_shards, tmp
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_spilled(photographs, tmp_path):
-    """2.6 GB of pixels kept on workers of 2 GB."""
+    """3.9 GB of pixels kept on a worker of 3 GB, of which CUDA and DALI take one for themselves."""
     pytest.importorskip("dask_cuda", reason="dask-cuda is not installed")
     contents = [encode(photo.resize((1500, 1000)), "JPEG") for photo in photographs]
     shards = [
         write_shard(tmp_path / f"{s}.tar", [(f"{n}.jpg", contents[n % 7]) for n in range(36)])
-        for s in range(16)
+        for s in range(24)
     ]
     with (
-        start_cluster(n_workers=1, memory_limit="2GB", verbose=False) as cluster,
-        cluster.get_client(),
+        start_cluster(n_workers=1, memory_limit="3GB", verbose=False) as cluster,
+        cluster.get_client() as client,
     ):
-        bag = read_bag(partition_shards(shards)).persist()
+        process = client.run(os.getpid)
+        bag = read_bag(partition_shards(shards, images_per_partition=9)).persist()
         sums = bag.map(lambda batch: [int(i.image_data.sum()) for i in batch.data]).compute()
-    assert sum(map(len, sums)) == 16 * 36
-    assert len(set(map(tuple, sums))) == 1
+        assert client.run(os.getpid) == process  # which was not killed for its memory
+    assert sum(map(len, sums)) == 24 * 36
+    assert len(set(map(tuple, sums))) == 4
