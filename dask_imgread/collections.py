@@ -29,7 +29,13 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.shards.partition import PartitionOptions, PathsOrTasks, list_tasks
+from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.partition import (
+    Partitioning,
+    PartitionOptions,
+    PathsOrTasks,
+    list_tasks,
+)
 from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame, make_index
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ def read_bag(
     reader: ImageReaderStage | None = None,
     **partitioning: Unpack[PartitionOptions],
 ) -> Bag:
-    """Make a lazy bag of ImageBatch, one partition for each task.
+    """Make a lazy bag of ImageBatch, one partition for each task, or for each of a Dask frame.
 
     A partition is read batch by batch: what is mapped over the bag sees each batch as it
     is decoded, and only what it returns is kept. Without such a function the whole
@@ -52,7 +58,8 @@ def read_bag(
     Parameters
     ----------
     paths_or_tasks
-        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+        Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     **partitioning
@@ -81,20 +88,36 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    tasks = list_tasks(paths_or_tasks, **partitioning)
-    if not tasks:
+    frame = _open_lazy(paths_or_tasks, partitioning)
+    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
+    if not parts:
         return db.from_sequence([], npartitions=1)
-    name = f"read-images-{tokenize(reader, tasks)}"
+    name = f"read-images-{tokenize(reader, parts)}"
+    options = {} if frame is None else partitioning
     # If a function follows, Dask's optimization removes `reify`, so that batches are streamed.
     graph = {
-        (name, number): (db.core.reify, (_stream, reader, task))
-        for number, task in enumerate(tasks)
+        (name, number): (db.core.reify, (_stream, reader, getattr(part, "key", part), options))
+        for number, part in enumerate(parts)
     }
-    return db.Bag(HighLevelGraph.from_collections(name, graph), name, len(tasks))
+    delayed = [] if frame is None else parts
+    return db.Bag(
+        HighLevelGraph.from_collections(name, graph, dependencies=delayed), name, len(parts)
+    )
 
 
-def _stream(reader: ImageReaderStage, task: FileGroupTask) -> Iterator[ImageBatch]:
-    return reader.read(task)
+def _open_lazy(given: PathsOrTasks, partitioning: PartitionOptions) -> DataFrame | None:
+    """Return a frame of Dask whose partitions are to be read one by one, None for anything else."""
+    frame = open_frame(given, partitioning.get("storage_options"))
+    divided = any(name in partitioning for name in (*Partitioning.__optional_keys__, "limit"))
+    return frame if is_lazy(frame) and not divided else None
+
+
+def _stream(
+    reader: ImageReaderStage, part: FileGroupTask | pd.DataFrame, options: PartitionOptions
+) -> Iterator[ImageBatch]:
+    """Read a task, or a partition of rows."""
+    for task in list_tasks(part, **options):
+        yield from reader.read(task)
 
 
 def read_metadata(
@@ -109,7 +132,8 @@ def read_metadata(
     Parameters
     ----------
     paths_or_tasks
-        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+        Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     decode
@@ -165,7 +189,8 @@ def map_images(
         entry for each image of ``batch.data``, which get the images' ids as their index, or a
         DataFrame. It sees failed images too, in ``batch.failed``.
     paths_or_tasks
-        Shards, as ``partition_shards`` takes them, or the tasks that it made.
+        Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     meta
@@ -203,17 +228,23 @@ def map_images(
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
-    tasks = list_tasks(paths_or_tasks, **partitioning)
+    frame = _open_lazy(paths_or_tasks, partitioning)
+    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
+    options = {} if frame is None else partitioning
     reader = reader or ImageReaderStage()
     meta = getattr(fn, "meta", None) if meta is None else meta
-    meta = _infer_meta(reader, fn, tasks) if meta is None else _complete_meta(meta)
-    if not tasks:
+    meta = _infer_meta(reader, fn, parts, options) if meta is None else _complete_meta(meta)
+    if not parts:
         return dd.from_pandas(meta, npartitions=1)
+    read = PartitionReader(reader, fn, meta, options)
+    if frame is not None:
+        return frame.map_partitions(
+            read, meta=meta, enforce_metadata=False, clear_divisions=True, align_dataframes=False
+        )
     # The rows have the types of `meta` already. Without this setting Dask would add a second task
     # to each partition, to convert objects to strings.
     with dask.config.set({"dataframe.convert-string": False}):
-        read = PartitionReader(reader, fn, meta)
-        return dd.from_map(read, tasks, meta=meta, enforce_metadata=False, label="map-images")
+        return dd.from_map(read, parts, meta=meta, enforce_metadata=False, label="map-images")
 
 
 def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
@@ -223,13 +254,13 @@ def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
 
 
 def _infer_meta(
-    reader: ImageReaderStage, fn: BatchFunction, tasks: list[FileGroupTask]
+    reader: ImageReaderStage, fn: BatchFunction, parts: list[Any], options: PartitionOptions
 ) -> pd.DataFrame:
     """Run the function on a few images, where Dask computes; return an empty frame of the types."""
     small = reader.with_options(dali_batch_size=INFERRED_BATCH)
-    for task in tasks[:INFERRED_TASKS]:
-        infer = functools.partial(_infer_from_task, small, fn, task)
-        meta: pd.DataFrame | None = dask.delayed(infer, pure=False)().compute()
+    for part in parts[:INFERRED_TASKS]:
+        infer = functools.partial(_infer_from_part, small, fn, options=options)
+        meta: pd.DataFrame | None = dask.delayed(infer, pure=False)(part).compute()
         if meta is not None:
             return meta
     raise ValueError(
@@ -238,10 +269,13 @@ def _infer_meta(
     )
 
 
-def _infer_from_task(
-    reader: ImageReaderStage, fn: BatchFunction, task: FileGroupTask
+def _infer_from_part(
+    reader: ImageReaderStage,
+    fn: BatchFunction,
+    part: FileGroupTask | pd.DataFrame,
+    options: PartitionOptions,
 ) -> pd.DataFrame | None:
-    batches = (batch for batch in reader.read(task) if batch.data)
+    batches = (batch for batch in _stream(reader, part, options) if batch.data)
     made = (make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES))
     rows = [each for each in made if len(each)]  # an empty frame has no reliable types
     if not rows:
@@ -266,7 +300,7 @@ def to_rows(batch: ImageBatch) -> pd.DataFrame:
 
 
 class PartitionReader:
-    """Reads one task, and returns the rows of all its batches.
+    """Reads one task, or one partition of a frame, and returns the rows of all its batches.
 
     All tasks of a frame share one. It is pickled once and unpickled only on workers: pickling the
     function for each task would cost the scheduler more than everything else.
@@ -279,18 +313,26 @@ class PartitionReader:
         What makes the rows of a batch.
     meta
         The columns and types of the rows; returned for a task without any batch.
+    options
+        Those of ``partition_shards``, for a partition of a frame.
     """
 
-    def __init__(self, reader: ImageReaderStage, fn: BatchFunction, meta: pd.DataFrame) -> None:
-        self._parts = reader, fn, meta
+    def __init__(
+        self,
+        reader: ImageReaderStage,
+        fn: BatchFunction,
+        meta: pd.DataFrame,
+        options: PartitionOptions,
+    ) -> None:
+        self._parts = reader, fn, meta, options
 
-    def __call__(self, task: FileGroupTask) -> pd.DataFrame:
-        """Read a task."""
-        reader, fn, meta = self._parts
+    def __call__(self, part: FileGroupTask | pd.DataFrame) -> pd.DataFrame:
+        """Read a task, or a partition."""
+        reader, fn, meta, options = self._parts
         with_ids = "image_id" in {*meta.index.names, *meta.columns}
         rows = [
             _conform(make_rows(fn, batch, with_ids), meta, name_function(fn))
-            for batch in reader.read(task)
+            for batch in _stream(reader, part, options)
         ]
         return pd.concat(rows) if rows else meta
 
@@ -312,8 +354,8 @@ class _PickledReader:
     def __init__(self, pickled: bytes) -> None:
         self._pickled = pickled
 
-    def __call__(self, task: FileGroupTask) -> pd.DataFrame:
-        return PartitionReader(*pickle.loads(self._pickled))(task)
+    def __call__(self, part: FileGroupTask | pd.DataFrame) -> pd.DataFrame:
+        return PartitionReader(*pickle.loads(self._pickled))(part)
 
 
 def _conform(rows: pd.DataFrame, meta: pd.DataFrame, name: str) -> pd.DataFrame:

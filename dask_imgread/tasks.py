@@ -22,9 +22,12 @@ from dask_imgread.storage.redaction import redact_url
 COLUMNS = {
     "image_path": "string[pyarrow]",
     "shard": "string[pyarrow]",
+    "shard_version": "string[pyarrow]",
     "key": "string[pyarrow]",
     "offset": "int64[pyarrow]",
     "size": "int64[pyarrow]",
+    "sample_offset": "int64[pyarrow]",
+    "sample_size": "int64[pyarrow]",
     "format": "string[pyarrow]",
     "width": "int32[pyarrow]",
     "height": "int32[pyarrow]",
@@ -63,6 +66,10 @@ class FileGroupTask:
     sizes
         The size of each shard's file in bytes, None where it is unknown: reading a remote file then
         begins with a request for its size.
+    rows
+        If not all images of the shards are to be read, the rows of those that are: the columns
+        ``shard``, ``offset`` and ``size``, ``image_id`` or ``key``, and any others of ``COLUMNS``;
+        further columns become the images' ``metadata``. See ``partition_shards``.
 
     Raises
     ------
@@ -84,6 +91,7 @@ class FileGroupTask:
     index: ShardIndex | None = field(default=None, repr=False)
     versions: tuple[str, ...] = ()
     sizes: tuple[int | None, ...] = ()
+    rows: pd.DataFrame | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -91,7 +99,8 @@ class FileGroupTask:
             raise ValueError(  # a string is iterable too, letter by letter
                 f"data must be a list of shard paths, not the string {self.data!r}"
             )
-        self.data = [path for given in self.data for path in split_list(str(given))]
+        if self.rows is None:
+            self.data = [path for given in self.data for path in split_list(str(given))]
         if self.byte_range is not None and len(self.data) != 1:
             raise ValueError(f"byte_range needs exactly one shard in data, not {len(self.data)}")
 
@@ -141,7 +150,7 @@ class FileGroupTask:
 
     def __dask_tokenize__(self) -> object:
         """Return a token of what is read, the shards' content included, equal in every process."""
-        versions = self.versions or tuple(self._look_up_version(path) for path in self.data)
+        versions = [self.find_version(path) or "missing" for path in self.data]
         paths = [resolve_path(path) for path in self.data]
         # A token, since keys are shown on the dashboard and the configuration may hold secrets.
         config = tokenize(self.reader_config)
@@ -151,15 +160,20 @@ class FileGroupTask:
             paths,
             self.byte_range,
             self.index and self.index.to_json(),
+            self.rows is not None and tokenize(self.rows),
             versions,
             config,
         )
 
-    def _look_up_version(self, path: str) -> str:
+    def find_version(self, path: str) -> str | None:
+        """Return the token for a shard's content, looked up if it is not known; None if missing."""
+        known = dict(zip(self.data, self.versions, strict=False)).get(path)
+        if known is not None:
+            return known
         try:
             return stat_shard(path, self.storage_options).version
         except OSError:
-            return "missing"
+            return None
 
 
 @dataclass(slots=True)  # there may be millions
@@ -183,6 +197,11 @@ class ImageObject:
         The shard's path, and the sample's key in it.
     offset, size
         Where the encoded bytes lie in the (decompressed) shard, and how many there are.
+    sample_offset, sample_size
+        Where the whole sample lies, its sidecars and all tar headers included; None if other
+        members lie between its own.
+    shard_version
+        A token for the shard's content: its size with its date or ETag, as the store has them.
     format
         ``"jpeg"``, ``"png"`` and so on, from the content, not from the name; None if unknown.
     width, height, channels
@@ -210,6 +229,9 @@ class ImageObject:
     key: str = ""
     offset: int = 0
     size: int = 0
+    sample_offset: int | None = None
+    sample_size: int | None = None
+    shard_version: str | None = None
     format: str | None = None
     width: int | None = None
     height: int | None = None

@@ -31,12 +31,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dask_imgread.errors import OtherJobError
+from dask_imgread.shards.frames import JOB
 from dask_imgread.storage.files import DRAFT, open_bytes, write_whole
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
-JOB, PLAN, SHARDS, SCHEMA = "_job.json", "_plan.arrow", "_shards.arrow", "_schema.arrow"
+PLAN, SHARDS, SCHEMA = "_plan.arrow", "_shards.arrow", "_schema.arrow"
 IMAGES = "_images"
 CLEARED = 0  # the format of a folder that is being cleared
 FOOTER = b"dask_imgread"

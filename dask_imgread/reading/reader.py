@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,13 @@ from dask_imgread.reading.records import (
     describe_damage,
     describe_image,
     describe_lost,
+    describe_rows,
     explain_lost,
+    find_change,
+    list_parts,
 )
+from dask_imgread.shards.find import stat_shard
+from dask_imgread.shards.frames import group_by_shard
 from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
@@ -300,8 +305,22 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         """Yield one shard's batches; damage to the shard is a failure in one of them."""
         rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
         batches = BatchBuilder(rules, decoder_options, begin_decoding)
+        read = self._read_all if task.rows is None else self._read_rows
+        yield from read(path, shard_id, task, decoder_options, batches)
+        yield from batches.flush()
+
+    def _read_all(
+        self,
+        path: str,
+        shard_id: str,
+        task: FileGroupTask,
+        decoder_options: DecoderOptions,
+        batches: BatchBuilder,
+    ) -> Iterator[ImageBatch]:
+        """Read all images of the task's part of a shard."""
         shown = redact_url(path)
         try:
+            version = task.find_version(path)
             with self._open(path, task) as source:
                 sidecars = SidecarReader(source)
                 for index in self._index(source, task):
@@ -310,7 +329,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                     for entry in index.images:
                         if is_apple_double(source, entry.member):
                             continue
-                        image = describe_image(entry, shown, shard_id)
+                        image = describe_image(entry, shown, shard_id, version)
                         more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
                         encoded = self._load(source, entry.member, image, decoder_options)
                         yield from batches.add(image, encoded, more)
@@ -319,7 +338,41 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         except (OSError, NotTarError) as error:
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
             yield from batches.add(describe_lost(path, shard_id, task.start, reason), None)
-        yield from batches.flush()
+
+    def _read_rows(
+        self,
+        path: str,
+        shard_id: str,
+        task: FileGroupTask,
+        decoder_options: DecoderOptions,
+        batches: BatchBuilder,
+    ) -> Iterator[ImageBatch]:
+        """Read those images of a shard that the task's rows name, and nothing else of it."""
+        assert task.rows is not None
+        rows = group_by_shard(task.rows)[path]
+        images = list(describe_rows(rows, redact_url(path), shard_id))
+        with ExitStack() as stack:
+            problem = version = None
+            try:
+                _, size, version = stat_shard(path, task.storage_options)
+                opened = open_shard(
+                    path,
+                    task.storage_options,
+                    size=size,
+                    read_ahead=self.read_ahead,
+                    parts=list_parts(images, size),
+                )
+                source = stack.enter_context(opened)
+            except OSError as error:
+                problem = hide_secrets(explain_lost(error, path), task.storage_options)
+            for image in images:
+                image.error = image.error or problem or find_change(image, version)
+                if image.error is not None:
+                    yield from batches.add(image, None)
+                    continue
+                member = Member(image.key, image.offset, image.offset, image.size)
+                encoded = self._load(source, member, image, decoder_options)
+                yield from batches.add(image, encoded)
 
     def _open(self, path: str, task: FileGroupTask) -> AbstractContextManager[ByteSource]:
         return open_shard(

@@ -2,28 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import index
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
 from dask_imgread.errors import StorageError
-from dask_imgread.shards.samples import ImageEntry
+from dask_imgread.shards.frames import list_extra_columns
+from dask_imgread.shards.parts import join_parts
+from dask_imgread.shards.samples import ImageEntry, split_name
 from dask_imgread.shards.tar import Member
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
+_MAX_BYTES = 1 << 30  # of one encoded image that a row names: it is read at once
+_MAX_OFFSET = 1 << 62
 UNREACHABLE = "unreachable"  # the cause if the store failed, not the image: worth a retry
 
 
-def describe_image(entry: ImageEntry, path: str, shard_id: str) -> ImageObject:
+def describe_image(entry: ImageEntry, path: str, shard_id: str, version: str | None) -> ImageObject:
     """Make the record of an image that is yet to be read."""
     name, start, offset, size, *_ = entry.member
     image_id = f"{shard_id}/{name}"
     image = ImageObject(
         f"{path}/{name}", image_id, shard=path, key=entry.key, offset=offset, size=size
     )
+    image.shard_version = version
+    if entry.extent is not None:
+        image.sample_offset, end = entry.extent
+        image.sample_size = end - image.sample_offset
     image.warning = entry.warning
     if entry.repeated:
         image.image_id = f"{image_id}@{start}"
         image.warning = f"duplicate name: an earlier member of the shard has the id {image_id}"
     return image
+
+
+def describe_rows(rows: pd.DataFrame, path: str, shard_id: str) -> Iterator[ImageObject]:
+    """Make the record of each image that a shard's rows name, in the order of their offsets.
+
+    A row that can't be one of an image gets an ``error``, or keeps the one that it has.
+    """
+    rows = rows.reset_index() if rows.index.name == "image_id" else rows
+    columns = {name: _to_list(rows[name]) for name in rows.columns}
+    extra = list_extra_columns(rows)
+    for values in zip(*columns.values(), strict=True):
+        row = {name: value for name, value in zip(columns, values, strict=True) if _is_known(value)}
+        name = row.get("key", "")
+        if "image_path" in row:
+            name = str(row["image_path"]).removeprefix(f"{row['shard']}/")
+        image = ImageObject(
+            f"{path}/{name}",
+            row.get("image_id", f"{shard_id}/{name}"),
+            metadata={key: row[key] for key in extra if key in row},
+            shard=path,
+            key=row.get("key", split_name(name)[0]),
+        )
+        for field in ("sample_offset", "sample_size", "shard_version", "warning"):
+            setattr(image, field, row.get(field))
+        try:
+            image.offset, image.size = map(_to_int, (row.get("offset"), row.get("size")))
+        except (TypeError, ValueError):
+            image.error = f"bad row: offset {row.get('offset')}, size {row.get('size')}"
+        else:
+            if image.offset < 0 or not 0 <= image.size <= _MAX_BYTES:
+                image.error = f"bad row: offset {image.offset}, size {image.size}"
+            elif not image.size and "error" in row:  # of damage, or of a whole shard
+                image.error = row["error"]
+        yield image
+
+
+def list_parts(images: list[ImageObject], end: int | None) -> list[tuple[int, int]]:
+    """Return where the bytes of images lie, as far as the shard goes, neighbours joined."""
+    last = _MAX_OFFSET if end is None else end
+    return join_parts(
+        (image.offset, min(image.offset + image.size, last))
+        for image in images
+        if image.error is None and image.offset < last
+    )
+
+
+def find_change(image: ImageObject, version: str | None) -> str | None:
+    """Return an error if the image's row was made from another content of its shard."""
+    if image.shard_version in (None, version):
+        return None
+    return (
+        f"changed shard: {image.shard} is not what the row was made from: its version was "
+        f"{image.shard_version}, and is {version}"
+    )
+
+
+def _to_list(column: pd.Series) -> list[Any]:
+    """Return a column's values as Python's own, where Arrow has such a type."""
+    try:
+        values: list[Any] = pa.array(column).to_pylist()
+    except pa.ArrowException:
+        return list(column)
+    return values
+
+
+def _is_known(value: Any) -> bool:
+    return not (value is None or value is pd.NA or (isinstance(value, float) and value != value))
+
+
+def _to_int(value: Any) -> int:
+    """Return a whole number; pandas makes floats of a column that lacked some."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return index(value)
 
 
 def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:

@@ -22,7 +22,7 @@ from PIL import Image
 from dask_imgread.decoding.geometry import resize
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.jobs.folder import JOB, JobFolder, name_records
+from dask_imgread.jobs.folder import JobFolder, name_records
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
 from dask_imgread.report.statistics import (
     LISTED,
@@ -34,6 +34,7 @@ from dask_imgread.report.statistics import (
     count_parts,
     find_neighbours,
 )
+from dask_imgread.shards.frames import JOB
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource
 from dask_imgread.storage.files import write_whole

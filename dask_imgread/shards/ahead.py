@@ -68,7 +68,7 @@ class _Budget:
             self._left += size
 
 
-_BUDGET = _Budget(_WORKER_BYTES)
+BUDGET = _Budget(_WORKER_BYTES)
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class ReadAhead:
         self._blocks.stop()
         self._pool.shutdown(cancel_futures=True)
         for block in self._held.values():
-            _BUDGET.give_back(block.taken)
+            BUDGET.give_back(block.taken)
         self._held.clear()
         self._blocks.close()
 
@@ -277,7 +277,7 @@ class ReadAhead:
             if stop > last:
                 return
             if start not in self._held:
-                if not _BUDGET.take(stop - start):
+                if not BUDGET.take(stop - start):
                     return
                 self._submit(start, stop, taken=stop - start)
                 running += 1
@@ -290,4 +290,4 @@ class ReadAhead:
         middle = needed + _MAX_KEPT_BYTES // 2, offset - _MAX_KEPT_BYTES // 2
         for start, block in list(self._held.items()):
             if block.stop <= needed or (start >= middle[0] and block.stop <= middle[1]):
-                _BUDGET.give_back(self._held.pop(start).taken)
+                BUDGET.give_back(self._held.pop(start).taken)

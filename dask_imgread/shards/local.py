@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from operator import itemgetter
 
 from dask_imgread.buffers import BUFFERS
 
@@ -11,15 +13,24 @@ _AHEAD_GAP = 64 << 10  # that sequential reads may skip
 
 
 class LocalSource:
-    """A local file, not memory-mapped: truncating a mapped file kills the process."""
+    """A local file, not memory-mapped: truncating a mapped file kills the process.
+
+    Parameters
+    ----------
+    path
+        The file.
+    parts
+        What will be viewed, in ascending order, if not all: nothing beyond a part is read ahead.
+    """
 
     streamed, sequential, problem = False, False, ""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, parts: list[tuple[int, int]] | None = None) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._end = os.fstat(self._descriptor).st_size
         self._ahead = 0, memoryview(b"")  # the bytes read ahead, and their offset
         self._next = -1  # where the last view ended
+        self._parts = parts
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes from ``offset``; fewer if the file ends before."""
@@ -41,17 +52,24 @@ class LocalSource:
         each takes longer than copying the bytes.
         """
         start, ahead = self._ahead
-        follows = 0 <= offset - self._next <= _AHEAD_GAP
-        self._next = offset + size
+        last, self._next = self._next, offset + size
         if not start <= offset <= start + len(ahead) - size:
-            if not follows or size > _AHEAD_BYTES // 8 or offset + size > self._end:
+            wanted = self._count_ahead(offset, last)
+            if wanted <= size or size > _AHEAD_BYTES // 8 or offset + size > self._end:
                 return memoryview(self.read_at(offset, size))
-            memory = BUFFERS.take(min(_AHEAD_BYTES, self._end - offset)).data
+            memory = BUFFERS.take(min(wanted, self._end - offset)).data
             count = os.preadv(self._descriptor, [memory], offset)
             if count < size:  # interrupted, or the file was cut short meanwhile
                 return memoryview(self.read_at(offset, size))
             start, ahead = self._ahead = offset, memory[:count]
         return ahead[offset - start :][:size]
+
+    def _count_ahead(self, offset: int, last: int) -> int:
+        """Return how many bytes to read at once, given where the last view ended."""
+        if self._parts is None:
+            return _AHEAD_BYTES if 0 <= offset - last <= _AHEAD_GAP else 0
+        number = bisect_right(self._parts, offset, key=itemgetter(0)) - 1
+        return min(_AHEAD_BYTES, self._parts[number][1] - offset) if number >= 0 else 0
 
     def end(self) -> int:
         """Return the file's size."""

@@ -7,16 +7,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
 from dask_imgread.shards.find import Paths, Shard, find_shards
+from dask_imgread.shards.frames import divide_rows, is_frame, is_lazy, open_frame
 from dask_imgread.shards.samples import cut_at_samples, index_members
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.tasks import FileGroupTask
 
-PathsOrTasks: TypeAlias = Paths | FileGroupTask | Iterable[FileGroupTask]
+if TYPE_CHECKING:
+    from dask_imgread.shards.frames import Frame
+
+PathsOrTasks: TypeAlias = "Paths | FileGroupTask | Iterable[FileGroupTask] | Frame"
 
 _WALKER_THREADS = 8  # each reads the headers of one remote shard
 
@@ -39,7 +43,7 @@ class PartitionOptions(Partitioning, total=False):
 
 
 def partition_shards(
-    paths: Paths,
+    paths: Paths | Frame,
     *,
     files_per_partition: int | None = None,
     images_per_partition: int | None = None,
@@ -51,6 +55,9 @@ def partition_shards(
 ) -> list[FileGroupTask]:
     """Find shards and divide them into tasks, on the client.
 
+    Given a frame of rows, as ``read_metadata`` makes them, only its images are read, and nothing
+    else of their shards.
+
     At most one of ``files_per_partition``, ``images_per_partition`` and ``blocksize`` may be
     given; without any, each shard is a task.
 
@@ -59,7 +66,9 @@ def partition_shards(
     paths
         A file, a folder (searched recursively for ``.tar``, ``.tar.gz``, ``.tgz`` and
         ``.tar.zst``), a glob, a brace range such as ``{00000..00099}.tar``, a URL that
-        fsspec supports, or a list of these.
+        fsspec supports, or a list of these. Or a frame of pandas or Dask (which is computed), or
+        the output folder of a job, with at least the columns ``shard``, ``offset`` and ``size``,
+        and ``image_id`` or ``key``.
     files_per_partition
         Number of whole shards per task.
     images_per_partition
@@ -82,7 +91,8 @@ def partition_shards(
     Returns
     -------
     list of FileGroupTask
-        In the order of ``paths``; the shards of a folder or a glob in the order of their names.
+        In the order of ``paths``; the shards of a folder or a glob in the order of their names,
+        those of a frame in the order of its rows.
 
     Raises
     ------
@@ -91,8 +101,8 @@ def partition_shards(
     PermissionError, StorageError
         If a store denies access, or can't be reached.
     ValueError
-        If more than one way to divide shards is given, or a number below 1, or if a shard is not
-        in ``relative_to``.
+        If more than one way to divide shards is given, or a number below 1, if a shard is not
+        in ``relative_to``, or if a frame lacks columns.
 
     Examples
     --------
@@ -105,8 +115,14 @@ def partition_shards(
     """
     division = Division(files_per_partition, images_per_partition, blocksize)
     _check_positive("limit", limit)
-    shards = find_shards(paths, storage_options)
-    chosen = list(islice(divide_shards(shards, division, storage_options), limit))
+    frame = open_frame(paths, storage_options)
+    if frame is None:
+        shards = find_shards(paths, storage_options)
+        divided = divide_shards(shards, division, storage_options)
+    else:
+        rows = frame.compute() if is_lazy(frame) else frame
+        divided = divide_rows(rows, _make_config(storage_options), **asdict(division))
+    chosen = list(islice(divided, limit))
     config = {} if relative_to is None else {"relative_to": os.fspath(relative_to)}
     tasks = [
         replace(
@@ -165,12 +181,16 @@ def divide_shards(
     shards: list[Shard], division: Division, storage_options: dict[str, Any] | None = None
 ) -> Iterator[FileGroupTask]:
     """Yield tasks that read some shards, in the shards' order; they are made lazily."""
-    config = {"storage_options": storage_options} if storage_options else {}
+    config = _make_config(storage_options)
     if division.images_per_partition is not None:
         return _cut_by_images(shards, division.images_per_partition, config)
     if division.blocksize is not None:
         return _divide_by_bytes(shards, division.blocksize, config)
     return _group(shards, division.files_per_partition or 1, config)
+
+
+def _make_config(storage_options: dict[str, Any] | None) -> dict[str, Any]:
+    return {"storage_options": storage_options} if storage_options else {}
 
 
 def list_tasks(
@@ -179,15 +199,16 @@ def list_tasks(
     """Return tasks as they are; divide paths into tasks with ``partition_shards``."""
     if isinstance(paths_or_tasks, FileGroupTask):
         return [paths_or_tasks]
-    if not isinstance(paths_or_tasks, str) and isinstance(paths_or_tasks, Iterable):
-        paths_or_tasks = list(paths_or_tasks)  # type: ignore[assignment]
+    frame = is_frame(paths_or_tasks)
+    if not frame and not isinstance(paths_or_tasks, str) and isinstance(paths_or_tasks, Iterable):
+        paths_or_tasks = list(paths_or_tasks)
         if all(isinstance(item, FileGroupTask) for item in paths_or_tasks):
             if any(value is not None for value in partitioning.values()):
                 raise ValueError(
                     f"{', '.join(partitioning)}: for paths, not for tasks already made"
                 )
             return paths_or_tasks  # type: ignore[return-value]
-    return partition_shards(paths_or_tasks, **partitioning)  # type: ignore[arg-type]
+    return partition_shards(paths_or_tasks, **partitioning)
 
 
 def _group(shards: list[Shard], count: int, config: dict[str, Any]) -> Iterator[FileGroupTask]:

@@ -14,9 +14,10 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from dask_imgread.shards.tar import Member
+from dask_imgread.shards.tar import BLOCK, Member
 from dask_imgread.storage.redaction import drop_signature, redact_url
 
 IMAGE_EXTENSIONS = frozenset(
@@ -28,6 +29,7 @@ _MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no
 _MAX_VIEWS = 8  # images of one sample; if a key has more, they are samples with dots in their keys
 _MAX_DOTS = 16  # in a name, counted from the right, at which it may be split
 _MAX_LINKS = 40  # followed from one member, the limit of Linux
+_START = attrgetter("start")
 _GAP = "\0.gap"  # never a member's name: these end at the first NUL
 _WINDOW = 2 << 20  # maximum bytes between a sample's members, if a shard is read once
 
@@ -85,7 +87,9 @@ class ImageEntry:
     """One image member of a shard, and the sidecars of its sample, none of them read yet.
 
     The images of a sample share one tuple of sidecars. ``warning`` is set if an earlier sample
-    has the same key, ``repeated`` if an earlier member of the shard has the same name.
+    has the same key, ``repeated`` if an earlier member of the shard has the same name. ``extent``
+    is where the whole sample lies, headers included: its first offset and the next sample's; None
+    if anything else lies between its members.
     """
 
     member: Member
@@ -93,6 +97,7 @@ class ImageEntry:
     sidecars: tuple[tuple[str, Member], ...] = ()
     warning: str | None = None
     repeated: bool = False
+    extent: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -120,7 +125,9 @@ class ShardIndex:
 
     def to_json(self) -> str:
         """Return the index as JSON."""
-        images = [(e.member, e.key, e.sidecars, e.warning, e.repeated) for e in self.images]
+        images = [
+            (e.member, e.key, e.sidecars, e.warning, e.repeated, e.extent) for e in self.images
+        ]
         return json.dumps([images, self.broken, self.scattered, self.notes])
 
     @classmethod
@@ -129,9 +136,14 @@ class ShardIndex:
         images, broken, scattered, notes = json.loads(text)
         entries = [
             ImageEntry(
-                Member(*member), key, tuple((e, Member(*m)) for e, m in sidecars), warning, repeated
+                Member(*member),
+                key,
+                tuple((e, Member(*m)) for e, m in sidecars),
+                warning,
+                repeated,
+                extent and tuple(extent),
             )
-            for member, key, sidecars, warning, repeated in images
+            for member, key, sidecars, warning, repeated, extent in images
         ]
         return cls(entries, [Member(*member) for member in broken], scattered, notes)
 
@@ -180,6 +192,7 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
             index.scattered |= sample.repeated_key
             here.keys.add(sample.key)
             sidecars = tuple(sample.sidecars.items())
+            extent = _find_extent([*sample.images, *sample.sidecars.values()])
             warning = None
             if sample.repeated_key:
                 warning = f"key again: an earlier sample of the shard has the key {sample.key}"
@@ -187,12 +200,25 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
                 repeated = member.name in here.names or member.name in seen.names
                 here.names.add(member.name)
                 index.scattered |= repeated
-                index.images.append(ImageEntry(member, sample.key, sidecars, warning, repeated))
+                index.images.append(
+                    ImageEntry(member, sample.key, sidecars, warning, repeated, extent)
+                )
     repeated_names = [entry.member.name for entry in index.images if entry.repeated]
     if repeated_names:
         text = f"{len(repeated_names)} duplicate names, such as {repeated_names[0]}"
         index.notes["duplicates"] = text
     return index
+
+
+def _find_extent(members: list[Member]) -> tuple[int, int] | None:
+    """Return where members begin and end, if nothing else lies between them."""
+    members.sort(key=_START)
+    first = end = members[0].start
+    for member in members:
+        if member.start != end or not end < member.offset:  # a link's target lies elsewhere
+            return None
+        end = -(-(member.offset + member.size) // BLOCK) * BLOCK
+    return first, end
 
 
 def index_stream(members: Iterable[Member], keep: Callable[[int], object]) -> Iterator[ShardIndex]:

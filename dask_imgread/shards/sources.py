@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.shards.ahead import READ_AHEAD, ReadAhead
 from dask_imgread.shards.local import LocalSource
+from dask_imgread.shards.parts import Parts, join_parts
 from dask_imgread.shards.streams import ResumedFile, SourceFile, Stream
 from dask_imgread.shards.tar import BLOCK, ByteSource, is_header
 from dask_imgread.storage.filesystems import connect
@@ -37,6 +38,7 @@ def open_shard(
     size: int | None = None,
     read_ahead: int = READ_AHEAD,
     skipping: bool = False,
+    parts: list[tuple[int, int]] | None = None,
 ) -> Iterator[ByteSource]:
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
 
@@ -58,6 +60,9 @@ def open_shard(
         Bytes that are fetched or inflated in advance, at most.
     skipping
         Whether only headers may be needed, so that large gaps between reads are not fetched.
+    parts
+        What will be viewed, in ascending order, if not all: no more is read than that, and the
+        first bytes, if the shard is not compressed.
 
     Raises
     ------
@@ -65,15 +70,20 @@ def open_shard(
         If it can't be opened.
     """
     fs, name = connect(path, storage_options or {})
-    source: LocalSource | ReadAhead
+    source: LocalSource | ReadAhead | Parts
     if isinstance(fs, LocalFileSystem):
-        source = LocalSource(name)
+        source = LocalSource(name, parts)
+    elif parts is not None:
+        source = _open_parts(fs, name, size, read_ahead, parts)
     else:
         source = _open_remote(fs, name, start, size, read_ahead, skipping)
     with ExitStack() as stack:
         stack.callback(source.close)
         codec = None if plain else find_compression(source.read_at(0, BLOCK))
         if codec is not None:
+            if isinstance(source, Parts):  # of what is compressed all must be fetched
+                stack.close()
+                source = _open_remote(fs, name, 0, size, read_ahead, skipping=False)
             stack.pop_all()
             source = ReadAhead(Stream(SourceFile(source), codec), read_ahead)
             stack.callback(source.close)
@@ -100,6 +110,26 @@ def _open_remote(
             raise
     except NoRangesError:
         return ReadAhead(Stream(ResumedFile(fs, name)), read_ahead)
+    return source
+
+
+def _open_parts(
+    fs: fsspec.AbstractFileSystem,
+    name: str,
+    size: int | None,
+    read_ahead: int,
+    parts: list[tuple[int, int]],
+) -> ReadAhead | Parts:
+    """Open some parts of a remote file, with its first bytes."""
+    source = Parts(RangeReader(fs, name, size), join_parts([(0, BLOCK), *parts]), read_ahead)
+    try:
+        source.view_at(0, BLOCK)
+    except NoRangesError:
+        source.close()
+        return ReadAhead(Stream(ResumedFile(fs, name)), read_ahead)
+    except BaseException:
+        source.close()
+        raise
     return source
 
 

@@ -89,7 +89,7 @@ def test_every_byte_is_fetched_once_and_in_bounded_memory(content, workers):
     reads = sorted(blocks.reads)
     assert sum(stop - start for start, stop in reads if stop > start) == len(content)
     assert blocks.most == (1 if workers == 1 else pytest.approx(5, abs=3))
-    assert ahead._BUDGET._left == ahead._WORKER_BYTES
+    assert ahead.BUDGET._left == ahead._WORKER_BYTES
 
 
 def test_more_are_fetched_at_a_time_where_the_reader_waits(content):
@@ -110,7 +110,7 @@ def test_more_are_fetched_at_a_time_where_the_reader_waits(content):
 
 
 def test_readers_of_a_process_share_a_budget(content, monkeypatch):
-    monkeypatch.setattr(ahead, "_BUDGET", ahead._Budget(10 * MIB))
+    monkeypatch.setattr(ahead, "BUDGET", ahead._Budget(10 * MIB))
     sources = [ReadAhead(Bytes(content, 8)) for _ in range(4)]
     for offset in range(0, len(content), 8 * MIB):
         for source in sources:
@@ -120,7 +120,7 @@ def test_readers_of_a_process_share_a_budget(content, monkeypatch):
         assert sum(taken) <= 10 * MIB
     for source in sources:
         source.close()
-    assert ahead._BUDGET._left == 10 * MIB
+    assert ahead.BUDGET._left == 10 * MIB
 
 
 def test_what_is_needed_is_kept_and_what_is_not_is_let_go(content):
@@ -296,7 +296,7 @@ def test_a_closed_generator_ends_all_requests_at_once(large_folder, name):
         assert time.monotonic() - begin < 5
     gc.collect()
     assert list_threads() == set()
-    assert ahead._BUDGET._left == ahead._WORKER_BYTES
+    assert ahead.BUDGET._left == ahead._WORKER_BYTES
 
 
 def test_ctrl_c_ends_it(large_folder):

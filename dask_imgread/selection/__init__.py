@@ -1,0 +1,1 @@
+"""What is done with chosen rows of a metadata frame."""

@@ -1,0 +1,124 @@
+"""Frames of rows that say which images to read, and where their bytes lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+import numpy as np
+import pandas as pd
+from dask.base import is_dask_collection
+
+from dask_imgread.shards.find import SHARD_SUFFIXES
+from dask_imgread.storage.filesystems import connect, resolve_path
+from dask_imgread.storage.retries import with_retries
+from dask_imgread.tasks import COLUMNS, FileGroupTask
+
+if TYPE_CHECKING:
+    from dask.dataframe import DataFrame
+
+    Frame: TypeAlias = pd.DataFrame | DataFrame
+
+JOB = "_job.json"  # marks a job's output folder
+_NEEDED = ("shard", "offset", "size")
+
+
+def is_frame(given: object) -> TypeGuard[Frame]:
+    """Return whether this is a DataFrame, of pandas or of Dask."""
+    return isinstance(given, pd.DataFrame) or is_lazy(given)
+
+
+def is_lazy(given: object) -> TypeGuard[DataFrame]:
+    """Return whether this is a DataFrame of Dask."""
+    return is_dask_collection(given) and hasattr(given, "columns")
+
+
+def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> Frame | None:
+    """Return a frame, or that in a job's output folder; None for anything else.
+
+    Raises
+    ------
+    ValueError
+        If the frame lacks a column that is needed to find the images.
+    """
+    if isinstance(given, str | os.PathLike) and _is_job(os.fspath(given), storage_options or {}):
+        import dask.dataframe as dd
+
+        given = dd.read_parquet(
+            os.fspath(given), dtype_backend="pyarrow", storage_options=storage_options
+        )
+    if not is_frame(given):
+        return None
+    lacking = [name for name in _NEEDED if name not in given.columns]
+    if "image_id" not in (*given.columns, given.index.name) and "key" not in given.columns:
+        lacking.append("image_id or key")
+    if lacking:
+        raise ValueError(
+            f"a frame of images needs the columns {', '.join(_NEEDED)}, and image_id or key; "
+            f"this one has no {', no '.join(lacking)}"
+        )
+    return given
+
+
+def _is_job(path: str, storage_options: Mapping[str, Any]) -> bool:
+    if path.endswith(SHARD_SUFFIXES) or any(sign in path for sign in "*[{") or "::" in path:
+        return False
+    fs, root = connect(path, dict(storage_options))
+    if "http" in fs.protocol:  # no job writes there
+        return False
+    return bool(with_retries(fs.isfile, path, f"{root.rstrip('/')}/{JOB}"))
+
+
+def divide_rows(
+    rows: pd.DataFrame,
+    config: dict[str, Any],
+    *,
+    files_per_partition: int | None = None,
+    images_per_partition: int | None = None,
+    blocksize: int | None = None,
+) -> Iterator[FileGroupTask]:
+    """Yield tasks that read the images of some rows; without a division, one for each shard.
+
+    Shards are in the order in which the rows name them first; the rows of each are read in the
+    order of their offsets.
+    """
+    if not len(rows):
+        return
+    if rows.index.name == "image_id":
+        rows = rows.reset_index()
+    shards, _ = pd.factorize(rows["shard"])
+    offsets = pd.to_numeric(rows["offset"], errors="coerce")
+    order = np.lexsort((offsets.fillna(-1).to_numpy(float), shards))
+    rows, shards = rows.iloc[order], shards[order]
+    if images_per_partition is not None:
+        parts = np.arange(len(rows)) // images_per_partition
+    elif blocksize is not None:
+        sizes = pd.to_numeric(rows["size"], errors="coerce").fillna(0).to_numpy(float)
+        parts = (np.cumsum(sizes.clip(1)) - 1) // blocksize
+    else:
+        parts = shards // (files_per_partition or 1)
+    cuts = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(rows)]
+    for start, stop in pairwise(cuts):
+        yield _make_task(rows.iloc[start:stop], config)
+
+
+def _make_task(rows: pd.DataFrame, config: dict[str, Any]) -> FileGroupTask:
+    shards = [str(path) for path in rows["shard"].unique()]
+    versions: tuple[str, ...] = ()
+    if "shard_version" in rows and rows["shard_version"].notna().all():
+        first = rows.drop_duplicates("shard").set_index("shard")["shard_version"]
+        versions = tuple(str(first[path]) for path in shards)
+    return FileGroupTask(data=shards, reader_config=config, versions=versions, rows=rows)
+
+
+def list_extra_columns(rows: pd.DataFrame) -> list[str]:
+    """Return the columns that are not the package's own: sidecars', or the user's."""
+    return [name for name in rows.columns if name not in COLUMNS and name != "image_id"]
+
+
+def group_by_shard(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of each shard, by its path in the form of ``resolve_path``."""
+    paths = rows["shard"].map(lambda path: resolve_path(str(path)))
+    return dict(iter(rows.groupby(paths.to_numpy(object), sort=False)))
