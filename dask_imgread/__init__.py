@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
     from dask_imgread.report.page import write_report as write_report
     from dask_imgread.selection.load import load_images as load_images
+    from dask_imgread.selection.write import write_shards as write_shards
     from dask_imgread.shards.partition import partition_shards as partition_shards
     from dask_imgread.stage import ProcessingStage as ProcessingStage
     from dask_imgread.stage import Resources as Resources
@@ -47,6 +48,7 @@ _PUBLIC = {  # by the module that they live in
     "reading.reader": ["ImageReaderStage"],
     "report.page": ["write_report"],
     "selection.load": ["load_images"],
+    "selection.write": ["write_shards"],
     "shards.partition": ["partition_shards"],
     "stage": ["ProcessingStage", "Resources"],
     "tasks": ["FileGroupTask", "ImageBatch", "ImageObject"],

@@ -203,7 +203,7 @@ def run_job(
     wanted, before = _find_wanted(plan, retry_failed)
     count, rate = Count(), 0.0
     if any(wanted):
-        with _raise_job_errors(), _choose_client(client, reader) as opened:
+        with raise_job_errors(), choose_client(client, reader) as opened:
             wait_for_workers(opened)  # the resources that they declare decide what tasks request
             finder = SchemaFinder(opened, folder, reader, plan.iterate_tasks(wanted))
             schema = row_maker.find_schema(finder)
@@ -237,9 +237,10 @@ def connect_for_reader(reader: ImageReaderStage, **options: Any) -> AbstractCont
     )
 
 
-def _choose_client(
+def choose_client(
     client: Client | AbstractContextManager[Client] | None, reader: ImageReaderStage
 ) -> AbstractContextManager[Client]:
+    """Return a context that gives the client to work with; without one, of a cluster here."""
     if isinstance(client, Client):
         return nullcontext(client)  # not entered: the caller closes it
     return connect_for_reader(reader) if client is None else client
@@ -294,7 +295,7 @@ def _check_parts(plan: Plan) -> None:
 
 
 @contextmanager
-def _raise_job_errors() -> Iterator[None]:
+def raise_job_errors() -> Iterator[None]:
     """Raise JobError where the scheduler or all workers are lost."""
     try:
         yield

@@ -38,6 +38,7 @@ from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.stage import ProcessingStage, Resources
+from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 
@@ -320,7 +321,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         """Read all images of the task's part of a shard."""
         shown = redact_url(path)
         try:
-            version = task.find_version(path)
+            # Of a remote shard it is known from the listing, if there was one.
+            version = task.find_version(path) if task.versions or is_local(path) else None
             with self._open(path, task) as source:
                 sidecars = SidecarReader(source)
                 for index in self._index(source, task):

@@ -3,42 +3,79 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO
 
 import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from dask_imgread.storage.retries import with_retries
+
 # These stores show an object only when all of it has arrived. Elsewhere a file is written under
 # a draft name and renamed when it is complete.
 _WHOLE_ON_PUT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"}
+_BUFFER_BYTES = 1 << 20
 DRAFT = "_tmp-"  # what the name of a draft begins with
 
 
 def write_whole(fs: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
     """Write a file so that readers see all of it or nothing, even if the writer is killed."""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if protocols & _WHOLE_ON_PUT:
-        fs.pipe_file(path, content)
+    if isinstance(fs, LocalFileSystem):
+        with open_whole(fs, path) as file:
+            file.write(content)
+    else:
+        with _draft(fs, path) as draft:
+            fs.pipe_file(draft, content)
+
+
+@contextmanager
+def open_whole(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """Open a file for writing, which appears under its name at the end of the ``with`` block.
+
+    If the block is left by an exception, nothing appears. What goes to a store lies in a temporary
+    file until then.
+    """
+    with _draft(fs, path) as draft:
+        if isinstance(fs, LocalFileSystem):
+            with open(draft, "wb", buffering=_BUFFER_BYTES) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # the bytes must reach the disk before the name does
+        else:
+            with tempfile.NamedTemporaryFile(prefix=DRAFT) as copy:
+                yield copy
+                copy.flush()
+                with_retries(fs.put_file, path, copy.name, draft)
+
+
+@contextmanager
+def _draft(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
+    """Yield a name to write to, and move that to its own name at the end."""
+    if _shows_whole_objects(fs):
+        yield path
         return
     folder, _, name = path.rpartition("/")
     fs.makedirs(folder, exist_ok=True)
     draft = f"{folder}/{DRAFT}{name}-{uuid.uuid4().hex}"
     try:
+        yield draft
         if isinstance(fs, LocalFileSystem):
-            with open(draft, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # the bytes must reach the disk before the name does
             os.replace(draft, path)
         else:
-            fs.pipe_file(draft, content)
             fs.mv(draft, path)
     except BaseException:
         with suppress(OSError):
             fs.rm_file(draft)
         raise
+
+
+def _shows_whole_objects(fs: fsspec.AbstractFileSystem) -> bool:
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return bool(protocols & _WHOLE_ON_PUT)
 
 
 def open_bytes(content: bytes) -> pa.NativeFile:

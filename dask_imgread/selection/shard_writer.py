@@ -1,0 +1,419 @@
+"""Write one shard of chosen samples, on a worker, with all its members' bytes as they are."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dask_imgread.shards.find import stat_shard
+from dask_imgread.shards.parts import join_parts
+from dask_imgread.shards.samples import ImageEntry, index_members, is_image, make_shard_id
+from dask_imgread.shards.sources import open_shard
+from dask_imgread.shards.tar import BLOCK, ByteSource, Member, walk_members
+from dask_imgread.storage.files import open_whole, write_whole
+from dask_imgread.storage.filesystems import connect, is_local
+from dask_imgread.storage.redaction import redact_url
+from dask_imgread.tasks import COLUMNS
+
+JOB_KEY = b"dask_imgread"  # in the metadata of each Parquet file: the id of what it belongs to
+_CHUNK_BYTES = 64 << 20  # of samples, read before they are written
+_SOURCES = 16  # remote shards read at a time
+_RECORD = 10_240  # tar's own files are a multiple of it
+
+
+class Sample(NamedTuple):
+    """A chosen sample: where it lies, and under which key it is written.
+
+    ``extent`` is None if its members are to be looked up. ``images`` are the sizes of those chosen,
+    by their offsets. ``more`` are columns that become a ``.json`` member.
+    """
+
+    shard: str
+    version: str | None
+    key: str
+    new_key: str
+    extent: tuple[int, int] | None
+    images: dict[int, int]
+    more: dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """A member to write; with its old header, if its name is the same."""
+
+    name: str
+    content: bytes | memoryview
+    offset: int = -1  # in the shard that it comes from
+    header: bytes | memoryview | None = None
+
+
+class Placed(NamedTuple):
+    """Where a member was written."""
+
+    name: str
+    offset: int
+    size: int
+    source: int  # its offset in the shard that it comes from
+
+
+class Written(NamedTuple):
+    """What was written for one partition."""
+
+    shard: str
+    samples: int
+    images: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shard of one partition's rows, and then their Parquet file, which marks it done.
+
+    Parameters
+    ----------
+    out, out_options
+        The folder, and the options of its file system.
+    storage_options
+        Those of the shards that are read.
+    job_id
+        Goes into each Parquet file.
+    json_columns
+        Columns that become a ``.json`` member of each sample.
+    dali_index
+        Whether to write the index file of DALI's reader, too.
+    """
+
+    out: str
+    out_options: dict[str, Any] = field(repr=False)
+    storage_options: dict[str, Any] = field(repr=False)
+    job_id: str
+    json_columns: tuple[str, ...] = ()
+    dali_index: bool = False
+
+    def __call__(self, partition: tuple[int, pd.DataFrame]) -> Written:
+        """Write the rows of one partition, given its number."""
+        number, rows = partition
+        fs, root = connect(self.out, self.out_options)
+        path = f"{root}/{name_shard(number)}"
+        samples = list_samples(rows, self.json_columns)
+        with open_whole(fs, path) as file:
+            placed = write_tar(file, SampleReader(self.storage_options).read(samples))
+            size = file.tell()
+        if self.dali_index:
+            write_whole(fs, path.removesuffix(".tar") + ".idx", format_dali_index(placed))
+        shard = f"{self.out}/{name_shard(number)}"
+        version = stat_shard(shard, self.out_options).version
+        table = pa.Table.from_pandas(describe_written(rows, placed, shard, version))
+        marked = table.replace_schema_metadata({**table.schema.metadata, JOB_KEY: self.job_id})
+        content = io.BytesIO()
+        pq.write_table(marked, content)
+        write_whole(fs, f"{root}/{name_rows(number)}", content.getvalue())
+        return Written(name_shard(number), len(samples), len(rows), size)
+
+
+def name_shard(number: int) -> str:
+    """Return the name of a shard in the output folder."""
+    return f"{number:05d}.tar"
+
+
+def name_rows(number: int) -> str:
+    """Return the name of the Parquet file of a shard's rows in the output folder."""
+    return f"metadata/part-{number:05d}.parquet"
+
+
+def list_samples(rows: pd.DataFrame, json_columns: Iterable[str] = ()) -> list[Sample]:
+    """Return the samples that rows name, in the order of the rows; those of one are adjacent."""
+    fields = ["_sample", "shard", "shard_version", "key", "_key", "sample_offset", "sample_size"]
+    columns = [pa.array(rows[name]).to_pylist() for name in (*fields, "offset", "size")]
+    more = {name: pa.array(rows[name]).to_pylist() for name in json_columns}
+    samples: list[Sample] = []
+    last = None
+    for n, (number, shard, version, key, new_key, start, length, offset, size) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        if number != last:
+            last = number
+            extent = None if start is None or length is None else (start, start + length)
+            values = {name: column[n] for name, column in more.items() if column[n] is not None}
+            samples.append(Sample(shard, version, key, new_key, extent, {}, values))
+        samples[-1].images[offset] = size
+    return samples
+
+
+class SampleReader:
+    """Reads samples from the shards that they lie in.
+
+    Each range is read once for every 64 MiB of samples; a shard that can only be read from its
+    beginning on stays open, and is begun again only if the order of the samples leads back.
+    """
+
+    def __init__(self, storage_options: dict[str, Any]) -> None:
+        self._options = storage_options
+        self._entries: dict[str, dict[int, ImageEntry]] = {}  # of shards that had to be walked
+        self._open = ExitStack()
+        self._streams: dict[str, ByteSource] = {}
+
+    def read(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, list[Piece]]]:
+        """Yield each sample with its members, in the order given.
+
+        Raises
+        ------
+        OSError
+            If a shard can't be read, or has changed since the rows were made.
+        ValueError
+            If a row does not match its shard.
+        """
+        with self._open, ThreadPoolExecutor(_SOURCES) as pool:
+            for chunk in _cut(samples):
+                by_shard: dict[str, list[Sample]] = {}
+                for sample in chunk:
+                    by_shard.setdefault(sample.shard, []).append(sample)
+                remote = not all(map(is_local, by_shard))
+                read = (pool.map if remote else map)(self._read_shard, by_shard, by_shard.values())
+                found = {s: iter(pieces) for s, pieces in zip(by_shard, read, strict=True)}
+                for sample in chunk:
+                    yield sample, next(found[sample.shard])
+
+    def _read_shard(self, path: str, samples: list[Sample]) -> list[list[Piece]]:
+        """Return the members of some samples of one shard."""
+        _, size, version = stat_shard(path, self._options)
+        for sample in samples:
+            if sample.version not in (None, version):
+                raise OSError(
+                    f"{redact_url(path)} changed since the frame was made: its version was "
+                    f"{sample.version}, and is {version}"
+                )
+        located = [self._locate(path, sample) for sample in samples]
+        ranges = sorted({place for places in located for place in places})
+        contents = self._read_ranges(path, size, ranges)
+        return [
+            _cut_extent(sample, contents[sample.extent])
+            if sample.extent is not None
+            else self._take_members(path, sample, contents)
+            for sample in samples
+        ]
+
+    def _locate(self, path: str, sample: Sample) -> list[tuple[int, int]]:
+        """Return where the bytes lie that a sample needs."""
+        if sample.extent is not None:
+            return [sample.extent]
+        members = self._find_members(path, sample)
+        return [(member.offset, member.offset + member.size) for member in members]
+
+    def _find_members(self, path: str, sample: Sample) -> list[Member]:
+        """Return a sample's members, from a walk over the whole shard."""
+        if path not in self._entries:
+            with open_shard(path, self._options, skipping=True) as source:
+                index = index_members(walk_members(source))
+            self._entries[path] = {entry.member.offset: entry for entry in index.images}
+        entries = self._entries[path]
+        _check_images(sample, {o: entries[o].member.size for o in sample.images if o in entries})
+        chosen = [entries[offset] for offset in sample.images]
+        sidecars = [member for _, member in chosen[0].sidecars]
+        return [*(entry.member for entry in chosen), *sidecars]
+
+    def _take_members(
+        self, path: str, sample: Sample, contents: dict[tuple[int, int], memoryview]
+    ) -> list[Piece]:
+        return [
+            Piece(
+                _rename(member.name, sample),
+                contents[member.offset, member.offset + member.size],
+                member.offset,
+            )
+            for member in self._find_members(path, sample)
+        ]
+
+    def _read_ranges(
+        self, path: str, size: int | None, ranges: list[tuple[int, int]]
+    ) -> dict[tuple[int, int], memoryview]:
+        """Read ranges of a shard, in ascending order."""
+        source = self._streams.pop(path, None)
+        if source is not None:
+            try:
+                contents = _view_all(source, path, ranges)
+            except OSError:  # its bytes were discarded: it is begun again
+                source = None
+        if source is None:
+            stack = ExitStack()
+            source = stack.enter_context(
+                open_shard(path, self._options, size=size, parts=join_parts(ranges))
+            )
+            self._open.push(stack)
+            contents = _view_all(source, path, ranges)
+            if not source.sequential:
+                stack.close()
+        if source.sequential:
+            self._streams[path] = source
+        return contents
+
+
+def _cut(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Yield lists of samples of at most ``_CHUNK_BYTES`` each, or of one."""
+    chunk: list[Sample] = []
+    total = 0
+    for sample in samples:
+        start, stop = sample.extent or (0, sum(sample.images.values()))
+        if chunk and total + stop - start > _CHUNK_BYTES:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(sample)
+        total += stop - start
+    if chunk:
+        yield chunk
+
+
+def _view_all(
+    source: ByteSource, path: str, ranges: list[tuple[int, int]]
+) -> dict[tuple[int, int], memoryview]:
+    contents = {}
+    for start, stop in ranges:
+        content = contents[start, stop] = source.view_at(start, stop - start)
+        if len(content) < stop - start:
+            raise ValueError(
+                f"{redact_url(path)} ends before offset {stop}: the frame does not match it"
+            )
+    return contents
+
+
+class _Extent:
+    """A sample's bytes, as a source whose headers can be walked."""
+
+    streamed, sequential, problem = False, False, ""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return bytes(self.view_at(offset, size))
+
+    def view_at(self, offset: int, size: int) -> memoryview:
+        return self._content[offset : offset + size]
+
+    def keep(self, offset: int) -> None:
+        pass
+
+    def end(self) -> int:
+        return len(self._content)
+
+
+def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
+    """Return the members of a sample that lies in one place, without images not chosen."""
+    assert sample.extent is not None
+    first = sample.extent[0]
+    pieces, found = [], {}
+    for member in walk_members(_Extent(content), 0, len(content)):
+        name, start, offset, size, problem, *_ = member
+        if problem is not None:
+            raise ValueError(f"{redact_url(sample.shard)}/{name}: {problem}")
+        if first + offset in sample.images:
+            found[first + offset] = size
+        elif is_image(name[len(sample.key) + 1 :].lower()):
+            continue
+        new_name = _rename(name, sample)
+        header = content[start:offset] if new_name == name else None
+        pieces.append(Piece(new_name, content[offset : offset + size], first + offset, header))
+    _check_images(sample, found)
+    return pieces
+
+
+def _check_images(sample: Sample, found: dict[int, int]) -> None:
+    if found != sample.images:
+        missing = sample.images.items() - found.items()
+        raise ValueError(
+            f"{redact_url(sample.shard)} has no image {sample.key} of the (offset, size) "
+            f"{', '.join(map(str, sorted(missing)))}: the frame does not match it"
+        )
+
+
+def _rename(name: str, sample: Sample) -> str:
+    if not name.startswith(f"{sample.key}."):
+        raise ValueError(
+            f"{redact_url(sample.shard)}/{name} is no member of the sample {sample.key}: the frame "
+            "does not match it"
+        )
+    return sample.new_key + name.removeprefix(sample.key)
+
+
+def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, list[Piece]]]) -> list[list[Placed]]:
+    """Write samples as a tar; return where the members of each are."""
+    written = []
+    position = 0
+    for sample, pieces in samples:
+        placed = []
+        for piece in (*pieces, *_make_json(sample, pieces)):
+            size = len(piece.content)
+            header = piece.header or _make_header(piece.name, size)
+            padding = bytes(-size % BLOCK)
+            file.writelines((header, piece.content, padding))
+            placed.append(Placed(piece.name, position + len(header), size, piece.offset))
+            position += len(header) + size + len(padding)
+        written.append(placed)
+    file.write(bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD))
+    return written
+
+
+def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
+    """Yield the member of a sample's columns; under another name if it has a ``.json`` already."""
+    if sample.more:
+        name = f"{sample.new_key}.json"
+        if any(piece.name == name for piece in pieces):
+            name = f"{sample.new_key}.columns.json"
+        text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=str)
+        yield Piece(name, text.encode())
+
+
+def _make_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def describe_written(
+    rows: pd.DataFrame, placed: list[list[Placed]], shard: str, version: str
+) -> pd.DataFrame:
+    """Return the rows of the images as they are now, with what they were in ``source_id``."""
+    numbers = rows["_sample"] - rows["_sample"].iloc[0]
+    found = [
+        next(member for member in placed[number] if member.source == offset)
+        for number, offset in zip(numbers, rows["offset"], strict=True)
+    ]
+    starts = [0]
+    for members in placed:
+        last = members[-1]
+        starts.append(-(-(last.offset + last.size) // BLOCK) * BLOCK)
+    new = rows.drop(columns=["_sample", "_key"])
+    changed = {
+        "image_path": [f"{redact_url(shard)}/{member.name}" for member in found],
+        "shard": [redact_url(shard)] * len(rows),
+        "shard_version": [version] * len(rows),
+        "key": list(rows["_key"]),
+        "offset": [member.offset for member in found],
+        "size": [member.size for member in found],
+        "sample_offset": [starts[number] for number in numbers],
+        "sample_size": [starts[number + 1] - starts[number] for number in numbers],
+    }
+    for name, values in changed.items():
+        new[name] = pd.array(values, dtype=COLUMNS[name])
+    new["source_id"] = pd.array(rows.index, dtype="string[pyarrow]")
+    ids = [f"{make_shard_id(shard)}/{member.name}" for member in found]
+    return new.set_axis(pd.Index(ids, dtype="string[pyarrow]", name="image_id"))
+
+
+def format_dali_index(placed: list[list[Placed]]) -> bytes:
+    """Return the index file that DALI's ``fn.readers.webdataset`` takes (wds2idx, v1.2)."""
+    lines = [f"v1.2 {len(placed)}"]
+    for members in placed:
+        folder_end = members[0].name.rfind("/") + 1
+        dot = members[0].name.find(".", folder_end)
+        lines.append(" ".join(f"{m.name[dot + 1 :]} {m.offset} {m.size} {m.name}" for m in members))
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
