@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.jobs.run import Summary as Summary
     from dask_imgread.jobs.run import run_job as run_job
     from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
+    from dask_imgread.report.contact_sheet import show as show
     from dask_imgread.report.page import write_report as write_report
     from dask_imgread.shards.partition import partition_shards as partition_shards
     from dask_imgread.stage import ProcessingStage as ProcessingStage
@@ -44,6 +45,7 @@ _PUBLIC = {  # by the module that they live in
     ],
     "jobs.run": ["Summary", "run_job"],
     "reading.reader": ["ImageReaderStage"],
+    "report.contact_sheet": ["show"],
     "report.page": ["write_report"],
     "shards.partition": ["partition_shards"],
     "stage": ["ProcessingStage", "Resources"],
