@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.jobs.run import Summary as Summary
     from dask_imgread.jobs.run import run_job as run_job
     from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
+    from dask_imgread.report.contact_sheet import show as show
     from dask_imgread.report.page import write_report as write_report
     from dask_imgread.selection.load import load_images as load_images
     from dask_imgread.selection.write import write_shards as write_shards
@@ -46,6 +47,7 @@ _PUBLIC = {  # by the module that they live in
     ],
     "jobs.run": ["Summary", "run_job"],
     "reading.reader": ["ImageReaderStage"],
+    "report.contact_sheet": ["show"],
     "report.page": ["write_report"],
     "selection.load": ["load_images"],
     "selection.write": ["write_shards"],

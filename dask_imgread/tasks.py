@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,10 @@ from dask_imgread.shards.find import split_list, stat_shard
 from dask_imgread.shards.samples import ShardIndex, make_shard_id
 from dask_imgread.storage.filesystems import resolve_path
 from dask_imgread.storage.redaction import redact_url
+from dask_imgread.texts import shorten
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 COLUMNS = {
     "image_path": "string[pyarrow]",
@@ -36,6 +40,9 @@ COLUMNS = {
     "error": "string[pyarrow]",
     "warning": "string[pyarrow]",
 }
+
+_SHOWN = 100  # characters of a name
+_LISTED = 5  # shapes
 
 
 @dataclass(repr=False)
@@ -176,9 +183,11 @@ class FileGroupTask:
             return None
 
 
-@dataclass(slots=True)  # there may be millions
+@dataclass(slots=True, repr=False)  # there may be millions
 class ImageObject:
     """One image member of a shard: its pixels, or the reason why there are none.
+
+    A notebook shows a thumbnail of it.
 
     Parameters
     ----------
@@ -219,6 +228,8 @@ class ImageObject:
     >>> image = ImageObject("a.tar/0.jpg", error="truncated: the image ends too early")
     >>> image.cause, image.image_data
     ('truncated', None)
+    >>> image
+    <ImageObject 'a.tar/0.jpg' failed: truncated>
     """
 
     image_path: str = ""
@@ -245,10 +256,43 @@ class ImageObject:
         """The kind of error, without its detail; None if there is none."""
         return self.error.split(":", 1)[0] if self.error else None
 
+    def to_pil(self) -> Image.Image:
+        """Return the image as one of Pillow's, with a copy of the pixels.
 
-@dataclass
+        Raises
+        ------
+        ValueError
+            If it has no pixels, or they are in a GPU's memory.
+
+        Examples
+        --------
+        >>> ImageObject(image_data=np.zeros((2, 3, 3), np.uint8)).to_pil().size
+        (3, 2)
+        """
+        from PIL import Image
+
+        return Image.fromarray(_get_pixels(self))
+
+    def __repr__(self) -> str:
+        """Return a line: the pixels would take many."""
+        size = f"{self.width} x {self.height}" if self.width and self.height else None
+        known = [f"failed: {self.cause}"] if self.error else filter(None, [size, self.format])
+        name = shorten(self.image_id or self.image_path, _SHOWN)
+        return f"<{' '.join([type(self).__name__, repr(name), *known])}>"
+
+    def _repr_html_(self) -> str:
+        from dask_imgread.thumbnails import render_images
+
+        return render_images([self])
+
+
+@dataclass(repr=False)
 class ImageBatch:
     """Images that were read together.
+
+    Its length is that of ``data``, which it iterates over and is indexed like. It is true if any
+    image belongs to it, read, failed or skipped: ``filter(None, batches)`` loses no failure. A
+    notebook shows thumbnails of it, and why images failed.
 
     Parameters
     ----------
@@ -269,6 +313,10 @@ class ImageBatch:
     >>> (batch,) = ImageReaderStage(verbose=False).process(task)
     >>> batch.num_items, [image.cause for image in batch.failed]
     (2, ['truncated'])
+    >>> batch
+    <ImageBatch '_0': 2 images, 1 failed>
+    >>> batch.ids == [image.image_id for image in batch]
+    True
     """
 
     data: list[ImageObject] = field(default_factory=list)
@@ -282,6 +330,57 @@ class ImageBatch:
         """The number of images that were read."""
         return len(self.data)
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the images that were read."""
+        return [image.image_id for image in self.data]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data or self.failed or self.skipped)
+
+    def __iter__(self) -> Iterator[ImageObject]:
+        return iter(self.data)
+
+    @overload
+    def __getitem__(self, place: int) -> ImageObject: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[ImageObject]: ...
+    def __getitem__(self, place: int | slice) -> ImageObject | list[ImageObject]:
+        return self.data[place]
+
+    def stack(self) -> Pixels:
+        """Return the pixels of all images that were read in one array.
+
+        Returns
+        -------
+        numpy.ndarray
+            A uint8 array ``(images, height, width, 3)``, a copy; ``(0, 0, 0, 3)`` if no image was
+            read.
+
+        Raises
+        ------
+        ValueError
+            If the images differ in size; if one has no pixels, or they are in a GPU's memory.
+
+        Examples
+        --------
+        >>> black = np.zeros((2, 3, 3), np.uint8)
+        >>> ImageBatch([ImageObject(image_data=black), ImageObject(image_data=black)]).stack().shape
+        (2, 2, 3, 3)
+        """
+        pixels = [_get_pixels(image) for image in self.data]
+        shapes = list(dict.fromkeys(array.shape for array in pixels))
+        if len(shapes) > 1:
+            listed = ", ".join(map(str, shapes[:_LISTED])) + ", …" * (len(shapes) > _LISTED)
+            raise ValueError(
+                f"images of {len(shapes)} shapes can't be stacked: {listed}; "
+                "read them with resize=(height, width)"
+            )
+        return np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row per image, read or failed, without pixels, indexed by ``image_id``.
 
@@ -293,6 +392,37 @@ class ImageBatch:
         Name: width, dtype: int32[pyarrow]
         """
         return make_frame([*self.data, *self.failed])
+
+    def __repr__(self) -> str:
+        """Return a line: the images' would be as many as there are images."""
+        counts = count_images(len(self.data), len(self.failed), self.skipped)
+        return f"<{type(self).__name__} {shorten(self.task_id, _SHOWN)!r}: {counts}>"
+
+    def _repr_html_(self) -> str:
+        from dask_imgread.thumbnails import render_images
+
+        return render_images([*self.data, *self.failed], title=repr(self)[1:-1])
+
+
+def count_images(read: int, failed: int, skipped: int = 0) -> str:
+    """Return as text how many images there are.
+
+    >>> count_images(1, 2), count_images(1_000, 0)
+    ('1 image, 2 failed', '1,000 images')
+    """
+    counts = [f"{read:,} image{'' if read == 1 else 's'}"]
+    counts += [f"{failed:,} failed"] * bool(failed) + [f"{skipped:,} skipped"] * bool(skipped)
+    return ", ".join(counts)
+
+
+def _get_pixels(image: ImageObject) -> Pixels:
+    pixels: object = image.image_data
+    if isinstance(pixels, np.ndarray):
+        return pixels
+    name = image.image_id or image.image_path
+    if pixels is None:
+        raise ValueError(f"{name} has no pixels: {image.error or 'it was not decoded'}")
+    raise ValueError(f"the pixels of {name} are in a GPU's memory: read it with output='host'")
 
 
 def make_frame(images: Iterable[ImageObject]) -> pd.DataFrame:

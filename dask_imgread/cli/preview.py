@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dask_imgread.jobs.folder import JobFolder, name_records
+from dask_imgread.texts import shorten
 
 _SAMPLED = 100  # parts that are searched for samples
 _WIDEST = 32  # characters of a cell
@@ -60,7 +61,10 @@ def format_rows(rows: pd.DataFrame, width: int | None = None) -> str:
     """
     width = width or shutil.get_terminal_size().columns
     cells = pd.DataFrame(
-        {name: [_cut(_format_value(value)) for value in column] for name, column in rows.items()},
+        {
+            name: [shorten(_format_value(value), _WIDEST, "...") for value in column]
+            for name, column in rows.items()
+        },
         columns=rows.columns,
     )
     shown = len(cells.columns)
@@ -96,11 +100,3 @@ def _format_value(value: Any) -> str:
         return f"{value:.6g}"
     # The names in a shard may hold control characters, and a terminal would obey them.
     return "".join(char if char.isprintable() else "?" for char in str(value))
-
-
-def _cut(text: str) -> str:
-    """Leave out the middle of a long text, not its end, in which paths differ."""
-    if len(text) <= _WIDEST:
-        return text
-    head = _WIDEST // 3
-    return f"{text[:head]}...{text[head + 3 - _WIDEST :]}"

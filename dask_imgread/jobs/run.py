@@ -31,6 +31,7 @@ from dask_imgread.shards.find import Paths, find_shards
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
+from dask_imgread.tasks import count_images
 
 logger = logging.getLogger("dask_imgread")
 
@@ -38,7 +39,7 @@ _SMALLEST_WINDOW = 16  # larger than for pixels: a task returns nothing but coun
 _MOST_ERRORS = 20  # partitions that fail before the job gives up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """The numbers of a job.
 
@@ -65,8 +66,11 @@ class Summary:
     --------
     >>> numbers = dict(images=7, failed=1, function_failed=0, partitions=2)
     >>> this_run = dict(new_images=7, new_failed=1, new_partitions=2, seconds=0.5)
-    >>> Summary(**numbers, **this_run, images_per_second=20.0, decoded=True).failed
+    >>> summary = Summary(**numbers, **this_run, images_per_second=20.0, decoded=True)
+    >>> summary.failed
     1
+    >>> summary
+    <Summary: 7 images, 1 failed; 2 of 2 partitions in this run, 0.5 s>
     """
 
     images: int
@@ -79,6 +83,16 @@ class Summary:
     seconds: float
     images_per_second: float
     decoded: bool
+
+    def __repr__(self) -> str:
+        """Return a line with the numbers that matter most."""
+        failed = f" ({self.function_failed:,} in the function)" if self.function_failed else ""
+        headers = "" if self.decoded else "; only headers were read"
+        partitions = f"{self.new_partitions:,} of {self.partitions:,} partitions in this run"
+        return (
+            f"<{type(self).__name__}: {count_images(self.images, self.failed)}{failed}; "
+            f"{partitions}, {self.seconds:.1f} s{headers}>"
+        )
 
 
 def run_job(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dask.tokenize import normalize_token
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_imgread")
 
 
-@dataclass
+@dataclass(repr=False)
 class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]):
     """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
 
@@ -133,6 +133,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     >>> batch, = ImageReaderStage(device="cpu").process(FileGroupTask(data=shards[:1]))
     >>> [image.image_data.shape for image in batch.data]
     [(96, 128, 3), (96, 128, 3), (96, 128, 3)]
+    >>> ImageReaderStage(device="cpu", resize=224)
+    ImageReaderStage(device='cpu', resize=224)
     """
 
     @property
@@ -240,6 +242,15 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     def __dask_tokenize__(self) -> object:
         """Return all of the reader's state: by default Dask uses only a dataclass's fields."""
         return normalize_token((type(self), self.__getstate__()))
+
+    def __repr__(self) -> str:
+        """Return the options that differ from their defaults, without secrets."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [
+            f"{name}={value!r}" for name, value in options.items() if value != defaults[name]
+        ]
+        return hide_secrets(f"{type(self).__name__}({', '.join(changed)})", options)
 
     def _hold_share(self) -> AbstractContextManager[None]:
         return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()

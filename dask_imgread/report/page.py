@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import posixpath
 from collections import defaultdict
@@ -17,9 +15,8 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dask_imgread.decoding.geometry import resize
+from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
 from dask_imgread.jobs.folder import JobFolder, name_records
@@ -41,6 +38,7 @@ from dask_imgread.storage.files import write_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.storage.retries import with_retries
+from dask_imgread.thumbnails import embed_thumbnail
 
 _THREADS = 4  # that load thumbnails
 _IN_CONTEXT = 6  # failures that are shown between their neighbours
@@ -161,10 +159,10 @@ def _load_thumbnails(rows: Iterable[Row], storage_options: dict[str, Any]) -> di
 
 def _render_thumbnail(source: ByteSource, row: Row, storage_options: dict[str, Any]) -> str:
     try:
-        content = base64.b64encode(_encode_thumbnail(source, row)).decode()
+        thumbnail = embed_thumbnail(_decode(source, row), _THUMBNAIL)
     except Exception as error:
         return _render_error(error, storage_options)
-    return f'<div class="picture"><img alt="" src="data:image/jpeg;base64,{content}"></div>'
+    return f'<div class="picture"><img alt="" src="{thumbnail}"></div>'
 
 
 def _render_error(error: Exception, storage_options: dict[str, Any]) -> str:
@@ -175,21 +173,14 @@ def _render_placeholder(reason: str) -> str:
     return f'<div class="picture gone"><span>{escape(reason)}</span></div>'
 
 
-def _encode_thumbnail(source: ByteSource, row: Row) -> bytes:
-    """Return an image's thumbnail, encoded as JPEG."""
+def _decode(source: ByteSource, row: Row) -> Pixels:
     if row.size > 4 * _MAX_PIXELS:
         raise ImageError(f"too large: {row.size} bytes")
     content = source.read_at(row.offset, row.size)
     header = read_header(content)
-    width, height = header.width, header.height
-    if width * height > _MAX_PIXELS:
-        raise ImageError(f"too large: {width} x {height} pixels")
-    scale = min(1, _THUMBNAIL / max(width, height))
-    sides = max(1, round(height * scale)), max(1, round(width * scale))
-    pixels = resize(decode_with_pillow(content, header), sides)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
+    if header.width * header.height > _MAX_PIXELS:
+        raise ImageError(f"too large: {header.width} x {header.height} pixels")
+    return decode_with_pillow(content, header)
 
 
 # The page

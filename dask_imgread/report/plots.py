@@ -20,6 +20,7 @@ from bokeh.transform import dodge
 from numpy.typing import NDArray
 
 from dask_imgread.report.statistics import MEASURES, Floats, Histogram, Statistics
+from dask_imgread.texts import shorten
 
 TOP = 20  # causes, shards and formats that are drawn
 _TIME_BINS = 60
@@ -81,7 +82,7 @@ def _draw_ranking(counts: Counter[str], color: str) -> figure:
         {
             "place": list(range(len(names))),
             "name": names,
-            "short": [n if len(n) <= 40 else f"{n[:12]}…{n[-27:]}" for n in names],
+            "short": [shorten(name, 40) for name in names],
             "number": numbers,
             "label": [f"{number:,} ({number / total:.1%})" for number in numbers],
         }

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import fsspec
@@ -21,6 +20,7 @@ from dask_imgread.report import plots
 from dask_imgread.report.page import write_report
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
+from tests.helpers.pages import Page
 
 BROWSERS = map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])
 CHROMIUM = next(filter(None, BROWSERS), None)
@@ -57,33 +57,6 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
         if command == "apply":
             pq.write_table(pa.table({"brightness": [0.5]}), out / name)
     return str(out)
-
-
-class Page(HTMLParser):
-    """The text of a page, and its tags with their attributes."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.words, self.tags, self.is_code = [], [], False
-        self.feed(html)
-        self.text = " ".join(" ".join(self.words).split())
-        self.kinds = [kind for _, found in self.tags for kind in found.get("class", "").split()]
-        # The members of which there are tiles, in order.
-        self.members = [a["title"].partition("/")[2] for tag, a in self.tags if tag == "figure"]
-
-    def handle_starttag(self, tag, attrs):
-        self.is_code = tag in ("script", "style")
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        self.is_code = False
-
-    def handle_data(self, data):
-        if not self.is_code:
-            self.words.append(data)
-
-    def count(self, tag):
-        return sum(name == tag for name, _ in self.tags)
 
 
 def read_report(out, **options):
