@@ -405,7 +405,8 @@ def describe_written(
     for name, values in changed.items():
         new[name] = pd.array(values, dtype=COLUMNS[name])
     new["source_id"] = pd.array(rows.index, dtype="string[pyarrow]")
-    ids = [f"{make_shard_id(shard)}/{member.name}" for member in found]
+    shard_id = make_shard_id(shard)
+    ids = [f"{shard_id}/{member.name}" for member in found]
     return new.set_axis(pd.Index(ids, dtype="string[pyarrow]", name="image_id"))
 
 

@@ -63,15 +63,23 @@ def shards(tmp_path_factory):
     return make_shards(folder, shards=4, images_per_shard=500, size=(48, 32), broken=3)
 
 
+# Workers are forked from a process that has imported Dask, not started anew.
+QUICK_START = {"DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
+
+
 def start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment):
     command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    variables = os.environ | environment
+    variables = os.environ | QUICK_START | environment
     return subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, text=True)
 
 
 def list_workers(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    """Return the worker processes, which a process forks that was started for that."""
+    workers = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers += child.children()
+    return workers
 
 
 def run(*arguments, **environment):
