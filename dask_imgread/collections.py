@@ -126,8 +126,8 @@ def read_metadata(
         ``a.b`` is the ``b`` in ``a`` unless the object has a key ``a.b``. A dict gives types, too:
         ``{"json": {"similarity": "float64", "url": None}, "cls": {"label": "int32"}}``. Types are
         ``bool``, ``int8`` to ``int64``, ``uint8`` to ``uint64``, ``float32``, ``float64``,
-        ``string``, ``binary``, ``json`` (JSON text of any value), and ``list<...>`` of these. Where
-        a key has none, this call reads a few images to find it: integers and floats are
+        ``string``, ``binary``, ``json`` (JSON text of any value), and ``list<...>`` of the others.
+        Where a key has none, this call reads a few images to find it: integers and floats are
         ``float64``, objects and values of several types ``json``; ``string`` if all are missing.
     checksum
         Whether to add ``sha256``, the SHA-256 of each image's encoded bytes in hexadecimal. This

@@ -285,13 +285,13 @@ def name_type(dtype: Any) -> str:
     plain = text.removesuffix("[pyarrow]")
     # Arrow's own notation has a name for the items, and calls 32 bits "float".
     items = re.fullmatch(r"list<(item:)?(.+)>", plain)
-    if items is not None:
+    if items is not None and items[2] != "json":
         return f"list<{name_type(items[2] + ('[pyarrow]' if items[1] else ''))}>"
     name = _ALIASES.get(text) or _ALIASES.get(plain, plain)
     if name not in _TYPES:
         raise ValueError(
             f"sidecars: {dtype!r} is no type of a column: give {', '.join(_TYPES)}, or "
-            "list<...> of one of these"
+            "list<...> of one before json"
         )
     return name
 

@@ -304,6 +304,7 @@ def test_the_first_images_alone_are_read_to_find_types(write, monkeypatch):
         ({"txt": "text", "json": ["text"]}, "text: the metadata would have two"),
         ({"json": ["a", "a"]}, "a: the metadata would have two"),
         ({"json": {"a": "complex"}}, "'complex' is no type of a column: give bool, int8"),
+        ({"json": {"a": "list<json>"}}, "'list<json>' is no type of a column"),
         ({"txt": ["a", "b"]}, "give a name or {name: dtype}"),
         ({"txt": {"a": "string", "b": "string"}}, "give a name or {name: dtype}"),
         ({"json": 5}, "5 are no columns of .json"),
