@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -36,7 +36,8 @@ from dask_imgread.shards.partition import (
     PathsOrTasks,
     list_tasks,
 )
-from dask_imgread.tasks import FileGroupTask, ImageBatch, make_frame, make_index
+from dask_imgread.sidecars import MetadataColumns, Sidecars
+from dask_imgread.tasks import FileGroupTask, ImageBatch, make_index
 
 if TYPE_CHECKING:
     from dask.bag import Bag
@@ -125,6 +126,8 @@ def read_metadata(
     *,
     reader: ImageReaderStage | None = None,
     decode: bool = False,
+    sidecars: Sidecars | None = None,
+    checksum: bool = False,
     **partitioning: Unpack[PartitionOptions],
 ) -> DataFrame:
     """Make a lazy DataFrame with one row for each image member, indexed by ``image_id``.
@@ -139,6 +142,20 @@ def read_metadata(
     decode
         By default only headers are read, which is many times faster. If True, each image
         is decoded, and ``error`` says which can't be.
+    sidecars
+        Columns of what the samples' sidecars hold, by their extension; other sidecars are not
+        read. A name takes the whole sidecar: ``{"txt": "caption", "cls": "label"}``, text as a
+        string, ``.cls`` as an int64, ``.json`` as JSON text, others as bytes. A list takes keys of
+        a JSON object, each into a column of its name: ``{"json": ["url", "meta.width"]}``, where
+        ``a.b`` is the ``b`` in ``a`` unless the object has a key ``a.b``. A dict gives types, too:
+        ``{"json": {"similarity": "float64", "url": None}, "cls": {"label": "int32"}}``. Types are
+        ``bool``, ``int8`` to ``int64``, ``uint8`` to ``uint64``, ``float32``, ``float64``,
+        ``string``, ``binary``, ``json`` (JSON text of any value), and ``list<...>`` of the others.
+        Where a key has none, this call reads a few images to find it: integers and floats are
+        ``float64``, objects and values of several types ``json``; ``string`` if all are missing.
+    checksum
+        Whether to add ``sha256``, the SHA-256 of each image's encoded bytes in hexadecimal. This
+        reads all bytes, even if nothing is decoded.
     **partitioning
         For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, and the other options of ``partition_shards``.
@@ -147,14 +164,19 @@ def read_metadata(
     -------
     dask.dataframe.DataFrame
         With the columns and dtypes of ``dask_imgread.tasks.COLUMNS``: ``image_path``,
-        ``shard``, ``key``, ``offset``, ``size`` (bytes), ``format``, ``width``, ``height``
-        (pixels, upright), ``channels``, ``backend``, ``error``, ``warning``. An image that
-        can't be read has its row too, with ``error`` set.
+        ``shard``, ``shard_version``, ``key``, ``offset``, ``size`` (bytes), ``sample_offset``,
+        ``sample_size``, ``format``, ``width``, ``height`` (pixels, upright), ``channels``,
+        ``backend``, ``error``, ``warning``. An image that
+        can't be read has its row too, with ``error`` set. Then come ``sha256`` and the columns of
+        ``sidecars``, if they are asked for, null where something is missing. The last one is then
+        ``error_sidecar``, which says which sidecar can't be read, or which value is null as it
+        does not fit its column's type.
 
     Raises
     ------
     FileNotFoundError, PermissionError, StorageError, ValueError, ReadError
-        As ``read_bag`` does.
+        As ``read_bag`` does. ValueError, too, if a column of ``sidecars`` has a name that is taken,
+        or a type that there is not, or if they are asked for of a frame.
 
     Examples
     --------
@@ -162,11 +184,31 @@ def read_metadata(
     >>> frame = read_metadata(make_shards("shards", shards=2, images_per_shard=3))
     >>> len(frame), int(frame.width.max().compute(scheduler="sync"))
     (6, 128)
+    >>> frame = read_metadata("shards", sidecars={"txt": "caption", "json": {"number": "int32"}})
+    >>> frame[["caption", "number"]].compute(scheduler="sync").iloc[5].tolist()
+    ['landscape number 5', 5]
     """
     reader = (reader or ImageReaderStage()).with_options(decode=decode)
-    if not decode:
-        reader = reader.with_options(sidecars=False)
-    return map_images(to_rows, paths_or_tasks, reader=reader, meta=make_frame([]), **partitioning)
+    columns = MetadataColumns.parse(sidecars, checksum or reader.checksum)
+    reader = reader.with_options(checksum=columns.checksum)
+    if columns.sidecars or not decode:
+        reader = reader.with_options(sidecars=columns.extensions)
+    if (
+        columns.sidecars
+        and open_frame(paths_or_tasks, partitioning.get("storage_options")) is not None
+    ):
+        raise ValueError("sidecars: of a frame's images nothing else is read; give the shards")
+    if columns.untyped:
+        paths_or_tasks, partitioning = list_tasks(paths_or_tasks, **partitioning), {}
+        columns = columns.infer_types(reader, paths_or_tasks, _compute)
+    return map_images(columns, paths_or_tasks, reader=reader, **partitioning)
+
+
+def _compute(fn: Callable[[Any], Any], part: Any) -> Any:
+    """Run a function on a task, or on a delayed partition, where Dask computes."""
+    if isinstance(part, FileGroupTask):  # Dask would look into it for delayed values
+        return dask.delayed(functools.partial(fn, part), pure=False)().compute()
+    return dask.delayed(fn, pure=False)(part).compute()
 
 
 def map_images(
@@ -260,7 +302,7 @@ def _infer_meta(
     small = reader.with_options(dali_batch_size=INFERRED_BATCH)
     for part in parts[:INFERRED_TASKS]:
         infer = functools.partial(_infer_from_part, small, fn, options=options)
-        meta: pd.DataFrame | None = dask.delayed(infer, pure=False)(part).compute()
+        meta: pd.DataFrame | None = _compute(infer, part)
         if meta is not None:
             return meta
     raise ValueError(
@@ -292,11 +334,6 @@ def _infer_type(column: pd.Series) -> Any:
             found = to_array(column).type
             return column.dtype if pa.types.is_null(found) else pd.ArrowDtype(found)
     return column.dtype
-
-
-def to_rows(batch: ImageBatch) -> pd.DataFrame:
-    """Return one row for each image of a batch, as ``read_metadata`` does."""
-    return batch.to_frame()
 
 
 class PartitionReader:

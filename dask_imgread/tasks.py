@@ -40,6 +40,7 @@ COLUMNS = {
     "error": "string[pyarrow]",
     "warning": "string[pyarrow]",
 }
+CHECKSUM, PROBLEMS = "sha256", "error_sidecar"  # columns that metadata has if it is asked for them
 
 _SHOWN = 100  # characters of a name
 _LISTED = 5  # shapes
@@ -222,6 +223,11 @@ class ImageObject:
         ``"<cause>: <detail>"`` if the image could not be read, else None.
     warning
         What is wrong though the image could be read, such as a broken sidecar; else None.
+    sidecar_error
+        Which sidecars could not be read, and why; else None. Part of ``warning``, too.
+    sha256
+        The SHA-256 of the encoded bytes in hexadecimal, if the reader has ``checksum=True`` and the
+        bytes could be read; else None.
 
     Examples
     --------
@@ -250,6 +256,8 @@ class ImageObject:
     backend: str | None = None
     error: str | None = None
     warning: str | None = None
+    sidecar_error: str | None = None
+    sha256: str | None = None
 
     @property
     def cause(self) -> str | None:

@@ -21,7 +21,8 @@ from dask_imgread.reading.options import ReaderOptions
 _EXAMPLES = {  # of each command, after the program's name
     "demo": "demo --images 200 --workers 2",
     "metadata": 'metadata "shards/*.tar" --out result\n'
-    "metadata shards/ --out decoded --decode --blocksize 64MB",
+    "metadata shards/ --out decoded --decode --blocksize 64MB\n"
+    "metadata shards/ --out captions --sidecar txt=caption --sidecar json=url,similarity:float64",
     "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
     "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
     "report": "report result",
@@ -94,6 +95,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--images must be at least 1, not {arguments.images}: give a larger number"
         )
+    if arguments.command == "metadata" and arguments.sidecar and arguments.sidecars:
+        raise ValueError(
+            "--sidecar and --sidecars can't be given together: the columns of the one hold what "
+            "the other reads; leave one out"
+        )
     if arguments.command == "metadata" and arguments.resize is not None and not arguments.decode:
         raise ValueError(
             "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
@@ -129,6 +135,16 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="decode, and so find broken images (default no: only headers are read)",
+    )
+    metadata.add_argument(
+        "--sidecar",
+        action="append",
+        default=[],
+        type=_parse_sidecar,
+        metavar="EXT=NAME[:TYPE],...",
+        help="columns of what the samples' .EXT members hold: of .json keys (a.b is the b in a), "
+        "of others the whole, in a column NAME; types such as float64 are found on the first "
+        "images if not given (default: none)",
     )
     _add_job(metadata)
     _add_reader(metadata.add_argument_group("reader"), READER_HELP, {"sidecars": False})
@@ -296,6 +312,39 @@ def _parse_pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def merge_sidecars(
+    given: Iterable[tuple[str, list[tuple[str, str | None]]]],
+) -> dict[str, dict[str, str | None]]:
+    """Return the columns of all ``--sidecar`` by extension, with their types.
+
+    >>> merge_sidecars([("json", [("url", None)]), ("json", [("similarity", "float64")])])
+    {'json': {'url': None, 'similarity': 'float64'}}
+    """
+    merged: dict[str, dict[str, str | None]] = {}
+    for extension, columns in given:
+        for name, dtype in columns:
+            if name in merged.setdefault(extension, {}):
+                raise ValueError(f"--sidecar gives {name} of {extension} twice: leave one out")
+            merged[extension][name] = dtype
+    return merged
+
+
+def _parse_sidecar(text: str) -> tuple[str, list[tuple[str, str | None]]]:
+    """Parse ``EXT=NAME[:TYPE],...``.
+
+    >>> _parse_sidecar("json=url,similarity:float64")
+    ('json', [('url', None), ('similarity', 'float64')])
+    """
+    extension, _, names = text.partition("=")
+    pairs = [name.partition(":") for name in names.split(",")]
+    complete = all(name and bool(dtype) == bool(colon) for name, colon, dtype in pairs)
+    if not extension or not complete:
+        raise argparse.ArgumentTypeError(
+            f"EXT=NAME[:TYPE],... is expected, such as json=url,similarity:float64, not {text!r}"
+        )
+    return extension, [(name, dtype or None) for name, _, dtype in pairs]
+
+
 def _parse_bytes(text: str) -> int:
     """Parse a number of bytes.
 
@@ -340,6 +389,7 @@ READER_HELP = {
     "relative_to": "make ids from the shards' paths below it, not from whole paths",
     "isolate": "decode each image in a child process, which a broken one may crash",
     "sidecars": "read the samples' other members too",
+    "checksum": "compute the SHA-256 of each image's encoded bytes",
 }
 NOT_OFFERED = {  # the reader's other options, and why they are not on this list
     "decode": "only metadata has it, with a default of its own; apply and verify always decode",
@@ -381,7 +431,7 @@ def _add_reader(
 
 def _describe_values(name: str, hint: Any) -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for the type of an option's values."""
-    if hint is bool:
+    if bool in (hint, *get_args(hint)):
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}

@@ -17,7 +17,13 @@ from typing import Any
 import cloudpickle
 from distributed import Client
 
-from dask_imgread.cli.arguments import BAD_IMAGES, FUNCTION_FAILED, SUCCESS, merge_pairs
+from dask_imgread.cli.arguments import (
+    BAD_IMAGES,
+    FUNCTION_FAILED,
+    SUCCESS,
+    merge_pairs,
+    merge_sidecars,
+)
 from dask_imgread.cli.preview import format_rows, read_samples
 from dask_imgread.cluster.start import connect_client
 from dask_imgread.jobs.folder import JobFolder
@@ -117,6 +123,7 @@ def do_job(
         storage_options=storage_options,
         out_options=out_options,
         retries=arguments.retries,
+        sidecars=merge_sidecars(getattr(arguments, "sidecar", [])),  # apply has none
         retry_failed=arguments.retry_failed,
         overwrite=arguments.overwrite,
         progress=True,

@@ -62,11 +62,18 @@ def _format_option(name: str, value: Any, default: Any) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
     if name in _PAIRS:
         return [f"{flag}={key}={json.dumps(item)}" for key, item in _check(value, dict).items()]
+    if name == "sidecar":
+        return [f"{flag}={key}={_join(item)}" for key, item in _check(value, dict).items()]
     if isinstance(default, bool):
         return [flag if _check(value, bool) else flag.replace("--", "--no-", 1)]
     if isinstance(value, bool | list | dict):
         raise TypeError(f"a string or a number is expected, not {value!r}")
     return [f"{flag}={value}"]
+
+
+def _join(value: Any) -> str:
+    """Return one string, or several with commas between."""
+    return value if isinstance(value, str) else ",".join(_check(value, list))
 
 
 def _check(value: Any, kind: type) -> Any:

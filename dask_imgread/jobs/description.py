@@ -13,7 +13,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 
 # The reader's other fields change only how fast the rows come.
 _FIELDS_THAT_CHANGE_ROWS = (
-    *("decode", "sidecars", "on_error", "max_pixels", "resize", "output"),
+    *("decode", "sidecars", "checksum", "on_error", "max_pixels", "resize", "output"),
     *("decoder", "scaled_decoding", "relative_to"),
 )
 
@@ -32,6 +32,7 @@ def describe_job(reader: ImageReaderStage, row_maker: RowMaker) -> dict[str, Any
         "version": version("dask-imgread"),
         "options": {"reader": type(reader).__qualname__}
         | {name: values[name] for name in _FIELDS_THAT_CHANGE_ROWS}
+        | row_maker.list_options()
         | _describe_subclass(reader),
     }
 

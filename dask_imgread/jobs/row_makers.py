@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from abc import ABC, abstractmethod
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
@@ -25,11 +23,13 @@ from dask_imgread.rows import (
     name_function,
     to_table,
 )
+from dask_imgread.sidecars import MetadataColumns, to_json
 from dask_imgread.tasks import ImageBatch, ImageObject
 
 logger = logging.getLogger("dask_imgread")
 
 _LOGGED_PER_BATCH = 5  # failures of a function; the records have all of them
+_TYPES = b"sidecar_types"  # where a schema's metadata hold the types of sidecars' columns
 
 
 class RowMaker(ABC):
@@ -47,6 +47,10 @@ class RowMaker(ABC):
     def describe(self) -> dict[str, str | None]:
         """Return its part of the job's description."""
 
+    def list_options(self) -> dict[str, Any]:
+        """Return its part of the options in the job's description."""
+        return {}
+
     @abstractmethod
     def find_schema(self, finder: SchemaFinder) -> pa.Schema:
         """Return the columns and types of all rows."""
@@ -58,7 +62,16 @@ class RowMaker(ABC):
 
 @dataclass(frozen=True)
 class MetadataRows(RowMaker):
-    """A row for each image, failed ones too: its record, and its sidecars if they are read."""
+    """A row for each image, failed ones too: its record, and its sidecars if they are read.
+
+    Parameters
+    ----------
+    columns
+        What makes the rows. If it has no columns for sidecars, and the reader reads them, they are
+        one column of JSON.
+    """
+
+    columns: MetadataColumns = dataclasses.field(default_factory=MetadataColumns)
 
     keeps_records: ClassVar[bool] = False
 
@@ -66,13 +79,32 @@ class MetadataRows(RowMaker):
         """Return its part of the job's description."""
         return {"command": "metadata", "function": None}
 
+    def list_options(self) -> dict[str, Any]:
+        """Return the columns for sidecars as the user has given them."""
+        return {"sidecar_columns": self.columns.sidecars} if self.columns.sidecars else {}
+
     def find_schema(self, finder: SchemaFinder) -> pa.Schema:
-        """Return the columns of the records, and ``sidecars`` if the reader reads them."""
-        return to_table(describe_batch(ImageBatch(), finder.reader.sidecars)).schema
+        """Return the columns of the rows, with types that are kept in the folder or inferred."""
+        columns = self.columns
+        if not columns.sidecars:
+            whole = bool(finder.reader.sidecars)
+            return to_table(describe_batch(ImageBatch(), columns, whole)).schema
+        if not columns.untyped:
+            return _make_schema(columns)
+        return finder.keep(lambda: _make_schema(finder.infer_types(columns)))
 
     def make_rows(self, batch: ImageBatch, schema: pa.Schema) -> pa.Table:
         """Return the rows of a batch."""
-        return to_table(describe_batch(batch, "sidecars" in schema.names))
+        if not self.columns.sidecars:
+            return to_table(describe_batch(batch, self.columns, "sidecars" in schema.names))
+        return to_table(self.columns.set_types(json.loads(schema.metadata[_TYPES]))(batch))
+
+
+def _make_schema(columns: MetadataColumns) -> pa.Schema:
+    """Return the schema of all rows; it holds the types by name, as it shows JSON as strings."""
+    schema = to_table(columns.meta).schema
+    types = json.dumps({column.name: column.type for column in columns.sidecars})
+    return schema.with_metadata({**schema.metadata, _TYPES: types.encode()})
 
 
 @dataclass(frozen=True)
@@ -162,28 +194,10 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def describe_batch(batch: ImageBatch, sidecars: bool) -> pd.DataFrame:
+def describe_batch(batch: ImageBatch, columns: MetadataColumns, sidecars: bool) -> pd.DataFrame:
     """Return a batch's metadata, with the sidecars as a column of JSON if they are asked for."""
-    frame = batch.to_frame()
+    frame = columns(batch)
     if sidecars:
-        texts = [_to_json(image.metadata) for image in [*batch.data, *batch.failed]]
+        texts = [to_json(image.metadata) for image in [*batch.data, *batch.failed]]
         frame["sidecars"] = pd.array(texts, dtype="string[pyarrow]")
     return frame
-
-
-def _to_json(sidecars: dict[str, Any]) -> str:
-    # json.dumps escapes what is not ASCII. A sidecar may hold a lone surrogate, which has no UTF-8.
-    dump = partial(json.dumps, default=lambda content: {"base64": b64encode(content).decode()})
-    try:
-        return dump(sidecars, allow_nan=False)
-    except ValueError:
-        return dump(_drop_non_finite(sidecars))
-
-
-def _drop_non_finite(value: Any) -> Any:
-    """Return a value with None in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _drop_non_finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_drop_non_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not isfinite(value) else value

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack
 
 import pandas as pd
@@ -29,6 +29,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import BatchFunction
 from dask_imgread.shards.find import Paths, find_shards
 from dask_imgread.shards.partition import Division, Partitioning
+from dask_imgread.sidecars import MetadataColumns, Sidecars
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import count_images
@@ -103,6 +104,8 @@ def run_job(
     client: Client | AbstractContextManager[Client] | None = None,
     reader: ImageReaderStage | None = None,
     meta: pd.DataFrame | None = None,
+    sidecars: Sidecars | None = None,
+    checksum: bool = False,
     storage_options: dict[str, Any] | None = None,
     out_options: dict[str, Any] | None = None,
     retries: int = 2,
@@ -131,7 +134,7 @@ def run_job(
         as a batch of its own. Images for which it raises again are recorded as failed, with
         the cause ``function failed``. If not given, the rows are the images'
         metadata, with the columns of ``dask_imgread.tasks.COLUMNS``, and ``sidecars``, as
-        JSON, if the reader reads them.
+        JSON, if the reader reads them and ``sidecars`` is not given.
     client
         The cluster to work on: a client, which stays open, or a context manager that gives one,
         such as ``connect_client(scheduler_file="scheduler.json")``. The latter is entered only
@@ -143,6 +146,12 @@ def run_job(
     meta
         An empty DataFrame with the columns, dtypes and index of what ``fn`` returns. If not
         given, ``fn.meta``; without that, ``fn`` is run on a few images.
+    sidecars
+        Columns of what the samples' sidecars hold, and ``error_sidecar``, as for ``read_metadata``;
+        only without ``fn``. Types that the first images show are kept with the job.
+    checksum
+        Whether to add ``sha256``, as for ``read_metadata``. A function finds it in
+        ``image.sha256``.
     storage_options
         Options for the shards' file system, and for that of ``out`` if it is remote. They are
         not stored.
@@ -178,8 +187,8 @@ def run_job(
     PermissionError, StorageError
         If a store denies access, or can't be reached.
     ValueError
-        If more than one way to divide shards is given, or a number below 1, or if ``fn`` is given
-        and the reader has ``decode=False``.
+        If more than one way to divide shards is given, or a number below 1, if ``fn`` is given
+        and the reader has ``decode=False``, or for ``sidecars``, as in ``read_metadata``.
     ReadError
         If an image can't be read, under ``on_error="raise"``.
     TimeoutError
@@ -207,8 +216,9 @@ def run_job(
     start = time.monotonic()
     division = Division.of("run_job", partitioning)
     storage_options = storage_options or {}
-    reader = _choose_reader(reader, decode=fn is not None, relative_to=relative_to)
-    row_maker = _choose_row_maker(fn, reader, meta)
+    columns = MetadataColumns.parse(sidecars)
+    reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
+    row_maker = _choose_row_maker(fn, reader, meta, columns)
     folder = _open_folder(str(out), storage_options, out_options)
     shards = find_shards(paths, storage_options)
     plan = prepare_plan(
@@ -261,17 +271,30 @@ def choose_client(
 
 
 def _choose_reader(
-    reader: ImageReaderStage | None, *, decode: bool, relative_to: str | None
+    reader: ImageReaderStage | None,
+    decode: bool,
+    relative_to: str | None,
+    extensions: tuple[str, ...],
+    checksum: bool,
 ) -> ImageReaderStage:
     reader = reader or ImageReaderStage(decode=decode, sidecars=decode)
-    return reader if relative_to is None else reader.with_options(relative_to=relative_to)
+    given = {"relative_to": relative_to, "sidecars": extensions, "checksum": checksum}
+    return reader.with_options(**{name: value for name, value in given.items() if value})
 
 
 def _choose_row_maker(
-    fn: BatchFunction | None, reader: ImageReaderStage, meta: pd.DataFrame | None
+    fn: BatchFunction | None,
+    reader: ImageReaderStage,
+    meta: pd.DataFrame | None,
+    columns: MetadataColumns,
 ) -> RowMaker:
     if fn is None:
-        return MetadataRows()
+        return MetadataRows(replace(columns, checksum=reader.checksum))
+    if columns.sidecars:
+        raise ValueError(
+            "sidecars: columns of the metadata, not of a function's rows: it finds what sidecars "
+            "hold in image.metadata"
+        )
     if not reader.decode:
         raise ValueError("a function of images needs a reader with decode=True")
     meta = getattr(fn, "meta", None) if meta is None else meta

@@ -1,9 +1,10 @@
-"""The schema of a function's rows, the same for all parts of a job."""
+"""The schema of a job's rows, the same for all its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,6 +29,7 @@ from dask_imgread.rows import (
     name_function,
     to_table,
 )
+from dask_imgread.sidecars import MetadataColumns
 from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.tasks import FileGroupTask
 
@@ -49,12 +51,12 @@ def read_meta(meta: pd.DataFrame) -> pa.Schema:
 
 @dataclass(frozen=True)
 class SchemaFinder:
-    """Finds the schema of a function's rows, and keeps it in the job's folder.
+    """Finds the schema of a job's rows on its first images, and keeps it in the job's folder.
 
     Parameters
     ----------
     client
-        The cluster on which the function is run.
+        The cluster that reads these images.
     folder
         The job's folder.
     reader
@@ -84,15 +86,35 @@ class SchemaFinder:
         JobError
             If the function fails on the first images, or their rows do not determine the schema.
         """
+
+        def complete() -> pa.Schema:
+            if declared is not None and not _list_untyped(declared):
+                return declared
+            return _merge(self._infer(fn), declared, name_function(fn))
+
+        return self.keep(complete)
+
+    def keep(self, make: Callable[[], pa.Schema]) -> pa.Schema:
+        """Return the schema that an earlier run has kept; if there is none, make and keep one."""
         try:
             return self.folder.read_table(SCHEMA).schema
         except FileNotFoundError:
             pass
-        schema = declared
-        if schema is None or _list_untyped(schema):
-            schema = _merge(self._infer(fn), declared, name_function(fn))
+        schema = make()
         self.folder.write_table(SCHEMA, schema.empty_table())
         return schema
+
+    def infer_types(self, columns: MetadataColumns) -> MetadataColumns:
+        """Return columns for sidecars with the types that the first images show."""
+
+        def run(
+            fn: Callable[[FileGroupTask], dict[str, str]], task: FileGroupTask
+        ) -> dict[str, str]:
+            with suppress(KilledWorker):  # the job will tell
+                return run_one(self.client, fn, task)
+            return {}
+
+        return columns.infer_types(self.reader, (task for _, task in self.tasks), run)
 
     def _infer(self, fn: BatchFunction) -> list[pa.Schema]:
         """Run the function on a few images of the first partition that has any."""

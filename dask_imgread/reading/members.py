@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dask_imgread.decoding.contract import Content, Header
@@ -17,20 +18,45 @@ from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.tasks import ImageObject
 
 _APPLE_MAGICS = (b"\0\5\x16\7", b"\0\5\x16\0")  # AppleDouble and AppleSingle
+_HASHED_BYTES = 1 << 20  # at a time, of an image that is read for its checksum alone
 _PARSED_GROWTH = 8  # JSON grows about this much when parsed: a list of numbers does
 
 logger = logging.getLogger("dask_imgread")
 
 
-def read_encoded(source: ByteSource, member: Member, whole: bool) -> tuple[Header, Content]:
-    """Read an image's header, and all its bytes if ``whole``."""
-    if not whole:
-        header = read_header_only(lambda at, n: source.read_at(member.offset + at, n), member.size)
-        return header, b""
+def read_encoded(
+    source: ByteSource, member: Member, image: ImageObject, *, whole: bool, checksum: bool
+) -> tuple[Header, Content]:
+    """Read an image's header, and all its bytes if ``whole``.
+
+    With ``checksum`` its record gets the bytes' digest first, so that a broken image has one, too.
+    """
+    content = _read_whole(source, member) if whole else b""
+    if checksum:
+        digest = hashlib.sha256(content) if whole else _hash(source, member)
+        image.sha256 = None if digest is None else digest.hexdigest()
+    if whole:
+        return read_header(content), content
+    return read_header_only(lambda at, n: source.read_at(member.offset + at, n), member.size), b""
+
+
+def _read_whole(source: ByteSource, member: Member) -> Content:
     content = source.view_at(member.offset, member.size)
     if len(content) < member.size:
         raise ImageError(f"truncated archive: {len(content)} of {member.size} bytes are there")
-    return read_header(content), content
+    return content
+
+
+def _hash(source: ByteSource, member: Member) -> hashlib._Hash | None:
+    """Return the SHA-256 of a member, read piece by piece; None if not all its bytes are there."""
+    digest = hashlib.sha256()
+    for start in range(0, member.size, _HASHED_BYTES):
+        size = min(_HASHED_BYTES, member.size - start)
+        piece = source.view_at(member.offset + start, size)
+        if len(piece) < size:
+            return None
+        digest.update(piece)
+    return digest
 
 
 def is_apple_double(source: ByteSource, member: Member) -> bool:
@@ -41,10 +67,18 @@ def is_apple_double(source: ByteSource, member: Member) -> bool:
 
 
 class SidecarReader:
-    """Reads the sidecars of samples, each sample's once for all of its images."""
+    """Reads the sidecars of samples, each sample's once for all of its images.
 
-    def __init__(self, source: ByteSource) -> None:
-        self._source = source
+    Parameters
+    ----------
+    source
+        The shard.
+    extensions
+        Those of the sidecars to read; None for all.
+    """
+
+    def __init__(self, source: ByteSource, extensions: Collection[str] | None = None) -> None:
+        self._source, self._extensions = source, extensions
         self._members: Sequence[tuple[str, Member]] | None = None  # read last, without an error
         self._values: dict[str, Any] = {}
         self._problems: list[str] = []
@@ -63,12 +97,14 @@ class SidecarReader:
             try:
                 size = self._read(members)
             except (StorageError, PermissionError) as error:
-                image.error = hide_secrets(f"{UNREACHABLE}: {error}")
+                image.error = image.sidecar_error = hide_secrets(f"{UNREACHABLE}: {error}")
                 return 0
             for problem in self._problems:
                 logger.warning("%s: %s", image.image_path, problem)
         image.metadata = dict(self._values)
-        image.warning = "; ".join(filter(None, [image.warning, *self._problems])) or None
+        if self._problems:
+            image.sidecar_error = "; ".join(self._problems)
+            image.warning = "; ".join(filter(None, [image.warning, image.sidecar_error]))
         return size
 
     def _read(self, members: Sequence[tuple[str, Member]]) -> int:
@@ -76,6 +112,8 @@ class SidecarReader:
         before, self._parsed = self._parsed, {}
         size = 0
         for extension, member in members:
+            if self._extensions is not None and extension not in self._extensions:
+                continue
             try:
                 if member.problem is not None:
                     raise ValueError(member.problem)

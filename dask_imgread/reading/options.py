@@ -5,6 +5,7 @@ The command line is made from them before Dask is imported, so nothing heavy is 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -23,7 +24,8 @@ class ReaderOptions:
     _: KW_ONLY
     device: Literal["auto", "gpu", "cpu"] = "auto"
     decode: bool = True
-    sidecars: bool = True
+    sidecars: bool | Collection[str] = True
+    checksum: bool = False
     on_error: Literal["record", "skip", "raise"] = "record"
     max_pixels: int | None = 1 << 28
     max_batch_bytes: int = 256 << 20
@@ -55,8 +57,25 @@ class ReaderOptions:
             raise ValueError(
                 f"resize must be a length, (height, width) or None, not {self.resize!r}"
             )
+        if not isinstance(self.sidecars, bool):
+            if isinstance(self.sidecars, str) or not isinstance(self.sidecars, Collection):
+                raise ValueError(
+                    "sidecars must be True, False or a collection of extensions, such as "
+                    f"('json', 'txt'), not {self.sidecars!r}"
+                )
+            # In one form, whatever was given: it is part of Dask's keys.
+            self.sidecars = tuple(sorted({clean_extension(name) for name in self.sidecars}))
         for field, hint in get_type_hints(ReaderOptions).items():
             if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
                 raise ValueError(
                     f"{field} must be one of {get_args(hint)}, not {getattr(self, field)!r}"
                 )
+
+
+def clean_extension(extension: str) -> str:
+    """Return an extension as the members' are compared: in lower case, without its first dot.
+
+    >>> clean_extension(".JSON"), clean_extension("left.txt")
+    ('json', 'left.txt')
+    """
+    return extension.lower().removeprefix(".")

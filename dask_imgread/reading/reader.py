@@ -78,7 +78,11 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     decode
         If False, only headers are read, and ``image_data`` is None.
     sidecars
-        Whether to read the samples' other members into ``ImageObject.metadata``.
+        Whether to read the samples' other members into ``ImageObject.metadata``, or the extensions
+        of those to read, such as ``("json", "txt")``.
+    checksum
+        Whether to compute ``ImageObject.sha256``. This reads all bytes of each image, even where
+        only its header is needed otherwise.
     on_error
         What to do with an image that can't be read: ``"record"`` puts it, with the
         reason, into ``ImageBatch.failed``; ``"skip"`` only counts it; ``"raise"`` raises.
@@ -335,7 +339,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             # Of a remote shard it is known from the listing, if there was one.
             version = task.find_version(path) if task.versions or is_local(path) else None
             with self._open(path, task) as source:
-                sidecars = SidecarReader(source)
+                extensions = None if isinstance(self.sidecars, bool) else self.sidecars
+                sidecars = SidecarReader(source, extensions)
                 for index in self._index(source, task):
                     for note in index.notes.values():
                         logger.warning("%s: %s", shown, note)
@@ -395,7 +400,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             plain=task.byte_range is not None,  # a compressed shard has no parts
             size=task.find_size(path),
             read_ahead=self.read_ahead,
-            skipping=not self.decode or task.index is not None,
+            skipping=not (self.decode or self.checksum) or task.index is not None,
         )
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
@@ -422,7 +427,9 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         try:
             if member.problem is not None:
                 raise ImageError(member.problem)
-            header, content = read_encoded(source, member, self.decode)
+            header, content = read_encoded(
+                source, member, image, whole=self.decode, checksum=self.checksum
+            )
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels
             size_options = decoder_options if self.decode else None

@@ -16,7 +16,7 @@ from dask_imgread.shards.samples import ImageEntry, split_name
 from dask_imgread.shards.tar import Member
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import FileGroupTask, ImageObject
+from dask_imgread.tasks import CHECKSUM, PROBLEMS, FileGroupTask, ImageObject
 
 _MAX_BYTES = 1 << 30  # of one encoded image that a row names: it is read at once
 _MAX_OFFSET = 1 << 62
@@ -61,8 +61,9 @@ def describe_rows(rows: pd.DataFrame, path: str, shard_id: str) -> Iterator[Imag
             shard=path,
             key=row.get("key", split_name(name)[0]),
         )
-        for field in ("sample_offset", "sample_size", "shard_version", "warning"):
+        for field in ("sample_offset", "sample_size", "shard_version", "warning", CHECKSUM):
             setattr(image, field, row.get(field))
+        image.sidecar_error = row.get(PROBLEMS)
         try:
             image.offset, image.size = map(_to_int, (row.get("offset"), row.get("size")))
         except (TypeError, ValueError):

@@ -14,7 +14,7 @@ from dask.base import is_dask_collection
 from dask_imgread.shards.find import SHARD_SUFFIXES
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.retries import with_retries
-from dask_imgread.tasks import COLUMNS, FileGroupTask
+from dask_imgread.tasks import CHECKSUM, COLUMNS, PROBLEMS, FileGroupTask
 
 if TYPE_CHECKING:
     from dask.dataframe import DataFrame
@@ -115,7 +115,8 @@ def _make_task(rows: pd.DataFrame, config: dict[str, Any]) -> FileGroupTask:
 
 def list_extra_columns(rows: pd.DataFrame) -> list[str]:
     """Return the columns that are not the package's own: sidecars', or the user's."""
-    return [name for name in rows.columns if name not in COLUMNS and name != "image_id"]
+    ours = {*COLUMNS, CHECKSUM, PROBLEMS, "image_id"}
+    return [name for name in rows.columns if name not in ours]
 
 
 def group_by_shard(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dask_imgread.shards.tar import BLOCK, Member
 from dask_imgread.storage.redaction import drop_signature, redact_url
@@ -641,14 +641,26 @@ def parse_sidecar(extension: str, content: bytes) -> Any:
     ValueError
         If the content does not match the extension.
     """
-    kind = extension.rpartition(".")[2]
+    kind = find_sidecar_type(extension)
     if kind == "json":
         return _parse_json(content)
-    if kind in ("txt", "text", "caption", "transcript"):
+    if kind == "string":
         return content.decode("utf-8")
-    if kind in ("cls", "cls2", "index", "inx", "id", "count"):
-        return int(content)
-    return content
+    return int(content) if kind == "int64" else content
+
+
+def find_sidecar_type(extension: str) -> Literal["json", "string", "int64", "binary"]:
+    """Return the type of the sidecars with an extension.
+
+    >>> find_sidecar_type("left.txt"), find_sidecar_type("npy")
+    ('string', 'binary')
+    """
+    kind = extension.rpartition(".")[2]
+    if kind == "json":
+        return "json"
+    if kind in ("txt", "text", "caption", "transcript"):
+        return "string"
+    return "int64" if kind in ("cls", "cls2", "index", "inx", "id", "count") else "binary"
 
 
 def _parse_json(content: bytes) -> Any:

@@ -6,6 +6,7 @@ import dask
 import pytest
 
 from dask_imgread import (
+    ImageBatch,
     ImageReaderStage,
     map_images,
     map_windowed,
@@ -14,7 +15,6 @@ from dask_imgread import (
     read_metadata,
     verify_shards,
 )
-from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import make_shards
 from tests.helpers.workers import TASKS, WatchedReader, count_most_at_once
@@ -54,7 +54,7 @@ PATHS = {
         tasks, reader=reader, decode=True
     ).to_parquet(reader.notes + "-out"),
     "map_images": lambda client, reader, tasks: map_images(
-        to_rows, tasks, reader=reader, meta=make_frame([])
+        ImageBatch.to_frame, tasks, reader=reader, meta=make_frame([])
     ).compute(),
     "verify_shards": lambda client, reader, tasks: verify_shards(
         tasks, reader=reader, client=client

@@ -13,6 +13,7 @@ from distributed.scheduler import KilledWorker
 
 from dask_imgread import (
     FileGroupTask,
+    ImageBatch,
     ImageReaderStage,
     map_images,
     map_windowed,
@@ -22,7 +23,6 @@ from dask_imgread import (
     run_job,
     verify_shards,
 )
-from dask_imgread.collections import to_rows
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.helpers.images import read_with_pillow
@@ -159,7 +159,9 @@ def test_a_job_of_a_function_loses_the_picture_alone(fragile_client, shards, tmp
     reader = ImageReaderStage(device="cpu", verbose=False)
     # First comes the one that kills: its images are to tell the columns.
     first = [shards[1], shards[0], shards[2]]
-    summary = run_job(first, tmp_path / "out", to_rows, client=fragile_client, reader=reader)
+    summary = run_job(
+        first, tmp_path / "out", ImageBatch.to_frame, client=fragile_client, reader=reader
+    )
     assert (summary.images, summary.failed) == (28, 2)
 
 
@@ -196,7 +198,8 @@ def test_map_windowed_tells_what_else_kills_its_workers(fragile_client, shards):
 def test_collections_have_an_option_of_the_reader(fragile_client, shards):
     reader = ImageReaderStage(device="cpu", isolate=True)
     check_rows(read_metadata(shards, reader=reader, decode=True).compute()["error"])
-    check_rows(map_images(to_rows, shards, reader=reader, meta=make_frame([])).compute()["error"])
+    rows = map_images(ImageBatch.to_frame, shards, reader=reader, meta=make_frame([]))
+    check_rows(rows.compute()["error"])
     frames = read_bag(shards, reader=reader).map(lambda batch: batch.to_frame()).compute()
     check_rows(pd.concat(frames)["error"])
     with pytest.raises(KilledWorker):

@@ -32,7 +32,8 @@ from dask_imgread.jobs import plan
 from dask_imgread.jobs import run as jobs
 from dask_imgread.jobs.folder import Footer, JobFolder
 from dask_imgread.report.page import write_report
-from dask_imgread.testing import make_shards
+from dask_imgread.testing import make_shards, write_shard
+from tests.helpers.images import encode
 
 MODULE = """
 import os, time
@@ -456,6 +457,116 @@ def test_sidecars_become_a_column(folder, client, photo_shards):
     run_job(photo_shards[:1], "out", client=client, reader=reader)
     rows = pd.read_parquet("out")
     assert [json.loads(text)["cls"] for text in rows["sidecars"]] == list(range(25))
+
+
+SIDECARS = {"txt": "text", "json": ["n", "o", "never"]}
+
+
+@pytest.fixture
+def changing_shards(tmp_path, photographs):
+    """Two shards; the values of the second one have other types than those of the first."""
+    image = encode(photographs[0].crop((0, 0, 30, 20)), "JPEG")
+    values = [{"n": 1, "o": {"k": 1}}, {"n": 0.5, "o": "text"}]
+    return [
+        write_shard(
+            tmp_path / f"changing-{shard}.tar",
+            [
+                member
+                for n in range(3)
+                for member in (
+                    (f"{n}.jpg", image),
+                    (f"{n}.json", json.dumps(value).encode()),
+                    (f"{n}.txt", b"%d" % n),
+                )
+            ],
+        )
+        for shard, value in enumerate(values)
+    ]
+
+
+def test_columns_for_sidecars_keep_their_types(folder, client, changing_shards):
+    """In a job that is resumed, the images that it begins with are others."""
+    job = {"client": client, "sidecars": SIDECARS, "checksum": True}
+    run_job(changing_shards, "out", **job)
+    written = read_bytes("out")
+    assert written[0].schema == written[1].schema
+    rows = pd.read_parquet("out", dtype_backend="pyarrow")
+    assert [*rows.columns[-6:]] == ["sha256", "text", "n", "o", "never", "error_sidecar"]
+    assert rows["text"].tolist() == ["0", "1", "2"] * 2
+    assert rows["n"].tolist() == [1, 1, 1] + [pd.NA] * 3
+    assert [json.loads(text) for text in rows["o"]] == [{"k": 1}] * 3 + ["text"] * 3
+    assert rows["error_sidecar"].tolist() == [pd.NA] * 3 + ["n: 0.5 is no int64"] * 3
+    assert set(rows["sha256"].str.len()) == {64}
+    (folder / "out" / "part-0000001.parquet").unlink()
+    assert run_job(changing_shards, "out", **job).new_partitions == 1
+    assert read_bytes("out") == written
+    (folder / "out" / "part-0000000.parquet").write_bytes(b"cut off")
+    run_job(changing_shards, "out", **job)
+    assert read_bytes("out") == written
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sidecars": {"txt": "text"}},
+        {"sidecars": None},
+        {"sidecars": {"txt": "text", "json": {"n": "float64", "o": None, "never": None}}},
+        {"sidecars": {"txt": "text", "json": ["o", "n", "never"]}},
+        {"checksum": False},
+    ],
+)
+def test_a_job_with_other_columns_for_sidecars_is_refused(folder, client, changing_shards, other):
+    job = {"client": client, "sidecars": SIDECARS, "checksum": True}
+    run_job(changing_shards[:1], "out", **job)
+    name = "checksum" if "checksum" in other else "sidecar_columns"
+    with pytest.raises(OtherJobError, match=f"{name} was "):
+        run_job(changing_shards[:1], "out", **job | other)
+
+
+def test_columns_for_sidecars_are_the_metadatas(folder, shards):
+    with pytest.raises(ValueError, match=r"it finds what sidecars hold in image.metadata"):
+        run_job(shards, "out", count_rows, sidecars={"txt": "text"})
+    with pytest.raises(ValueError, match="width: the metadata would have two columns"):
+        run_job(shards, "out", sidecars={"json": ["width"]})
+
+
+def test_columns_for_sidecars_are_given_on_the_command_line(folder, changing_shards, run_here):
+    words = ["--sidecar", "txt=text", "--sidecar", "json=n:float64,o", "--sidecar", "json=never"]
+    job = ["metadata", *changing_shards]
+    (folder / "job.toml").write_text(
+        'checksum = true\n[sidecar]\ntxt = "text"\njson = ["n:float64", "o", "never"]'
+    )
+    assert run_here(*job, "--out", "words", *words, "--checksum")[0] == 0
+    assert run_here(*job, "--out", "file", "--config", "job.toml")[0] == 0
+    assert read_bytes("words") == read_bytes("file")
+    rows = pd.read_parquet("words")
+    assert rows["n"].tolist() == [1.0] * 3 + [0.5] * 3
+    assert rows["sha256"].notna().all()
+    status, _, err = run_here(*job, "--out", "words", "--checksum")
+    assert (status, "sidecar_columns was" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sidecar", "txt=text", "--sidecars"], "--sidecar and --sidecars can't be given"),
+        (["--sidecar", "json=a", "--sidecar", "json=b,a"], "gives a of json twice"),
+        (["--sidecar", "txt=width"], "width: the metadata would have two columns"),
+        (["--sidecar", "json=a:complex"], "'complex' is no type of a column"),
+        (["--sidecar", "txt=a,b"], "give a name or {name: dtype}"),
+    ],
+)
+def test_wrong_columns_for_sidecars(folder, capsys, changing_shards, words, told):
+    assert main(["metadata", *changing_shards, "--out", "out", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["txt", "=a", "txt=", "json=a,,b", "json=a:", "json=:int64"])
+def test_a_sidecars_grammar(capsys, text):
+    with pytest.raises(SystemExit):
+        main(["metadata", "s", "--out", "out", "--sidecar", text])
+    assert "EXT=NAME[:TYPE],... is expected, such as json=url" in capsys.readouterr().err
 
 
 def test_exit_statuses_and_what_goes_where(folder, shards):
