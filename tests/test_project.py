@@ -219,14 +219,20 @@ def test_the_batch_script(tmp_path, photo_shards):
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_notebook(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shown", "picture"),
+    [
+        ("read_images", ["(99, 'images')", "truncated"], "image/png"),
+        ("curate", ["38", "<ContactSheet: 8 images>", "source_id"], "text/html"),
+    ],
+)
+def test_the_notebooks(tmp_path, name, shown, picture):
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(ROOT / "examples" / "read_images.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = str([output.get("text", output.get("data")) for output in outputs])
-    assert "(99, 'images')" in printed
-    assert "truncated" in printed
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert [text for text in shown if text not in printed] == []
+    assert any(picture in output.get("data", {}) for output in outputs)
