@@ -6,6 +6,7 @@ the time of decoding a large JPEG.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import threading
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 _GRANULARITY = 1 << 16  # bytes; sizes are rounded up to multiples of it
 _MIN_HUGE_PAGE_BYTES = 1 << 22  # below this huge pages don't pay off
+_ALIGNMENT = 64  # bytes of a cache line, at which arrays in a shared buffer start
 _IDLE_SECONDS = 30.0  # after which idle memory is released
 _IDLE_BYTES = 640 << 20  # kept at most: two batches of the default size
 
@@ -161,3 +163,33 @@ def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
 
 BUFFERS = BufferPool()
 os.register_at_fork(after_in_child=BUFFERS._reset_after_fork)
+
+
+class SharedBuffer:
+    """One buffer for many arrays, which are taken from it one after another.
+
+    If there is not enough memory for it, the arrays are empty.
+
+    Parameters
+    ----------
+    sizes
+        The sizes of all arrays in bytes. Several may be taken as one.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        try:
+            self._left = BUFFERS.take(sum(map(_align, sizes)))
+        except (MemoryError, OverflowError):
+            self._left = np.empty(0, np.uint8)
+
+    def take(self, *shape: int) -> NDArray[np.uint8]:
+        """Return an uninitialized array, or an empty one if this is more than is left."""
+        size = math.prod(shape)
+        if size > self._left.size:
+            return np.empty([0] * len(shape), np.uint8)
+        array, self._left = self._left[:size], self._left[_align(size) :]
+        return array.reshape(shape)
+
+
+def _align(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -22,6 +22,11 @@ class DecoderOptions(NamedTuple):
     decoder: str = "auto"  # or "dali": DALI on a CPU too
     scaled_decoding: bool = True
 
+    @property
+    def on_device(self) -> bool:
+        """Whether pixels stay in the GPU's memory."""
+        return self.device == "gpu" and self.output == "device"
+
     def choose_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the output height and width of an upright image of this size."""
         if self.resize is None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import math
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from dask_imgread.buffers import SharedBuffer
 from dask_imgread.decoding import stderr
 from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Header, Pixels
 from dask_imgread.decoding.faults import classify_error, extract_message
+from dask_imgread.decoding.geometry import apply_orientation
+from dask_imgread.decoding.threads import map_in_threads
 
 logger = logging.getLogger("dask_imgread")
 
@@ -32,6 +37,7 @@ _LOG_LEVEL = {"DALI_NVIMGCODEC_LOG_LEVEL": "1"}
 # take fresh pages for each batch, since in Dask's workers it returns freed memory at once.
 _ENVIRONMENT = {"cpu": _LOG_LEVEL, "gpu": _LOG_LEVEL | {"DALI_MALLOC_POOL_THRESHOLD": str(1 << 20)}}
 _environment_lock = threading.Lock()
+_MIN_COPY_BYTES = 16 << 20  # of a thread that copies: 2 ms, where it takes 0.1 ms to start
 
 
 class DeviceError(RuntimeError):
@@ -78,7 +84,6 @@ class Decoder:
         from nvidia.dali import Pipeline, fn, types
 
         device = DALI_DEVICES[decoder_options.device]
-        self._to_host = decoder_options.output == "host" or decoder_options.device == "cpu"
         self._pipeline = Pipeline(
             batch_size=decoder_options.batch_size,
             num_threads=decoder_options.num_threads,
@@ -100,7 +105,7 @@ class Decoder:
             elif decoder_options.resize is not None:
                 images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
             # In the graph, since `as_cpu()` would hold the GIL while it copies.
-            self._pipeline.set_outputs(images.cpu() if self._to_host else images)
+            self._pipeline.set_outputs(images if decoder_options.on_device else images.cpu())
         with _set_environment(_ENVIRONMENT[decoder_options.device]):
             self._pipeline.build()
         self._buffers: list[np.ndarray] = []
@@ -128,10 +133,10 @@ class Decoder:
         self._pipeline.feed_input("encoded", self._buffers)
         self._pipeline.schedule_run()
 
-    def finish(self) -> list[Pixels]:
-        """Wait for the batch that was started, without holding the GIL, and return its pixels.
+    def finish(self) -> Any:
+        """Wait for the batch that was started, without holding the GIL.
 
-        The arrays are views of DALI's memory, and stay valid after later batches.
+        Returns a ``TensorList`` in DALI's memory, which stays valid after later batches.
 
         Raises
         ------
@@ -140,7 +145,7 @@ class Decoder:
         """
         (images,) = self._pipeline.outputs()
         self._buffers = []
-        return [np.asarray(image) for image in images] if self._to_host else list(images)
+        return images
 
 
 @functools.cache
@@ -204,8 +209,11 @@ class DaliDecoding:
             with suppress(*DALI_ERRORS), self._capture_stderr(images):
                 self._started = self._start(images)
 
-    def result(self) -> list[Pixels | None]:
+    def result(self, buffer: SharedBuffer) -> list[Pixels | None]:
         """Return the pixels of each image, in order; None for those that DALI refuses.
+
+        Those on the host are copied to ``buffer``: DALI never returns its own host memory to the
+        system, so that it is not kept.
 
         If one image fails its batch, the batch is decoded again without it. If the error doesn't
         say which image it was, or memory is short, the batch is split in half.
@@ -221,13 +229,18 @@ class DaliDecoding:
             part = parts.pop()
             if not part:
                 continue
+            images = [self._images[n] for n in part]
             try:
-                decoded = self._decode([self._images[n] for n in part])
+                decoded = self._decode(images)
             except DALI_ERRORS as error:
                 parts += self._split_failed(part, error)
-            else:
-                for n, image in zip(part, decoded, strict=True):
-                    pixels[n] = image
+                continue
+            if not self._decoder_options.on_device:
+                orientations = [image.header.orientation for image in images]
+                threads = self._decoder_options.num_threads
+                decoded = _copy_upright(decoded, orientations, buffer, threads)
+            for n, image in zip(part, decoded, strict=True):
+                pixels[n] = image
         return pixels
 
     def _split_failed(self, part: list[int], error: Exception) -> list[list[int]]:
@@ -256,14 +269,14 @@ class DaliDecoding:
             "max_batch_bytes"
         )
 
-    def _decode(self, images: Sequence[Encoded]) -> list[Pixels]:
+    def _decode(self, images: Sequence[Encoded]) -> Any:
         """Decode images in one run of the pipeline, which succeeds or fails as a whole."""
         decoder, self._started = self._started, None
         with self._capture_stderr(images):
             decoder = decoder or self._start(images)
-            pixels = decoder.finish()
+            decoded = decoder.finish()
         DECODERS.give_back(self._decoder_options, decoder)
-        return pixels
+        return decoded
 
     def _start(self, images: Sequence[Encoded]) -> Decoder:
         decoder = DECODERS.take(self._decoder_options)
@@ -275,11 +288,55 @@ class DaliDecoding:
         return stderr.capture([image.name for image in images])
 
 
+def _copy_upright(
+    images: Any, orientations: Sequence[int], buffer: SharedBuffer, threads: int
+) -> list[Pixels]:
+    """Return upright copies of a ``TensorList`` on the host.
+
+    All images are copied together, and those to be turned once more: a copy for each would do
+    little but pass on the GIL.
+    """
+    shapes = images.shape()
+    size = sum(map(math.prod, shapes))
+    stored, memory = _view_flat(images, size), buffer.take(size)
+    if not memory.size:
+        memory = np.empty(size, np.uint8)
+    pieces = min(threads, 1 + size // _MIN_COPY_BYTES)
+    map_in_threads(
+        pieces, np.copyto, np.array_split(memory, pieces), np.array_split(stored, pieces)
+    )
+    upright = [
+        shape if orientation < 5 else (shape[1], shape[0], 3)
+        for shape, orientation in zip(shapes, orientations, strict=True)
+    ]
+    pixels = _cut(memory, upright)
+    turns = zip(_cut(stored, shapes), orientations, pixels, strict=True)
+    turned = [turn for turn in turns if turn[1] != 1]
+    map_in_threads(min(threads, len(turned)), lambda turn: apply_orientation(*turn), turned)
+    return pixels
+
+
+def _view_flat(images: Any, size: int) -> Pixels:
+    """Return all bytes of a ``TensorList``: not copied if they lie back to back, as usual."""
+    try:
+        return np.asarray(images.as_reshaped_tensor([size]))
+    except RuntimeError:
+        return np.concatenate([np.asarray(image).reshape(-1) for image in images])
+
+
+def _cut(memory: Pixels, shapes: Sequence[tuple[int, ...]]) -> list[Pixels]:
+    """Return the arrays that lie back to back in memory."""
+    ends = [0, *accumulate(map(math.prod, shapes))]
+    return [
+        memory[start:end].reshape(shape)
+        for (start, end), shape in zip(pairwise(ends), shapes, strict=True)
+    ]
+
+
 def can_apply_orientation(header: Header, decoder_options: DecoderOptions) -> bool:
     """Return whether DALI's output can be turned upright, which is done on the host."""
     if header.orientation == 1:
         return True
-    on_device = decoder_options.device == "gpu" and decoder_options.output == "device"
     # DALI resizes before that: height and width would come out swapped.
     sideways = header.orientation >= 5 and isinstance(decoder_options.resize, tuple)
-    return not on_device and not sideways
+    return not decoder_options.on_device and not sideways

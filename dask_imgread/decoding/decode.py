@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 
 import numpy as np
 
-from dask_imgread.buffers import BUFFERS
+from dask_imgread.buffers import BUFFERS, SharedBuffer
 from dask_imgread.decoding.contract import (
     Content,
     Decoded,
@@ -18,13 +17,13 @@ from dask_imgread.decoding.contract import (
     Pixels,
 )
 from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_apply_orientation
-from dask_imgread.decoding.geometry import apply_orientation, resize
+from dask_imgread.decoding.geometry import resize
 from dask_imgread.decoding.header import ImageError, to_image_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.parsers import is_intact, is_plain_jpeg
 from dask_imgread.decoding.pillow import decode_with_pillow
+from dask_imgread.decoding.threads import map_in_threads
 
-_ALIGNMENT = 64  # bytes, a cache line
 # WebP is decoded by libwebp whichever library is asked.
 _FASTEST_ON_CPU = {"jpeg": "libjpeg-turbo", "png": "dali-cpu", "webp": "pillow"}
 
@@ -56,46 +55,35 @@ class Decoding:
     def result(self) -> list[Decoded]:
         """Return an entry for each image, in order: uint8 ``(H, W, 3)`` RGB pixels, or an error.
 
-        All pixels on the host share one buffer. DALI never returns its own host memory to the
-        system, so that it is held only until its pixels are copied.
+        All pixels on the host share one buffer.
         """
-        images = self._images
-        by_dali: dict[int, Pixels | None] = {}
+        shapes = [self._find_shape(image) for image in self._images]
+        buffer = SharedBuffer(map(math.prod, shapes))
+        decoded: dict[int, Decoded] = {}
         for indices, dali in self._by_dali:
-            by_dali.update(zip(indices, dali.result(), strict=True))
-        decoded = {
-            n: Decoded(pixels, images[n].backend)
-            for n, pixels in by_dali.items()
-            if pixels is not None and not isinstance(pixels, np.ndarray)  # it is on the GPU
-        }
-        left = [n for n in range(len(images)) if n not in decoded]
-        outputs = _allocate([images[n] for n in left], self._decoder_options)
-        work = iter([(n, by_dali.get(n), out) for n, out in zip(left, outputs, strict=True)])
+            for n, pixels in zip(indices, dali.result(buffer), strict=True):
+                if pixels is not None:
+                    decoded[n] = Decoded(pixels, self._images[n].backend)
+        left = [n for n in range(len(self._images)) if n not in decoded]
+        work = iter([(n, buffer.take(*shapes[n])) for n in left])
         threads = min(self._decoder_options.num_threads, len(left))
-        if threads < 2:
-            decoded |= self._finish_on_host(work)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                for done in pool.map(self._finish_on_host, [work] * threads):
-                    decoded |= done
-        return [decoded[n] for n in range(len(images))]
+        for done in map_in_threads(threads, self._decode_on_host, [work] * threads):
+            decoded |= done
+        return [decoded[n] for n in range(len(self._images))]
 
-    def _finish_on_host(
-        self, work: Iterator[tuple[int, Pixels | None, Pixels]]
-    ) -> dict[int, Decoded]:
-        """Finish images until the iterator, which all threads share, is exhausted.
+    def _find_shape(self, image: Encoded) -> tuple[int, int, int]:
+        """Return the shape of an image's pixels on the host."""
+        if image.backend == "dali-gpu" and self._decoder_options.on_device:
+            return 0, 0, 3
+        height, width = image.header.height, image.header.width
+        return *self._decoder_options.choose_size(height, width), 3
 
-        It yields an image's index, its pixels if DALI has decoded it, and the array to fill.
+    def _decode_on_host(self, work: Iterator[tuple[int, Pixels]]) -> dict[int, Decoded]:
+        """Decode images until the iterator, which all threads share, is exhausted.
+
+        It yields an image's index and the array to fill.
         """
-        decoded = {}
-        for n, pixels, out in work:
-            image = self._images[n]
-            if pixels is None:
-                decoded[n] = _decode(image, self._decoder_options, out)
-            else:
-                upright = _copy_upright(pixels, out, image.header.orientation)
-                decoded[n] = Decoded(upright, image.backend)
-        return decoded
+        return {n: _decode(self._images[n], self._decoder_options, out) for n, out in work}
 
 
 def release() -> None:
@@ -139,37 +127,11 @@ def _decode(image: Encoded, decoder_options: DecoderOptions, out: Pixels) -> Dec
         pixels = decode_with_pillow(image.content, image.header)
         if decoder_options.resize is not None:
             pixels = resize(pixels, decoder_options.choose_size(*pixels.shape[:2]))
-        return Decoded(_copy_upright(pixels, out), "pillow")
+        if out.shape != pixels.shape:
+            out = np.empty(pixels.shape, np.uint8)
+        np.copyto(out, pixels)
+        return Decoded(out, "pillow")
     except ImageError as error:
         return Decoded(None, error=str(error))
     except MemoryError as error:
         return Decoded(None, error=str(to_image_error(error)))
-
-
-def _copy_upright(pixels: Pixels, out: Pixels, orientation: int = 1) -> Pixels:
-    """Return an upright copy of the pixels, in ``out`` if the size fits."""
-    height, width, _ = pixels.shape
-    shape = (height, width, 3) if orientation < 5 else (width, height, 3)
-    if out.shape != shape:
-        out = np.empty(shape, np.uint8)
-    apply_orientation(pixels, orientation, out)
-    return out
-
-
-def _allocate(images: Sequence[Encoded], decoder_options: DecoderOptions) -> list[Pixels]:
-    """Return an output array for each image, all in one buffer.
-
-    If there is not enough memory for that, the arrays are empty. Each image is then decoded into
-    memory of its own, and only those too large for it fail.
-    """
-    shapes = [(*decoder_options.choose_size(i.header.height, i.header.width), 3) for i in images]
-    sizes = [height * width * 3 for height, width, _ in shapes]
-    starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
-    try:
-        memory = BUFFERS.take(starts[-1])
-    except (MemoryError, OverflowError):
-        return [np.empty((0, 0, 3), np.uint8) for _ in images]
-    return [
-        memory[start : start + size].reshape(shape)
-        for start, size, shape in zip(starts, sizes, shapes, strict=False)
-    ]

@@ -30,6 +30,7 @@ _JPEG_CODINGS = {
     0xF7: "JPEG-LS",
 }
 _DHT, _DQT, _SOS, _APP1, _APP14 = 0xC4, 0xDB, 0xDA, 0xE1, 0xEE
+_SEGMENT_HEADER = struct.Struct(">BBH")  # 0xFF, marker, length
 _GREY_SAMPLING = (0x11,)  # horizontal and vertical factor of each component, four bits each
 _COLOUR_SAMPLING = tuple((luma, 0x11, 0x11) for luma in (0x11, 0x12, 0x21, 0x22, 0x41, 0x42))
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
@@ -116,7 +117,7 @@ def _join_app1(segments: list[bytes]) -> Metadata:
 
 def find_unsupported_coding(content: Content) -> str | None:
     """Return the name of a JPEG's coding if decoders may not support it, None if it is common."""
-    with suppress(IndexError):
+    with suppress(IndexError, struct.error):
         for marker, body, _ in _walk_jpeg(content):
             if marker in _JPEG_CODINGS:
                 return _JPEG_CODINGS[marker]
@@ -134,17 +135,19 @@ def _walk_jpeg(content: Content) -> Iterator[tuple[int, int, int]]:
 
     Raises
     ------
-    IndexError
+    struct.error
         If the bytes end.
     """
-    position = 2
-    while content[position] == 0xFF:
-        position += 1
-        while (marker := content[position]) == 0xFF:  # any number of fill bytes
+    position, unpack = 2, _SEGMENT_HEADER.unpack_from
+    while True:
+        prefix, marker, length = unpack(content, position)
+        if prefix != 0xFF:
+            return
+        if marker == 0xFF:  # any number of fill bytes
             position += 1
-        length = content[position + 1] << 8 | content[position + 2]
-        yield marker, position + 3, length
-        position += 1 + length
+            continue
+        yield marker, position + 4, length
+        position += 2 + length
 
 
 def is_plain_jpeg(content: Content) -> bool:
@@ -190,28 +193,38 @@ def _has_valid_tables(content: Content) -> bool:
 
     ITU T.81, B.2.2 to B.2.4 and C.2.
     """
-    tables: set[tuple[int, int]] = set()
+    tables: frozenset[tuple[int, int]] = frozenset()
     for marker, body, length in _walk_jpeg(content):
-        segment = bytes(content[body : body + length - 2])
         if marker in (_DHT, _DQT):
-            found = _parse_tables(marker, segment)
+            found = _parse_tables(marker, bytes(content[body : body + length - 2]))
             if not found:
                 return False
             tables |= found
         elif marker in _JPEG_FRAMES:
-            progressive = marker == 0xC2
-            frame = {segment[n]: segment[n + 1 : n + 3] for n in range(6, len(segment), 3)}
+            progressive, frame = marker == 0xC2, bytes(content[body + 6 : body + length - 2])
         elif marker == _SOS:
+            scan = bytes(content[body + 1 : body + length - 2])
             break
-    for n in range(1, len(segment) - 3, 2):  # three bytes follow the components
-        sampling, quantization = frame.get(segment[n], b"\0\0")
-        first, others = divmod(segment[n + 1], 16)
+    return _has_needed_tables(tables, frame, scan, progressive) and (
+        not progressive or _has_valid_later_tables(bytes(content), body)
+    )
+
+
+@functools.lru_cache(4096)
+def _has_needed_tables(
+    tables: frozenset[tuple[int, int]], frame: bytes, scan: bytes, progressive: bool
+) -> bool:
+    """Return whether the tables are there that the components of the first scan name."""
+    components = {frame[n]: frame[n + 1 : n + 3] for n in range(0, len(frame), 3)}
+    for n in range(0, len(scan) - 3, 2):  # three bytes follow the components
+        sampling, quantization = components.get(scan[n], b"\0\0")
+        first, others = divmod(scan[n + 1], 16)
         needed = {(_DQT, quantization), (_DHT, first)}
         if not progressive:  # whose first scan has DC coefficients only
             needed.add((_DHT, 0x10 | others))
         if not needed <= tables or not all(1 <= side <= 4 for side in divmod(sampling, 16)):
             return False
-    return not progressive or _has_valid_later_tables(bytes(content), body)
+    return True
 
 
 def _has_valid_later_tables(content: bytes, position: int) -> bool:

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
-from dask_imgread.buffers import _Lease
+from dask_imgread.buffers import BUFFERS, _Lease
 from dask_imgread.cluster import gpu
 from dask_imgread.decoding import dali, faults
+from dask_imgread.decoding.contract import DecoderOptions, Encoded
+from dask_imgread.decoding.decode import Decoding, choose_backend
+from dask_imgread.decoding.header import read_header
 from dask_imgread.decoding.stderr import _find_descriptor
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.helpers.images import (
@@ -341,10 +344,111 @@ def test_what_is_kept_is_not_dalis_memory(on_gpu, photo_shards):
     reader = ImageReaderStage(dali_batch_size=5)
     for batch in reader.process(FileGroupTask(data=photo_shards[:1])):
         for image in batch.data:
-            owner = image.image_data
-            while isinstance(owner, np.ndarray):
-                owner = owner.base
-            assert isinstance(owner, _Lease)
+            find_owner(image.image_data)
+
+
+def encode_turned(n, size, orientation=1, codec="JPEG"):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(draw_picture(n, size), codec, **({"exif": exif} if orientation != 1 else {}))
+
+
+MIXES = {
+    "none turned": {f"{n}.jpg": encode_turned(n, (60 + n, 40)) for n in range(12)},
+    "some turned": {f"{n}.jpg": encode_turned(n, (60 + n, 40), max(1, n - 3)) for n in range(12)},
+    "all turned": {f"{n}.jpg": encode_turned(n, (60 + n, 40), 2 + n % 7) for n in range(12)},
+    "some refused": {
+        f"{n}.jpg": BROKEN if n % 5 == 1 else encode_turned(n, (60, 40 + n), 1 + n % 8)
+        for n in range(12)
+    },
+    "every format": {
+        f"{n}.{codec.lower()}": encode_turned(n, (60 + n, 40), 1 + n % 8, codec)
+        for n, codec in enumerate(["JPEG", "PNG", "WEBP", "GIF", "PNG", "JPEG"] * 3)
+    },
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("mix", MIXES)
+def test_images_are_copied_together(on_gpu, monkeypatch, mix, threads):
+    """By few copies, whose ends lie anywhere; into one buffer, which is not DALI's."""
+    monkeypatch.setattr(dali, "_MIN_COPY_BYTES", 10_000)
+    for resize in (None, 30, (30, 50)):
+        options = DecoderOptions("gpu", threads, 20, resize)
+        results = decode(MIXES[mix].values(), options)
+        owners = set()
+        for content, result in zip(MIXES[mix].values(), results, strict=True):
+            if content == BROKEN:
+                assert result.error.startswith("corrupt")
+                continue
+            owners.add(id(find_owner(result.pixels)))
+            assert result.pixels.flags.c_contiguous
+            assert result.pixels.flags.writeable
+            if resize is None:
+                expected = read_with_pillow(content)
+            else:
+                (alone,) = decode([content], options._replace(num_threads=1))
+                expected = alone.pixels
+                assert result.backend == alone.backend
+            np.testing.assert_array_equal(result.pixels, expected)
+        assert len(owners) == 1
+
+
+def decode(contents, options):
+    headers = [(content, read_header(content)) for content in contents]
+    return Decoding(
+        [Encoded("a", c, header, choose_backend(c, header, options)) for c, header in headers],
+        options,
+    ).result()
+
+
+def find_owner(array):
+    while isinstance(array, np.ndarray):
+        array = array.base
+    assert isinstance(array, _Lease)
+    return array
+
+
+class Scattered:
+    """A list of images that do not lie back to back."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def shape(self):
+        return [image.shape for image in self.images]
+
+    def __iter__(self):
+        return iter(self.images)
+
+    def as_reshaped_tensor(self, shape):
+        raise RuntimeError("Assert failed: not contiguous")
+
+
+def test_images_that_do_not_lie_back_to_back(on_gpu, monkeypatch):
+    finish = dali.Decoder.finish
+    monkeypatch.setattr(
+        dali.Decoder, "finish", lambda decoder: Scattered([np.array(i) for i in finish(decoder)])
+    )
+    contents = MIXES["some turned"].values()
+    results = decode(contents, DecoderOptions("gpu", 2, 20))
+    for content, result in zip(contents, results, strict=True):
+        assert result.backend == "dali-gpu"
+        np.testing.assert_array_equal(result.pixels, read_with_pillow(content))
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_no_memory_for_all_images_at_once(on_gpu, monkeypatch, device):
+    """Each has memory of its own."""
+
+    def take(size):
+        raise MemoryError
+
+    monkeypatch.setattr(BUFFERS, "take", take)
+    contents = MIXES["every format"].values()
+    results = decode(contents, DecoderOptions(device, 2, 20))
+    for content, result in zip(contents, results, strict=True):
+        np.testing.assert_array_equal(result.pixels, read_with_pillow(content))
 
 
 COUNT_FAULTS = """

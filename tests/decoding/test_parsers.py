@@ -122,6 +122,15 @@ def test_tables_that_decoders_need(content, whole):
         assert decoded.backend == "dali-cpu"
 
 
+def test_a_scan_header_that_is_cut_short():
+    """The end mark is there, and the length is right."""
+    start = GOOD.index(b"\xff\xda")
+    for cut in range(start + 5, start + 15):
+        content = GOOD[:cut] + b"\xff\xd9"
+        assert read_header(content).unambiguous
+        assert is_intact(content, "jpeg") in (True, False)
+
+
 def test_sums_that_decoders_need():
     png, text = odd_headers.PNG, odd_headers.chunk(b"tEXt", b"Comment\0text", check=7)
     with_text = png[:33] + text + png[33:]
