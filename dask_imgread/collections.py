@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack
@@ -88,12 +89,10 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    frame = _open_lazy(paths_or_tasks, partitioning)
-    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
     if not parts:
         return db.from_sequence([], npartitions=1)
-    name = f"read-images-{tokenize(reader, parts)}"
-    options = {} if frame is None else partitioning
+    name = f"read-images-{tokenize(reader, parts, options)}"
     # If a function follows, Dask's optimization removes `reify`, so that batches are streamed.
     graph = {
         (name, number): (db.core.reify, (_stream, reader, getattr(part, "key", part), options))
@@ -105,11 +104,19 @@ def read_bag(
     )
 
 
-def _open_lazy(given: PathsOrTasks, partitioning: PartitionOptions) -> DataFrame | None:
-    """Return a frame of Dask whose partitions are to be read one by one, None for anything else."""
+def _list_parts(
+    given: PathsOrTasks, partitioning: PartitionOptions
+) -> tuple[DataFrame | None, list[Any], PartitionOptions]:
+    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each."""
     frame = open_frame(given, partitioning.get("storage_options"))
-    divided = any(name in partitioning for name in (*Partitioning.__optional_keys__, "limit"))
-    return frame if is_lazy(frame) and not divided else None
+    divisions = (*Partitioning.__optional_keys__, "limit")
+    if is_lazy(frame) and all(partitioning.get(name) is None for name in divisions):
+        return frame, frame.to_delayed(), partitioning
+    if frame is not None:
+        given = frame
+    elif isinstance(given, str | os.PathLike):
+        given = [given]  # else it would be asked once more whether this is a job's folder
+    return None, list_tasks(given, **partitioning), {}
 
 
 def _stream(
@@ -228,9 +235,7 @@ def map_images(
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
-    frame = _open_lazy(paths_or_tasks, partitioning)
-    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
-    options = {} if frame is None else partitioning
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
     reader = reader or ImageReaderStage()
     meta = getattr(fn, "meta", None) if meta is None else meta
     meta = _infer_meta(reader, fn, parts, options) if meta is None else _complete_meta(meta)

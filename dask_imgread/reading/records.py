@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import index
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from dask_imgread.errors import StorageError
-from dask_imgread.shards.frames import list_extra_columns
+from dask_imgread.shards.frames import free_ids, list_extra_columns
 from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, split_name
 from dask_imgread.shards.tar import Member
@@ -42,37 +42,58 @@ def describe_image(entry: ImageEntry, path: str, shard_id: str, version: str | N
 
 
 def describe_rows(rows: pd.DataFrame, path: str, shard_id: str) -> Iterator[ImageObject]:
-    """Make the record of each image that a shard's rows name, in the order of their offsets.
+    """Make the record of each image that a shard's rows name.
 
     A row that can't be one of an image gets an ``error``, or keeps the one that it has.
     """
-    rows = rows.reset_index() if rows.index.name == "image_id" else rows
-    columns = {name: _to_list(rows[name]) for name in rows.columns}
+    rows = free_ids(rows)
+    columns = [_to_list(rows[name]) for name in rows.columns]
     extra = list_extra_columns(rows)
-    for values in zip(*columns.values(), strict=True):
-        row = {name: value for name, value in zip(columns, values, strict=True) if _is_known(value)}
-        name = row.get("key", "")
-        if "image_path" in row:
-            name = str(row["image_path"]).removeprefix(f"{row['shard']}/")
-        image = ImageObject(
-            f"{path}/{name}",
-            row.get("image_id", f"{shard_id}/{name}"),
-            metadata={key: row[key] for key in extra if key in row},
-            shard=path,
-            key=row.get("key", split_name(name)[0]),
-        )
-        for field in ("sample_offset", "sample_size", "shard_version", "warning"):
-            setattr(image, field, row.get(field))
-        try:
-            image.offset, image.size = map(_to_int, (row.get("offset"), row.get("size")))
-        except (TypeError, ValueError):
-            image.error = f"bad row: offset {row.get('offset')}, size {row.get('size')}"
-        else:
-            if image.offset < 0 or not 0 <= image.size <= _MAX_BYTES:
-                image.error = f"bad row: offset {image.offset}, size {image.size}"
-            elif not image.size and "error" in row:  # of damage, or of a whole shard
-                image.error = row["error"]
-        yield image
+    for values in zip(*columns, strict=True):
+        known = zip(rows.columns, values, strict=True)
+        row = {name: value for name, value in known if _is_known(value)}
+        yield _describe_row(row, extra, path, shard_id)
+
+
+def _describe_row(row: dict[str, Any], extra: list[str], path: str, shard_id: str) -> ImageObject:
+    name = _find_name(row)
+    image = ImageObject(
+        f"{path}/{name}" if name else path,
+        str(row.get("image_id", f"{shard_id}/{name}")),
+        metadata={column: row[column] for column in extra if column in row},
+        shard=path,
+        key=str(row.get("key", split_name(name)[0])),
+        sample_offset=_to_int(row.get("sample_offset")),
+        sample_size=_to_int(row.get("sample_size")),
+    )
+    if "shard_version" in row:
+        image.shard_version = str(row["shard_version"])
+    if "warning" in row:
+        image.warning = str(row["warning"])
+    offset, size = _to_int(row.get("offset")), _to_int(row.get("size"))
+    if not row.get("shard") or not isinstance(row["shard"], str):
+        image.error = f"bad row: shard {row.get('shard')!r:.40}"
+    elif offset is None or size is None or size > _MAX_BYTES:
+        image.error = f"bad row: offset {row.get('offset')!r:.40}, size {row.get('size')!r:.40}"
+    else:
+        image.offset, image.size = offset, size
+        if not size and "error" in row:  # of damage, or of a whole shard
+            image.error = str(row["error"])
+    return image
+
+
+def _find_name(row: dict[str, Any]) -> str:
+    """Return a member's name, whether the row's path begins with its shard or that was moved."""
+    path, key = str(row.get("image_path", "")), str(row.get("key", ""))
+    shard = str(row.get("shard"))
+    if path == shard:  # the record of a whole shard
+        return ""
+    if path.startswith(f"{shard}/"):
+        return path[len(shard) + 1 :]
+    _, found, extension = path.rpartition(f"/{key}.")
+    if key and found:
+        return f"{key}.{extension}"
+    return key or str(row.get("image_id", "")).partition("/")[2]
 
 
 def list_parts(images: list[ImageObject], end: int | None) -> list[tuple[int, int]]:
@@ -99,7 +120,7 @@ def _to_list(column: pd.Series) -> list[Any]:
     """Return a column's values as Python's own, where Arrow has such a type."""
     try:
         values: list[Any] = pa.array(column).to_pylist()
-    except pa.ArrowException:
+    except (pa.ArrowException, OverflowError):
         return list(column)
     return values
 
@@ -108,11 +129,14 @@ def _is_known(value: Any) -> bool:
     return not (value is None or value is pd.NA or (isinstance(value, float) and value != value))
 
 
-def _to_int(value: Any) -> int:
-    """Return a whole number; pandas makes floats of a column that lacked some."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return index(value)
+def _to_int(value: Any) -> int | None:
+    """Return a whole number, None for anything else and for what can't be a place in a file.
+
+    Pandas makes floats of a column that lacks some.
+    """
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    place = int(value) if whole else -1
+    return place if 0 <= place <= _MAX_OFFSET else None
 
 
 def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import partition_shards
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import ImageObject
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ def load_images(
     """
     rows = open_frame(frame, storage_options)
     if rows is None:
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {frame!r}")
+        shown = redact_url(frame) if isinstance(frame, str) else type(frame).__name__
+        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {shown}")
     if ids is not None:
         rows = rows.reset_index() if rows.index.name == "image_id" else rows
+        if "image_id" not in rows:
+            raise ValueError("the frame has no image_id, by which ids are found")
         rows = rows[rows["image_id"].isin(list(ids))]
     rows = rows.compute() if is_lazy(rows) else rows
     if ids is not None:
