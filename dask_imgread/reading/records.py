@@ -83,17 +83,18 @@ def _describe_row(row: dict[str, Any], extra: list[str], path: str, shard_id: st
 
 
 def _find_name(row: dict[str, Any]) -> str:
-    """Return a member's name, whether the row's path begins with its shard or that was moved."""
-    path, key = str(row.get("image_path", "")), str(row.get("key", ""))
+    """Return a member's name, even if its shard was moved, or the row has no path."""
+    path, name, key = (str(row.get(column, "")) for column in ("image_path", "image_id", "key"))
     shard = str(row.get("shard"))
     if path == shard:  # the record of a whole shard
         return ""
     if path.startswith(f"{shard}/"):
         return path[len(shard) + 1 :]
-    _, found, extension = path.rpartition(f"/{key}.")
-    if key and found:
-        return f"{key}.{extension}"
-    return key or str(row.get("image_id", "")).partition("/")[2]
+    for text in (path, name):
+        _, found, extension = text.rpartition(f"/{key}.")
+        if key and found:
+            return f"{key}.{extension}"
+    return key or name.partition("/")[2]
 
 
 def list_parts(images: list[ImageObject], end: int | None) -> list[tuple[int, int]]:

@@ -108,7 +108,7 @@ def divide_rows(
         parts = np.arange(len(rows)) // images_per_partition
     elif blocksize is not None:
         sizes = pd.to_numeric(rows["size"], errors="coerce").fillna(0).to_numpy(float)
-        parts = (np.cumsum(sizes.clip(1)) - 1) // blocksize
+        parts = (np.cumsum(sizes.clip(1, blocksize)) - 1) // blocksize
     else:
         parts = shards // (files_per_partition or 1)
     cuts = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(rows)]
