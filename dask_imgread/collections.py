@@ -60,11 +60,12 @@ def read_bag(
     ----------
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
@@ -140,23 +141,26 @@ def read_metadata(
     ----------
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     decode
         By default only headers are read, which is many times faster. If True, each image
         is decoded, and ``error`` says which can't be.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
     dask.dataframe.DataFrame
         With the columns and dtypes of ``dask_imgread.tasks.COLUMNS``: ``image_path``,
-        ``shard``, ``key``, ``offset``, ``size`` (bytes), ``format``, ``width``, ``height``
-        (pixels, upright), ``channels``, ``backend``, ``error``, ``warning``. An image that
-        can't be read has its row too, with ``error`` set.
+        ``shard``, ``shard_version`` (a token for its content), ``key``, ``offset``, ``size``
+        (of the image, in bytes), ``sample_offset``, ``sample_size`` (of the whole sample; null if
+        its members are not adjacent), ``format``, ``width``, ``height`` (pixels, upright),
+        ``channels``, ``backend``, ``error``, ``warning``. An image that can't be read has its row
+        too, with ``error`` set. Any selection of the rows may take the place of shards.
 
     Raises
     ------
@@ -197,7 +201,8 @@ def map_images(
         DataFrame. It sees failed images too, in ``batch.failed``.
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     meta
@@ -205,7 +210,7 @@ def map_images(
         ``fn.meta`` is given, this call computes ``fn`` for a few images to infer them; arrays of
         one shape are then Arrow's lists of a fixed size.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
+        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
         ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
@@ -321,6 +326,8 @@ class PartitionReader:
     options
         Those of ``partition_shards``, for a partition of a frame.
     """
+
+    __name__ = "map-images"  # by which Dask names the tasks of a frame
 
     def __init__(
         self,

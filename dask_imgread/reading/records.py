@@ -20,6 +20,11 @@ from dask_imgread.tasks import FileGroupTask, ImageObject
 
 _MAX_BYTES = 1 << 30  # of one encoded image that a row names: it is read at once
 _MAX_OFFSET = 1 << 62
+# The package's columns of a row that are read; what its others say comes from the image itself.
+_READ = {
+    *("image_id", "image_path", "shard", "shard_version", "key", "offset", "size"),
+    *("sample_offset", "sample_size", "error", "warning"),
+}
 UNREACHABLE = "unreachable"  # the cause if the store failed, not the image: worth a retry
 
 
@@ -47,10 +52,11 @@ def describe_rows(rows: pd.DataFrame, path: str, shard_id: str) -> Iterator[Imag
     A row that can't be one of an image gets an ``error``, or keeps the one that it has.
     """
     rows = free_ids(rows)
-    columns = [_to_list(rows[name]) for name in rows.columns]
     extra = list_extra_columns(rows)
+    names = [name for name in rows.columns if name in _READ or name in extra]
+    columns = [_to_list(rows[name]) for name in names]
     for values in zip(*columns, strict=True):
-        known = zip(rows.columns, values, strict=True)
+        known = zip(names, values, strict=True)
         row = {name: value for name, value in known if _is_known(value)}
         yield _describe_row(row, extra, path, shard_id)
 
