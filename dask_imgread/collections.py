@@ -65,8 +65,8 @@ def read_bag(
     reader
         The reader; ``ImageReaderStage()`` if not given.
     **partitioning
-        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -149,8 +149,8 @@ def read_metadata(
         By default only headers are read, which is many times faster. If True, each image
         is decoded, and ``error`` says which can't be.
     **partitioning
-        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -210,8 +210,8 @@ def map_images(
         ``fn.meta`` is given, this call computes ``fn`` for a few images to infer them; arrays of
         one shape are then Arrow's lists of a fixed size.
     **partitioning
-        For paths and frames, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
