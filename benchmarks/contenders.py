@@ -209,7 +209,7 @@ class Chosen:
 
         self._reader = ImageReaderStage(verbose=False, sidecars=False)
         rows = read_metadata(shards, reader=self._reader).compute(scheduler="sync")
-        self._chosen = rows.sample(frac=share, random_state=0)
+        self._chosen = rows.sample(max(1, round(share * len(rows))), random_state=0)
         self._meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, self._chosen.index[:0])
 
     def run(self) -> int:
