@@ -7,6 +7,7 @@ ratios round by round.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import Chosen
 from benchmarks.memory import measure_peak_batches
 from benchmarks.photographs import (
     CORES,
@@ -26,6 +28,7 @@ from benchmarks.rounds import Contender, alternate
 from benchmarks.table import Pair, Row, describe_machine, format_table, make_rows, write_json
 
 _REPEATS = 8  # of all images, in the benchmarks of a cluster
+_SHARE, _SHARDS = 0.01, 20  # of the images that are chosen at random
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,35 @@ def measure_headers(folder: Path, size: Size) -> list[Row]:
     ]
 
 
+def measure_chosen(folder: Path, size: Size) -> list[Row]:
+    """Compare 1 % of the images, chosen at random, with all: the time, and the bytes read."""
+    shards = make_photo_shards(folder / "chosen", size.long, shards=_SHARDS)
+    contenders = {"all": ("Stream", shards), "chosen": ("Chosen", shards, _SHARE)}
+    what = f"{100 * _SHARE:.0f} % of {size.long:,} photographs, chosen at random : all"
+    (rates,) = _race(contenders, size.rounds, [(what, "chosen", "all", 0)])
+    count = max(1, round(_SHARE * size.long))
+    time = count / size.long / rates.ratio
+    chosen = Chosen(shards, _SHARE)
+    chosen.run()  # imports what it needs
+    read = _count_bytes_read()
+    chosen.run()
+    read = _count_bytes_read() - read
+    whole = sum(map(os.path.getsize, shards))
+    share = read / whole
+    milliseconds = 1000 * count / rates.ours, 1000 * size.long / rates.other
+    return [
+        Row(f"{what}, ms", *milliseconds, time, "<= 0.03", time <= 0.03),
+        Row(f"{what}, kB", read / 1e3, whole / 1e3, share, "<= 0.02", share <= 0.02),
+    ]
+
+
+def _count_bytes_read() -> int:
+    """Return how many bytes this process has read, from the page cache too."""
+    import psutil
+
+    return int(psutil.Process().io_counters().read_chars)
+
+
 def measure_length(folder: Path, size: Size) -> list[Row]:
     """Compare the rate of a long run with that of a short one."""
     contenders = {
@@ -195,6 +227,7 @@ MEASURES: dict[str, Callable[[Path, Size], list[Row]]] = {
     "cluster": measure_cluster,
     "headers": measure_headers,
     "length": measure_length,
+    "chosen": measure_chosen,
     "memory": measure_memory,
 }
 

@@ -199,6 +199,27 @@ class DecodedRows:
         return len(self._frame.compute(scheduler="sync"))
 
 
+class Chosen:
+    """``map_images`` of a share of the images, chosen at random from a frame of all."""
+
+    def __init__(self, shards: list[str], share: float) -> None:
+        import pandas as pd
+
+        from dask_imgread import ImageReaderStage, read_metadata
+
+        self._reader = ImageReaderStage(verbose=False, sidecars=False)
+        rows = read_metadata(shards, reader=self._reader).compute(scheduler="sync")
+        self._chosen = rows.sample(max(1, round(share * len(rows))), random_state=0)
+        self._meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, self._chosen.index[:0])
+
+    def run(self) -> int:
+        """Decode the images."""
+        from dask_imgread import map_images
+
+        frame = map_images(_make_row, self._chosen, reader=self._reader, meta=self._meta)
+        return len(frame.compute(scheduler="sync"))
+
+
 class Curator:
     """NeMo Curator's way to read: DALI's own tar reader, and a copy of each picture."""
 

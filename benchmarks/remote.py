@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _STORES = ((0.02, 80e6), (0.05, 80e6), (0.1, 30e6))  # latency in s, bytes/s of a connection
 _SHARDS = 4
+_FLOORS = {"read_metadata": "local headers", "1 % of the images": "local 1 %"}  # else all images
 
 Read = Callable[["Client", list[str]], int]
 
@@ -129,6 +130,8 @@ def measure(
     client: Client, server: SlowServer, folder: str, store: str, shards: list[str], rounds: int
 ) -> list[Result]:
     """Read one set with each reader in turn, after a first round that does not count."""
+    from dask_imgread import read_metadata
+
     urls = [f"{server.url}/{Path(path).relative_to(folder)}" for path in shards]
     ways: dict[str, tuple[Read, list[str]]] = {
         "local": (read_images, shards),
@@ -136,6 +139,8 @@ def measure(
         "local headers": (read_headers, shards),
         "read_metadata": (read_headers, urls),
     }
+    local, remote = (client.compute(read_metadata(paths)).result() for paths in (shards, urls))
+    ways |= {"local 1 %": (_choose(local), shards), "1 % of the images": (_choose(remote), urls)}
     if shards[0].endswith(".tar"):
         ways |= {"webdataset": (read_with_webdataset, urls), "by hand": (read_by_hand, urls)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -153,7 +158,7 @@ def measure(
     results = []
     for name, taken in seconds.items():
         if not name.startswith("local"):
-            floor = seconds["local headers" if name == "read_metadata" else "local"]
+            floor = seconds[_FLOORS.get(name, "local")]
             ratio = statistics.median(a / b for a, b in zip(floor, taken, strict=True))
             fetched, requests = stats[name]["bytes"] / size, stats[name]["requests"]
             median = statistics.median(taken)
@@ -161,12 +166,18 @@ def measure(
     return results
 
 
-def read_images(client: Client, paths: list[str]) -> int:
+def read_images(client: Client, paths: list[str] | pd.DataFrame) -> int:
     """Decode all images with ``map_images``."""
     from dask_imgread import map_images
 
     meta = pd.DataFrame({"height": pd.Series(dtype="int64")}).rename_axis("image_id")
     return len(client.compute(map_images(_measure_height, paths, meta=meta)).result())
+
+
+def _choose(rows: pd.DataFrame) -> Read:
+    """Return a function that decodes 1 % of the images that rows name, chosen at random."""
+    chosen = rows.sample(max(1, len(rows) // 100), random_state=0)
+    return lambda client, _: read_images(client, chosen)
 
 
 def _measure_height(batch: ImageBatch) -> dict[str, list[int]]:

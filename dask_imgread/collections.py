@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack
@@ -60,12 +61,13 @@ def read_bag(
     ----------
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -89,12 +91,10 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    frame = _open_lazy(paths_or_tasks, partitioning)
-    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
     if not parts:
         return db.from_sequence([], npartitions=1)
-    name = f"read-images-{tokenize(reader, parts)}"
-    options = {} if frame is None else partitioning
+    name = f"read-images-{tokenize(reader, parts, options)}"
     # If a function follows, Dask's optimization removes `reify`, so that batches are streamed.
     graph = {
         (name, number): (db.core.reify, (_stream, reader, getattr(part, "key", part), options))
@@ -106,11 +106,19 @@ def read_bag(
     )
 
 
-def _open_lazy(given: PathsOrTasks, partitioning: PartitionOptions) -> DataFrame | None:
-    """Return a frame of Dask whose partitions are to be read one by one, None for anything else."""
+def _list_parts(
+    given: PathsOrTasks, partitioning: PartitionOptions
+) -> tuple[DataFrame | None, list[Any], PartitionOptions]:
+    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each."""
     frame = open_frame(given, partitioning.get("storage_options"))
-    divided = any(name in partitioning for name in (*Partitioning.__optional_keys__, "limit"))
-    return frame if is_lazy(frame) and not divided else None
+    divisions = (*Partitioning.__optional_keys__, "limit")
+    if is_lazy(frame) and all(partitioning.get(name) is None for name in divisions):
+        return frame, frame.to_delayed(), partitioning
+    if frame is not None:
+        given = frame
+    elif isinstance(given, str | os.PathLike):
+        given = [given]  # else it would be asked once more whether this is a job's folder
+    return None, list_tasks(given, **partitioning), {}
 
 
 def _stream(
@@ -136,7 +144,8 @@ def read_metadata(
     ----------
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     decode
@@ -157,20 +166,21 @@ def read_metadata(
         Whether to add ``sha256``, the SHA-256 of each image's encoded bytes in hexadecimal. This
         reads all bytes, even if nothing is decoded.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
     dask.dataframe.DataFrame
         With the columns and dtypes of ``dask_imgread.tasks.COLUMNS``: ``image_path``,
-        ``shard``, ``shard_version``, ``key``, ``offset``, ``size`` (bytes), ``sample_offset``,
-        ``sample_size``, ``format``, ``width``, ``height`` (pixels, upright), ``channels``,
-        ``backend``, ``error``, ``warning``. An image that
-        can't be read has its row too, with ``error`` set. Then come ``sha256`` and the columns of
-        ``sidecars``, if they are asked for, null where something is missing. The last one is then
-        ``error_sidecar``, which says which sidecar can't be read, or which value is null as it
-        does not fit its column's type.
+        ``shard``, ``shard_version`` (a token for its content), ``key``, ``offset``, ``size``
+        (of the image, in bytes), ``sample_offset``, ``sample_size`` (of the whole sample; null if
+        its members are not adjacent), ``format``, ``width``, ``height`` (pixels, upright),
+        ``channels``, ``backend``, ``error``, ``warning``. An image that can't be read has its row
+        too, with ``error`` set. Then come ``sha256`` and the columns of ``sidecars``, if they are
+        asked for, null where something is missing. The last one is then ``error_sidecar``, which
+        says which sidecar can't be read, or which value is null as it does not fit its column's
+        type. Any selection of the rows may take the place of shards.
 
     Raises
     ------
@@ -232,7 +242,8 @@ def map_images(
         DataFrame. It sees failed images too, in ``batch.failed``.
     paths_or_tasks
         Shards, as ``partition_shards`` takes them, the tasks that it made, or a frame of rows: then
-        only its images are read. A frame of Dask stays lazy, and each of its partitions is one.
+        only its images are read. A frame of Dask stays lazy, and each of its partitions is one of
+        the result, unless it is to be divided; then it is computed.
     reader
         The reader; ``ImageReaderStage()`` if not given.
     meta
@@ -240,8 +251,8 @@ def map_images(
         ``fn.meta`` is given, this call computes ``fn`` for a few images to infer them; arrays of
         one shape are then Arrow's lists of a fixed size.
     **partitioning
-        For paths, how they are divided: ``files_per_partition``, ``images_per_partition`` or
-        ``blocksize``, and the other options of ``partition_shards``.
+        For paths and frames, how they are divided: ``files_per_partition``,
+        ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
 
     Returns
     -------
@@ -270,9 +281,7 @@ def map_images(
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
-    frame = _open_lazy(paths_or_tasks, partitioning)
-    parts = list_tasks(paths_or_tasks, **partitioning) if frame is None else frame.to_delayed()
-    options = {} if frame is None else partitioning
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
     reader = reader or ImageReaderStage()
     meta = getattr(fn, "meta", None) if meta is None else meta
     meta = _infer_meta(reader, fn, parts, options) if meta is None else _complete_meta(meta)
@@ -353,6 +362,8 @@ class PartitionReader:
     options
         Those of ``partition_shards``, for a partition of a frame.
     """
+
+    __name__ = "map-images"  # by which Dask names the tasks of a frame
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ def test_a_tiny_run_of_every_measure(tmp_path, capfd, quick_start):
     arguments = ["--images", "12", "--long", "24", "--rounds", "1", "--kinds", "1"]
     assert main([*arguments, "--json", str(out)]) == 0
     table = json.loads(out.read_text())
-    assert len(table["rows"]) == 15
+    assert len(table["rows"]) == 17
     assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])
     printed = capfd.readouterr().out
     assert all(row["what"] in printed for row in table["rows"])
@@ -82,4 +82,6 @@ def test_a_tiny_run_of_far_stores(capfd):
         _, _, rate, seconds, fetched, requests, _ = line.split("|")
         assert min(map(float, (rate, seconds, requests))) > 0
         assert float(fetched) >= 1
+    (line,) = [line for line in lines if "1 % of the images" in line]
+    assert 0 < float(line.split("|")[4]) < 1
     assert "peak memory of a shard of 0.002 GB" in printed

@@ -21,7 +21,7 @@ from dask_imgread.shards.samples import ShardIndex
 from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.tasks import FileGroupTask
 
-FORMAT = 2  # of the folder; a folder of another format is refused
+FORMAT = 3  # of the folder; a folder of another format is refused
 _ID = b"job"  # where the plan's metadata hold the job's id
 _SCHEMA = pa.schema(
     {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dask.tokenize import normalize_token
@@ -43,6 +44,7 @@ from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
 
 if TYPE_CHECKING:
+    import pandas as pd
     from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
@@ -265,11 +267,12 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         decoder_options = self._choose_decoder()
         shards = task.name_shards(self.relative_to)
+        rows = dict.fromkeys(shards) if task.rows is None else group_by_shard(task.rows)
         batches = images = failures = 0
         with self._open_decoder() as begin_decoding:
             for path, shard_id in shards.items():
                 for batch in self._read_shard(
-                    path, shard_id, task, decoder_options, begin_decoding
+                    path, shard_id, task, rows[path], decoder_options, begin_decoding
                 ):
                     batch.dataset_name = task.dataset_name
                     batch.task_id = f"{task.task_id}_{batches}"
@@ -315,14 +318,19 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         path: str,
         shard_id: str,
         task: FileGroupTask,
+        rows: pd.DataFrame | None,
         decoder_options: DecoderOptions,
         begin_decoding: BeginDecoding | None,
     ) -> Iterator[ImageBatch]:
         """Yield one shard's batches; damage to the shard is a failure in one of them."""
         rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
         batches = BatchBuilder(rules, decoder_options, begin_decoding)
-        read = self._read_all if task.rows is None else self._read_rows
-        yield from read(path, shard_id, task, decoder_options, batches)
+        if rows is None:
+            yield from self._read_all(path, shard_id, task, decoder_options, batches)
+        else:
+            images = describe_rows(rows, redact_url(path), shard_id)
+            in_order = sorted(images, key=attrgetter("offset"))
+            yield from self._read_chosen(path, in_order, task, decoder_options, batches)
         yield from batches.flush()
 
     def _read_all(
@@ -357,18 +365,15 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             reason = hide_secrets(explain_lost(error, path), task.storage_options)
             yield from batches.add(describe_lost(path, shard_id, task.start, reason), None)
 
-    def _read_rows(
+    def _read_chosen(
         self,
         path: str,
-        shard_id: str,
+        images: list[ImageObject],
         task: FileGroupTask,
         decoder_options: DecoderOptions,
         batches: BatchBuilder,
     ) -> Iterator[ImageBatch]:
-        """Read those images of a shard that the task's rows name, and nothing else of it."""
-        assert task.rows is not None
-        rows = group_by_shard(task.rows)[path]
-        images = list(describe_rows(rows, redact_url(path), shard_id))
+        """Read some images of a shard, in the order of their offsets, and nothing else of it."""
         with ExitStack() as stack:
             problem = version = None
             try:
@@ -381,13 +386,14 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                     parts=list_parts(images, size),
                 )
                 source = stack.enter_context(opened)
-            except OSError as error:
+            except (OSError, ValueError, ImportError) as error:  # no such store, for example
                 problem = hide_secrets(explain_lost(error, path), task.storage_options)
             for image in images:
                 image.error = image.error or problem or find_change(image, version)
                 if image.error is not None:
                     yield from batches.add(image, None)
                     continue
+                source.keep(image.offset)
                 member = Member(image.key, image.offset, image.offset, image.size)
                 encoded = self._load(source, member, image, decoder_options)
                 yield from batches.add(image, encoded)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import index
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from dask_imgread.errors import StorageError
-from dask_imgread.shards.frames import list_extra_columns
+from dask_imgread.shards.frames import free_ids, list_extra_columns
 from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, split_name
 from dask_imgread.shards.tar import Member
@@ -20,6 +20,11 @@ from dask_imgread.tasks import CHECKSUM, PROBLEMS, FileGroupTask, ImageObject
 
 _MAX_BYTES = 1 << 30  # of one encoded image that a row names: it is read at once
 _MAX_OFFSET = 1 << 62
+# The package's columns of a row that are read; what its others say comes from the image itself.
+_READ = {
+    *("image_id", "image_path", "shard", "shard_version", "key", "offset", "size"),
+    *("sample_offset", "sample_size", "error", "warning", CHECKSUM, PROBLEMS),
+}
 UNREACHABLE = "unreachable"  # the cause if the store failed, not the image: worth a retry
 
 
@@ -42,38 +47,61 @@ def describe_image(entry: ImageEntry, path: str, shard_id: str, version: str | N
 
 
 def describe_rows(rows: pd.DataFrame, path: str, shard_id: str) -> Iterator[ImageObject]:
-    """Make the record of each image that a shard's rows name, in the order of their offsets.
+    """Make the record of each image that a shard's rows name.
 
     A row that can't be one of an image gets an ``error``, or keeps the one that it has.
     """
-    rows = rows.reset_index() if rows.index.name == "image_id" else rows
-    columns = {name: _to_list(rows[name]) for name in rows.columns}
+    rows = free_ids(rows)
     extra = list_extra_columns(rows)
-    for values in zip(*columns.values(), strict=True):
-        row = {name: value for name, value in zip(columns, values, strict=True) if _is_known(value)}
-        name = row.get("key", "")
-        if "image_path" in row:
-            name = str(row["image_path"]).removeprefix(f"{row['shard']}/")
-        image = ImageObject(
-            f"{path}/{name}",
-            row.get("image_id", f"{shard_id}/{name}"),
-            metadata={key: row[key] for key in extra if key in row},
-            shard=path,
-            key=row.get("key", split_name(name)[0]),
-        )
-        for field in ("sample_offset", "sample_size", "shard_version", "warning", CHECKSUM):
-            setattr(image, field, row.get(field))
-        image.sidecar_error = row.get(PROBLEMS)
-        try:
-            image.offset, image.size = map(_to_int, (row.get("offset"), row.get("size")))
-        except (TypeError, ValueError):
-            image.error = f"bad row: offset {row.get('offset')}, size {row.get('size')}"
-        else:
-            if image.offset < 0 or not 0 <= image.size <= _MAX_BYTES:
-                image.error = f"bad row: offset {image.offset}, size {image.size}"
-            elif not image.size and "error" in row:  # of damage, or of a whole shard
-                image.error = row["error"]
-        yield image
+    names = [name for name in rows.columns if name in _READ or name in extra]
+    columns = [_to_list(rows[name]) for name in names]
+    for values in zip(*columns, strict=True):
+        known = zip(names, values, strict=True)
+        row = {name: value for name, value in known if _is_known(value)}
+        yield _describe_row(row, extra, path, shard_id)
+
+
+def _describe_row(row: dict[str, Any], extra: list[str], path: str, shard_id: str) -> ImageObject:
+    name = _find_name(row)
+    image = ImageObject(
+        f"{path}/{name}" if name else path,
+        str(row.get("image_id", f"{shard_id}/{name}")),
+        metadata={column: row[column] for column in extra if column in row},
+        shard=path,
+        key=str(row.get("key", split_name(name)[0])),
+        sample_offset=_to_int(row.get("sample_offset")),
+        sample_size=_to_int(row.get("sample_size")),
+    )
+    if "shard_version" in row:
+        image.shard_version = str(row["shard_version"])
+    if "warning" in row:
+        image.warning = str(row["warning"])
+    image.sha256, image.sidecar_error = row.get(CHECKSUM), row.get(PROBLEMS)
+    offset, size = _to_int(row.get("offset")), _to_int(row.get("size"))
+    if not row.get("shard") or not isinstance(row["shard"], str):
+        image.error = f"bad row: shard {row.get('shard')!r:.40}"
+    elif offset is None or size is None or size > _MAX_BYTES:
+        image.error = f"bad row: offset {row.get('offset')!r:.40}, size {row.get('size')!r:.40}"
+    else:
+        image.offset, image.size = offset, size
+        if not size and "error" in row:  # of damage, or of a whole shard
+            image.error = str(row["error"])
+    return image
+
+
+def _find_name(row: dict[str, Any]) -> str:
+    """Return a member's name, even if its shard was moved, or the row has no path."""
+    path, name, key = (str(row.get(column, "")) for column in ("image_path", "image_id", "key"))
+    shard = str(row.get("shard"))
+    if path == shard:  # the record of a whole shard
+        return ""
+    if path.startswith(f"{shard}/"):
+        return path[len(shard) + 1 :]
+    for text in (path, name):
+        _, found, extension = text.rpartition(f"/{key}.")
+        if key and found:
+            return f"{key}.{extension}"
+    return key or name.partition("/")[2]
 
 
 def list_parts(images: list[ImageObject], end: int | None) -> list[tuple[int, int]]:
@@ -100,7 +128,7 @@ def _to_list(column: pd.Series) -> list[Any]:
     """Return a column's values as Python's own, where Arrow has such a type."""
     try:
         values: list[Any] = pa.array(column).to_pylist()
-    except pa.ArrowException:
+    except (pa.ArrowException, OverflowError):
         return list(column)
     return values
 
@@ -109,11 +137,14 @@ def _is_known(value: Any) -> bool:
     return not (value is None or value is pd.NA or (isinstance(value, float) and value != value))
 
 
-def _to_int(value: Any) -> int:
-    """Return a whole number; pandas makes floats of a column that lacked some."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return index(value)
+def _to_int(value: Any) -> int | None:
+    """Return a whole number, None for anything else and for what can't be a place in a file.
+
+    Pandas makes floats of a column that lacks some.
+    """
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    place = int(value) if whole else -1
+    return place if 0 <= place <= _MAX_OFFSET else None
 
 
 def describe_damage(member: Member, path: str, shard_id: str) -> ImageObject:

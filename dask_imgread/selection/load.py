@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.frames import free_ids, is_lazy, open_frame
 from dask_imgread.shards.partition import partition_shards
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import ImageObject
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dask_imgread.shards.frames import Frame
 
 _POSITION = "_position"  # a column that is added for the order
@@ -67,10 +70,12 @@ def load_images(
     """
     rows = open_frame(frame, storage_options)
     if rows is None:
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {frame!r}")
+        shown = redact_url(frame) if isinstance(frame, str) else type(frame).__name__
+        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {shown}")
     if ids is not None:
-        rows = rows.reset_index() if rows.index.name == "image_id" else rows
-        rows = rows[rows["image_id"].isin(list(ids))]
+        if "image_id" not in (*rows.columns, rows.index.name):
+            raise ValueError("the frame has no image_id, by which ids are found")
+        rows = rows.map_partitions(_pick, list(ids)) if is_lazy(rows) else _pick(rows, list(ids))
     rows = rows.compute() if is_lazy(rows) else rows
     if ids is not None:
         rows = rows.drop_duplicates("image_id").set_index("image_id")
@@ -86,3 +91,8 @@ def load_images(
         batches = [batch for read in pool.map(reader.process, tasks) for batch in read]
     images = [image for batch in batches for image in (*batch.data, *batch.failed)]
     return sorted(images, key=lambda image: image.metadata.pop(_POSITION))
+
+
+def _pick(rows: pd.DataFrame, ids: list[str]) -> pd.DataFrame:
+    rows = free_ids(rows)
+    return rows[rows["image_id"].isin(ids)]

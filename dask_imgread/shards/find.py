@@ -158,4 +158,5 @@ def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
         If there is no such file.
     """
     fs, name = connect(path, storage_options)
+    fs.invalidate_cache(name)  # else the file may be another than the one that was listed
     return _make_shard(fs, name, with_retries(fs.info, path, name))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import pandas as pd
 from dask.base import is_dask_collection
+from dask.utils import is_dataframe_like
 
+from dask_imgread.errors import StorageError
 from dask_imgread.shards.find import SHARD_SUFFIXES
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.retries import with_retries
@@ -32,7 +34,7 @@ def is_frame(given: object) -> TypeGuard[Frame]:
 
 def is_lazy(given: object) -> TypeGuard[DataFrame]:
     """Return whether this is a DataFrame of Dask."""
-    return is_dask_collection(given) and hasattr(given, "columns")
+    return bool(is_dask_collection(given) and is_dataframe_like(given))
 
 
 def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> Frame | None:
@@ -51,8 +53,12 @@ def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> 
         )
     if not is_frame(given):
         return None
-    lacking = [name for name in _NEEDED if name not in given.columns]
-    if "image_id" not in (*given.columns, given.index.name) and "key" not in given.columns:
+    names = list(given.columns)
+    twice = [name for name in (*_NEEDED, *COLUMNS, "image_id") if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"a frame of images has two columns {twice[0]}: leave out one")
+    lacking = [name for name in _NEEDED if name not in names]
+    if "key" not in names and "image_id" not in (*names, given.index.name):
         lacking.append("image_id or key")
     if lacking:
         raise ValueError(
@@ -68,7 +74,13 @@ def _is_job(path: str, storage_options: Mapping[str, Any]) -> bool:
     fs, root = connect(path, dict(storage_options))
     if "http" in fs.protocol:  # no job writes there
         return False
-    return bool(with_retries(fs.isfile, path, f"{root.rstrip('/')}/{JOB}"))
+    try:
+        with_retries(fs.info, path, f"{root.rstrip('/')}/{JOB}")
+    except StorageError:
+        raise
+    except OSError:  # there is none; some stores forbid to ask for what is not there
+        return False
+    return True
 
 
 def divide_rows(
@@ -86,31 +98,40 @@ def divide_rows(
     """
     if not len(rows):
         return
-    if rows.index.name == "image_id":
-        rows = rows.reset_index()
-    shards, _ = pd.factorize(rows["shard"])
+    rows = free_ids(rows)
+    paths = np.array([str(path) for path in rows["shard"]], object)
+    shards, _ = pd.factorize(paths)
     offsets = pd.to_numeric(rows["offset"], errors="coerce")
     order = np.lexsort((offsets.fillna(-1).to_numpy(float), shards))
-    rows, shards = rows.iloc[order], shards[order]
+    rows, paths, shards = rows.iloc[order], paths[order], shards[order]
     if images_per_partition is not None:
         parts = np.arange(len(rows)) // images_per_partition
     elif blocksize is not None:
         sizes = pd.to_numeric(rows["size"], errors="coerce").fillna(0).to_numpy(float)
-        parts = (np.cumsum(sizes.clip(1)) - 1) // blocksize
+        parts = (np.cumsum(sizes.clip(1, blocksize)) - 1) // blocksize
     else:
         parts = shards // (files_per_partition or 1)
     cuts = [0, *(np.flatnonzero(np.diff(parts)) + 1), len(rows)]
     for start, stop in pairwise(cuts):
-        yield _make_task(rows.iloc[start:stop], config)
+        yield _make_task(rows.iloc[start:stop], list(paths[start:stop]), config)
 
 
-def _make_task(rows: pd.DataFrame, config: dict[str, Any]) -> FileGroupTask:
-    shards = [str(path) for path in rows["shard"].unique()]
-    versions: tuple[str, ...] = ()
-    if "shard_version" in rows and rows["shard_version"].notna().all():
-        first = rows.drop_duplicates("shard").set_index("shard")["shard_version"]
-        versions = tuple(str(first[path]) for path in shards)
-    return FileGroupTask(data=shards, reader_config=config, versions=versions, rows=rows)
+def _make_task(rows: pd.DataFrame, paths: Sequence[str], config: dict[str, Any]) -> FileGroupTask:
+    shards, versions = list(dict.fromkeys(paths)), dict[str, Any]()
+    if "shard_version" in rows:
+        versions = dict(zip(paths, rows["shard_version"], strict=True))
+    known = all(isinstance(version, str) for version in versions.values())
+    return FileGroupTask(
+        data=shards,
+        reader_config=config,
+        versions=tuple(versions.values()) if known else (),
+        rows=rows,
+    )
+
+
+def free_ids(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with their ids, if they are the index, as a column."""
+    return rows.reset_index(drop="image_id" in rows) if rows.index.name == "image_id" else rows
 
 
 def list_extra_columns(rows: pd.DataFrame) -> list[str]:
@@ -121,5 +142,8 @@ def list_extra_columns(rows: pd.DataFrame) -> list[str]:
 
 def group_by_shard(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each shard, by its path in the form of ``resolve_path``."""
-    paths = rows["shard"].map(lambda path: resolve_path(str(path)))
-    return dict(iter(rows.groupby(paths.to_numpy(object), sort=False)))
+    resolved = {path: resolve_path(path) for path in {str(path) for path in rows["shard"]}}
+    if len(resolved) == 1:  # a group costs more than to read a few images
+        return dict.fromkeys(resolved.values(), rows)
+    paths = np.array([resolved[str(path)] for path in rows["shard"]], object)
+    return dict(iter(rows.groupby(paths, sort=False)))

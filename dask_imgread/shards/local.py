@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from bisect import bisect_right
 from operator import itemgetter
 
@@ -26,8 +27,13 @@ class LocalSource:
     streamed, sequential, problem = False, False, ""
 
     def __init__(self, path: str, parts: list[tuple[int, int]] | None = None) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._end = os.fstat(self._descriptor).st_size
+        # Without O_NONBLOCK the opening of a pipe would wait for a writer.
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._descriptor)
+            raise OSError(f"{path} is not a regular file")
+        self._end = status.st_size
         self._ahead = 0, memoryview(b"")  # the bytes read ahead, and their offset
         self._next = -1  # where the last view ended
         self._parts = parts

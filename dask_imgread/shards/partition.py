@@ -68,13 +68,16 @@ def partition_shards(
         ``.tar.zst``), a glob, a brace range such as ``{00000..00099}.tar``, a URL that
         fsspec supports, or a list of these. Or a frame of pandas or Dask (which is computed), or
         the output folder of a job, with at least the columns ``shard``, ``offset`` and ``size``,
-        and ``image_id`` or ``key``.
+        and ``image_id`` or ``key``. A row that names no image is recorded as failed when it is
+        read, and one whose ``shard_version`` is not the shard's any more, as ``changed shard``;
+        without that column nothing is compared. Further columns become ``metadata``.
     files_per_partition
-        Number of whole shards per task.
+        Number of whole shards per task; of a frame, those of its images.
     images_per_partition
         Approximate number of images per task. A shard with more is split into several tasks,
         each of which reads only its part of the file; samples are never split. For this, the
-        call itself reads the shards' headers. A compressed shard can't be split.
+        call itself reads the shards' headers. A compressed shard can't be split. Of a frame it is
+        the exact number, and nothing is read.
     blocksize
         Approximate number of bytes per task: small shards are grouped, larger ones are split as
         with ``images_per_partition``.
@@ -112,6 +115,10 @@ def partition_shards(
     2
     >>> len(partition_shards(shards, images_per_partition=2))
     12
+    >>> from dask_imgread import read_metadata
+    >>> rows = read_metadata(shards).compute(scheduler="sync")
+    >>> [len(task.rows) for task in partition_shards(rows[rows.key < "000008"])]
+    [6, 2]
     """
     division = Division(files_per_partition, images_per_partition, blocksize)
     _check_positive("limit", limit)

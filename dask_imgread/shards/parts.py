@@ -53,7 +53,9 @@ class Parts:
         ]
         self._pool = ThreadPoolExecutor(blocks.workers, "dask-imgread-parts")
         self._held: dict[int, Future[bytes | memoryview]] = {}  # by the piece's number
+        self._next = 0  # the first piece that was not asked for yet
         self._taken: dict[int, int] = {}  # bytes of the process's budget
+        self._ahead = 0  # the sum of them
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Return the bytes from ``offset``, fewer where the file ends."""
@@ -99,25 +101,24 @@ class Parts:
         self._drop(number)
         if number not in self._held:
             self._submit(number)
-        following, ahead = number + 1, 0
-        while following < len(self._pieces):
-            start, stop = self._pieces[following]
-            ahead += stop - start
-            if ahead > self._read_ahead:
+        self._next = max(self._next, number + 1)
+        while self._next < len(self._pieces):
+            start, stop = self._pieces[self._next]
+            if self._ahead + stop - start > self._read_ahead or not BUDGET.take(stop - start):
                 break
-            if following not in self._held:
-                if not BUDGET.take(stop - start):
-                    break
-                self._taken[following] = stop - start
-                self._submit(following)
-            following += 1
+            self._taken[self._next] = stop - start
+            self._ahead += stop - start
+            self._submit(self._next)
+            self._next += 1
         return memoryview(self._held[number].result())
 
     def _submit(self, number: int) -> None:
         self._held[number] = self._pool.submit(self._blocks.read, *self._pieces[number])
 
     def _drop(self, number: int) -> None:
-        """Discard the pieces before one."""
-        for before in [held for held in self._held if held < number]:
-            del self._held[before]
-            BUDGET.give_back(self._taken.pop(before, 0))
+        """Discard the pieces before one, in the order in which they were asked for."""
+        while self._held and (first := next(iter(self._held))) < number:
+            del self._held[first]
+            size = self._taken.pop(first, 0)
+            self._ahead -= size
+            BUDGET.give_back(size)

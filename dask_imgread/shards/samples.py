@@ -187,12 +187,13 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
     seen = seen or Seen(set(), set(), {})
     here = Seen(set(), set(), {})
     for archive in _list_archives(members, index):
+        starts = {member.start for member in archive}
         for sample in _join_samples(archive, index, seen.stems if known else {}):
             sample.repeated_key = sample.key in here.keys or sample.key in seen.keys
             index.scattered |= sample.repeated_key
             here.keys.add(sample.key)
             sidecars = tuple(sample.sidecars.items())
-            extent = _find_extent([*sample.images, *sample.sidecars.values()])
+            extent = _find_extent([*sample.images, *sample.sidecars.values()], starts)
             warning = None
             if sample.repeated_key:
                 warning = f"key again: an earlier sample of the shard has the key {sample.key}"
@@ -210,12 +211,19 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
     return index
 
 
-def _find_extent(members: list[Member]) -> tuple[int, int] | None:
-    """Return where members begin and end, if nothing else lies between them."""
+def _find_extent(members: list[Member], starts: Container[int]) -> tuple[int, int] | None:
+    """Return where members begin and end, if nothing else lies between them.
+
+    ``starts`` are those of all members: more than a header lies before the content of a link whose
+    target is a later member.
+    """
     members.sort(key=_START)
     first = end = members[0].start
     for member in members:
         if member.start != end or not end < member.offset:  # a link's target lies elsewhere
+            return None
+        headers = range(member.start + BLOCK, member.offset, BLOCK)
+        if any(start in starts for start in headers):
             return None
         end = -(-(member.offset + member.size) // BLOCK) * BLOCK
     return first, end

@@ -26,6 +26,7 @@ _MAGICS = {
     b"\4\x22\x4d\x18": "lz4",
 }
 _MAGICS |= {bytes([0x50 + n]) + b"\x2a\x4d\x18": "zstd" for n in range(16)}
+_COMPRESSED = (".gz", ".tgz", ".zst")  # whose parts are not even tried
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def open_shard(
     source: LocalSource | ReadAhead | Parts
     if isinstance(fs, LocalFileSystem):
         source = LocalSource(name, parts)
-    elif parts is not None:
+    elif parts is not None and not name.partition("?")[0].endswith(_COMPRESSED):
         source = _open_parts(fs, name, size, read_ahead, parts)
     else:
         source = _open_remote(fs, name, start, size, read_ahead, skipping)

@@ -26,6 +26,10 @@ def tasks(tmp_path_factory):
     return partition_shards(make_shards(folder, shards=TASKS, images_per_shard=2, size=(16, 12)))
 
 
+def read_rows(tasks):
+    return read_metadata(tasks).compute(scheduler="sync")
+
+
 PATHS = {
     "client.map": lambda client, reader, tasks: client.gather(client.map(reader, tasks)),
     "client.map annotated": lambda client, reader, tasks: client.gather(
@@ -56,6 +60,15 @@ PATHS = {
     "map_images": lambda client, reader, tasks: map_images(
         ImageBatch.to_frame, tasks, reader=reader, meta=make_frame([])
     ).compute(),
+    "map_images of rows": lambda client, reader, tasks: map_images(
+        ImageBatch.to_frame, read_rows(tasks), reader=reader, meta=make_frame([])
+    ).compute(),
+    "map_images of a lazy frame": lambda client, reader, tasks: map_images(
+        ImageBatch.to_frame, read_metadata(tasks), reader=reader, meta=make_frame([])
+    ).compute(),
+    "bag of a lazy frame": lambda client, reader, tasks: (
+        read_bag(read_metadata(tasks), reader=reader).map(lambda b: b.num_items).compute()
+    ),
     "verify_shards": lambda client, reader, tasks: verify_shards(
         tasks, reader=reader, client=client
     ),
