@@ -164,6 +164,7 @@ def measure_headers(folder: Path, size: Size) -> list[Row]:
     walks = [
         ("header-only metadata : decoding, one core", "Headers", "DecodedRows", 25),
         ("partition_shards : tarfile.getmembers, members", "Partition", "Tarfile", 4),
+        ("metadata with a caption and three keys : without", "Sidecars", "Headers", 0.5),
     ]
     return [
         row
@@ -192,6 +193,15 @@ def measure_chosen(folder: Path, size: Size) -> list[Row]:
         Row(f"{what}, ms", *milliseconds, time, "<= 0.03", time <= 0.03),
         Row(f"{what}, kB", read / 1e3, whole / 1e3, share, "<= 0.02", share <= 0.02),
     ]
+
+
+def measure_writing(folder: Path, size: Size) -> list[Row]:
+    """Compare new shards of all samples with copies of the old ones."""
+    few = make_photo_shards(folder / "few", size.images, sidecars=("json", "txt"))
+    shards = repeat_shards(folder / "sources", few, _REPEATS)
+    name = f"write_shards, {_REPEATS * size.images:,} photographs with two sidecars"
+    contenders = {"ours": ("Write", shards), "cp": ("Copy", shards)}
+    return _race(contenders, size.rounds, [(f"{name} : cp", "ours", "cp", 0.7)])
 
 
 def _count_bytes_read() -> int:
@@ -228,6 +238,7 @@ MEASURES: dict[str, Callable[[Path, Size], list[Row]]] = {
     "headers": measure_headers,
     "length": measure_length,
     "chosen": measure_chosen,
+    "writing": measure_writing,
     "memory": measure_memory,
 }
 

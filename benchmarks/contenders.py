@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -185,6 +188,18 @@ class Headers:
         return len(read_metadata(self._shards).compute(scheduler="sync"))
 
 
+class Sidecars(Headers):
+    """The same, with columns for a caption and three keys of JSON."""
+
+    def run(self) -> int:
+        """Read headers and sidecars of all images."""
+        from dask_imgread import read_metadata
+
+        keys = {"url": "string", "similarity": "float64", "nsfw": "int32"}
+        frame = read_metadata(self._shards, sidecars={"txt": "caption", "json": keys})
+        return len(frame.compute(scheduler="sync"))
+
+
 class DecodedRows:
     """``read_metadata(decode=True)`` on one core."""
 
@@ -287,6 +302,41 @@ class Cluster:
     def run(self) -> int:
         """Compute the rows of all images."""
         return len(self._client.compute(self._frame).result())
+
+
+class Write:
+    """``write_shards`` through a LocalCluster: all samples into new shards."""
+
+    def __init__(self, shards: list[str]) -> None:
+        from dask_imgread import read_metadata
+
+        self._client = _start_cluster()
+        self._rows = read_metadata(shards).compute()
+        self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
+
+    def run(self) -> int:
+        """Write all images."""
+        from dask_imgread import write_shards
+
+        shutil.rmtree(self._folder)
+        write_shards(self._rows, self._folder, images_per_shard=1000, client=self._client)
+        return len(self._rows)
+
+
+class Copy:
+    """``cp`` of the same shards."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self._shards = shards
+        self._images = len(read_all(shards))
+        self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
+
+    def run(self) -> int:
+        """Copy all shards."""
+        shutil.rmtree(self._folder)
+        os.mkdir(self._folder)
+        subprocess.run(["cp", *self._shards, self._folder], check=True)
+        return self._images
 
 
 class ByHand:

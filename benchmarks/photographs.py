@@ -31,6 +31,12 @@ def load_photographs() -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in paths]
 
 
+_SIDECARS = {
+    "json": b'{"url": "https://example.com/00/17/photo.jpg", "similarity": 0.3125, "nsfw": 0}',
+    "txt": b"a photograph with a caption of about the usual length, cropped at random",
+}
+
+
 def make_photo_shards(
     folder: Path, images: int, shards: int = 4, sidecars: tuple[str, ...] = ()
 ) -> list[str]:
@@ -50,7 +56,7 @@ def make_photo_shards(
             crop = photo.crop((left, top, left + width, top + height))
             crop.save(buffer, "JPEG", quality=90)
             members.append((f"{number:07d}.jpg", buffer.getvalue()))
-            members += [(f"{number:07d}.{ending}", b"1234567") for ending in sidecars]
+            members += [(f"{number:07d}.{ending}", _SIDECARS[ending]) for ending in sidecars]
         paths.append(write_shard(folder / f"photos-{shard:03d}.tar", members))
     return paths
 
