@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
@@ -18,6 +18,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dask_imgread.cluster.start import wait_for_workers
@@ -89,15 +90,16 @@ def write_shards(
         rows go to ``metadata/``.
     images_per_shard
         How many images a shard has at most; all have about the same number. A sample is never
-        split.
+        split: one with several images may exceed it.
     sort_by
-        One or several columns by which the samples are ordered; missing values come last. If not
-        given, they are in the order of the rows.
+        One or several columns by which the samples are ordered; missing values come last, and equal
+        ones stay in the order of the rows. If not given, all do.
     shuffle
         A number that decides a random order, which depends on nothing else but the images' ids.
     json_columns
         Columns that become the member ``.json`` of each sample; ``.columns.json`` where it has a
-        ``.json``.
+        ``.json``. Missing values are left out; what JSON has no type for becomes a string. Of a
+        sample with several images the first one's row counts.
     index
         Index files to write: ``"dali"`` (one for each shard, for ``fn.readers.webdataset``),
         ``"wids"`` (``index.json``, for the package ``wids``).
@@ -119,7 +121,8 @@ def write_shards(
     dask.dataframe.DataFrame
         The rows as they are now: with new ids, places and versions, and ``source_id``, the
         ``image_id`` that each had before. Samples of different sources with the same key get a key
-        with a suffix.
+        with a suffix; so do those whose key leads out of the folder, or has dots after its last
+        slash, at which other readers would end it.
 
     Raises
     ------
@@ -131,7 +134,8 @@ def write_shards(
         If shards could not be written: one that is read is gone, has changed since the rows were
         made, or does not match them. The same call tries again.
     ValueError
-        If the frame lacks columns, has no rows with images, or an option is wrong.
+        If the frame lacks columns, has no rows with images, or rows that name no place in a shard;
+        if ``out`` is where its shards lie, or an option is wrong.
 
     Examples
     --------
@@ -144,17 +148,19 @@ def write_shards(
     ...     len(chosen)
     10
     """
+    json_columns, index = _list(json_columns), _list(index)
     _check_options(images_per_shard, sort_by, shuffle, index)
     options = storage_options or {}
+    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
     rows = _collect_rows(frame, options, json_columns)
+    _check_place(place, rows["shard"].unique())
     rows = _name_samples(_order_rows(rows, sort_by, shuffle))
     cuts = _cut_evenly(rows["_sample"].to_numpy(), images_per_shard)
-    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
     out_options = ({} if is_local(place) else options) if out_options is None else out_options
     job = {
         "rows": _digest_rows(rows),
         "images per shard": images_per_shard,
-        "json columns": list(json_columns),
+        "json columns": json_columns,
         "index": sorted(index),
     }
     job_id = hashlib.blake2b(json.dumps(job).encode(), digest_size=16).hexdigest()
@@ -178,6 +184,10 @@ def write_shards(
     )
 
 
+def _list(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _check_options(
     images_per_shard: int,
     sort_by: str | Sequence[str] | None,
@@ -188,9 +198,24 @@ def _check_options(
         raise ValueError(f"images_per_shard must be at least 1, not {images_per_shard}")
     if sort_by is not None and shuffle is not None:
         raise ValueError("sort_by and shuffle can't be given together: give one")
-    unknown = {index} - _INDEXES if isinstance(index, str) else set(index) - _INDEXES
+    unknown = sorted(set(index) - _INDEXES)
     if unknown:
         raise ValueError(f"index takes {', '.join(sorted(_INDEXES))}, not {', '.join(unknown)}")
+
+
+def _check_place(place: str, shards: Iterable[str]) -> None:
+    """Raise ValueError if shards that are read lie where others are to be written."""
+    inside = f"{_follow_links(place)}/"
+    for path in shards:
+        if _follow_links(path).startswith(inside):
+            raise ValueError(
+                f"{redact_url(path)}, which is read, lies in {redact_url(place)}: give another "
+                "folder to write to"
+            )
+
+
+def _follow_links(path: str) -> str:
+    return os.path.realpath(path) if is_local(path) else path
 
 
 def _collect_rows(
@@ -199,34 +224,70 @@ def _collect_rows(
     """Return the rows with images, each once, indexed by ``image_id``, with all columns needed."""
     opened = open_frame(frame, options)
     if opened is None:
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {frame!r}")
+        given = redact_url(frame) if isinstance(frame, str) else repr(frame)
+        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
     rows = opened.compute() if is_lazy(opened) else opened
-    lacking = [name for name in json_columns if name not in rows]
-    if lacking:
-        raise ValueError(f"json_columns: the frame has no {', '.join(lacking)}")
-    rows = rows.set_index("image_id") if "image_id" in rows else rows.copy(deep=False)
+    _check_columns("json_columns", json_columns, rows)
+    rows = _convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
     empty = rows["size"].fillna(0) == 0
     if empty.any():
         logger.warning("%d rows have no image, but record damage: left out", empty.sum())
         rows = rows[~empty]
     if not len(rows):
         raise ValueError("the frame has no rows with images: nothing to write")
-    for name in ("offset", "size"):
-        numbers = pd.to_numeric(rows[name], errors="coerce").astype("Float64")
-        wrong = ~((numbers >= 0) & (numbers < 2**62) & (numbers % 1 == 0)).fillna(False)
-        if wrong.any() or rows["shard"].isna().any():
-            where = wrong if wrong.any() else rows["shard"].isna()
-            raise ValueError(
-                f"{where.sum()} rows name no place in a shard, such as {rows.index[where][0]}: "
-                f"shard {rows['shard'][where].iloc[0]}, {name} {rows[name][where].iloc[0]}"
-            )
-        rows[name] = numbers.astype("int64[pyarrow]")
     for name in _OPTIONAL:
         if name not in rows:
             rows[name] = pd.array([None] * len(rows), dtype=COLUMNS[name])
+    rows["shard_version"] = rows["shard_version"].astype(COLUMNS["shard_version"])
+    for name in ("offset", "size", "sample_offset", "sample_size"):
+        rows[name] = _check_numbers(rows, name)
     if rows.index.name != "image_id" or "key" not in rows:
         rows = _complete_names(rows)
-    return rows[~rows.duplicated(["shard", "offset"])]
+    _refuse(rows, rows["key"].isna(), "key")
+    _refuse(rows, rows["shard"].isna(), "shard")
+    paths = {path: resolve_path(path) for path in rows["shard"].unique()}
+    rows["shard"] = rows["shard"].map(paths).astype(COLUMNS["shard"])
+    place = rows[["shard", "offset", "key"]].reset_index()
+    return rows[~place.duplicated().to_numpy()]
+
+
+def _check_columns(option: str, names: Iterable[str], rows: pd.DataFrame) -> None:
+    lacking = [name for name in names if name not in (*rows.columns, rows.index.name)]
+    if lacking:
+        raise ValueError(f"{option}: the frame has no {', '.join(lacking)}")
+
+
+def _convert_to_arrow(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with Arrow's types, which are then the same for each part of them."""
+    try:
+        table = pa.Table.from_pandas(rows)
+    except pa.ArrowException as error:
+        raise ValueError(f"a column can't be written as Parquet: {error}") from error
+    return table.to_pandas(types_mapper=_choose_dtype)
+
+
+def _choose_dtype(kind: pa.DataType) -> Any:
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pd.StringDtype("pyarrow") if text else pd.ArrowDtype(kind)
+
+
+def _check_numbers(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column of places as whole numbers."""
+    numbers = pd.to_numeric(rows[name], errors="coerce").astype("Float64")
+    right = ((numbers >= 0) & (numbers < 2**62) & (numbers % 1 == 0)).fillna(False)
+    right |= rows[name].isna() if name in _OPTIONAL else False
+    _refuse(rows, ~right, name)
+    return numbers.astype("int64[pyarrow]")
+
+
+def _refuse(rows: pd.DataFrame, wrong: pd.Series, name: str) -> None:
+    """Raise ValueError if some rows name no place in a shard, because of one column."""
+    if wrong.any():
+        first = rows[wrong].iloc[0]
+        raise ValueError(
+            f"{wrong.sum()} rows name no place in a shard, such as {first.name}, of the shard "
+            f"{redact_url(str(first['shard']))}: its {name} is {first[name]}"
+        )
 
 
 def _complete_names(rows: pd.DataFrame) -> pd.DataFrame:
@@ -234,7 +295,8 @@ def _complete_names(rows: pd.DataFrame) -> pd.DataFrame:
     if "key" not in rows:
         names = rows.index.astype(str).str.partition("/").get_level_values(2)
         return rows.assign(key=[split_name(name)[0] for name in names])
-    shard_ids = {path: make_shard_id(resolve_path(str(path))) for path in rows["shard"].unique()}
+    _refuse(rows, rows["shard"].isna(), "shard")
+    shard_ids = {path: make_shard_id(resolve_path(path)) for path in rows["shard"].unique()}
     ids = [f"{shard_ids[s]}/{key}" for s, key in zip(rows["shard"], rows["key"], strict=True)]
     return rows.set_axis(pd.Index(ids, dtype="string[pyarrow]", name="image_id"))
 
@@ -247,39 +309,58 @@ def _order_rows(
         hashes = pd.util.hash_array(rows.index.to_numpy(object), hash_key=key)
         return rows.iloc[np.lexsort((rows.index.to_numpy(str), hashes))]
     if sort_by is not None:
-        columns = [sort_by] if isinstance(sort_by, str) else list(sort_by)
-        lacking = [name for name in columns if name not in rows]
-        if lacking:
-            raise ValueError(f"sort_by: the frame has no {', '.join(lacking)}")
+        columns = _list(sort_by)
+        _check_columns("sort_by", columns, rows)
         return rows.sort_values(columns, kind="stable")
     return rows
 
 
 def _name_samples(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the number of each row's sample, in ascending order, and the key it is written under."""
-    place = rows["sample_offset"].astype("string[pyarrow]").fillna("@" + rows["key"].astype(str))
+    place = rows["sample_offset"].astype("string[pyarrow]")
+    place = place.fillna("@" + rows["key"].astype(str) + _tell_apart(rows))
     numbers, _ = pd.factorize(rows["shard"].astype(str) + "\0" + place)
     rows = rows.assign(_sample=numbers, _key=rows["key"]).sort_values("_sample", kind="stable")
     first = rows[~rows["_sample"].duplicated()]
     keys = first["key"].astype(str)
-    unsafe = keys.str.startswith("/") | keys.str.split("/").map(lambda parts: ".." in parts)
-    renamed = first[(keys.duplicated(keep=False) | unsafe).to_numpy()]
-    new_keys = {
-        number: _make_key(str(key), f"{shard}\0{offset}")
-        for number, key, shard, offset in zip(
-            *(renamed[name] for name in ("_sample", "key", "shard", "offset")), strict=True
-        )
-    }
+    renamed = first[(keys.duplicated(keep=False) | ~keys.map(_is_plain)).to_numpy()]
+    taken = set(keys)
+    new_keys: dict[int, str] = {}
+    for number, key, shard, offset in zip(
+        *(renamed[name] for name in ("_sample", "key", "shard", "offset")), strict=True
+    ):
+        new_keys[number] = _make_key(str(key), f"{shard}\0{offset}", taken)
     if new_keys:
         chosen = rows["_sample"].map(new_keys)
         rows["_key"] = chosen.where(chosen.notna(), rows["key"])
     return rows
 
 
-def _make_key(key: str, place: str) -> str:
-    """Return a key that no other sample has, and that leads to no other folder."""
-    parts = [part if part != ".." else "_" for part in key.lstrip("/").split("/")]
-    return f"{'/'.join(parts)}-{hashlib.blake2b(place.encode(), digest_size=5).hexdigest()}"
+def _tell_apart(rows: pd.DataFrame) -> pd.Series:
+    """Return what distinguishes samples of a shard with the same key: nothing, for most."""
+    if "warning" not in rows:
+        return pd.Series("", rows.index)
+    again = rows["warning"].astype(str).str.match("key again|duplicate name")
+    return ("\0" + rows["offset"].astype(str)).where(again.astype(bool), "")
+
+
+def _is_plain(key: str) -> bool:
+    """Return whether a key leads to no other folder, and all readers end it at the same dot."""
+    name = key.rpartition("/")[2]
+    leads_out = key.startswith("/") or ".." in re.split(r"[/\\]", key)
+    return bool(name) and not leads_out and "." not in name and "\0" not in key
+
+
+def _make_key(key: str, place: str, taken: set[str]) -> str:
+    """Return a plain key that no other sample has, and add it to those ``taken``."""
+    *folders, name = key.replace("\0", "_").replace("..", "_").lstrip("/").split("/")
+    plain = "/".join([*folders, name.replace(".", "_")])
+    while True:
+        new = f"{plain}-{hashlib.blake2b(place.encode(), digest_size=5).hexdigest()}"
+        if new not in taken:
+            taken.add(new)
+            return new
+        place += "\0"
 
 
 def _cut_evenly(samples: np.ndarray, images_per_shard: int) -> list[int]:
@@ -305,11 +386,19 @@ class _Digest(io.RawIOBase):
 
 
 def _digest_rows(rows: pd.DataFrame) -> str:
-    """Return a digest of the rows' values, the same in every process."""
+    """Return a digest of the rows' values, however Arrow holds them."""
     digest = _Digest()
-    table = pa.Table.from_pandas(rows).replace_schema_metadata(None).combine_chunks()
-    with pa.ipc.new_stream(pa.PythonFile(digest, "w"), table.schema) as stream:
-        stream.write_table(table)
+    table = pa.Table.from_pandas(rows)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_boolean(column.type):  # a byte's unused bits may be anything
+            column = column.cast(pa.uint8())
+        elif isinstance(column.type, pa.ListType):  # Parquet has another name for the values
+            column = column.cast(pa.list_(column.type.value_type))
+        # What lies where values are missing may be anything, too.
+        for values in (pc.indices_nonzero(column.is_null()), column.drop_null()):
+            part = pa.table({name: values}).combine_chunks()
+            with pa.ipc.new_stream(pa.PythonFile(digest, "w"), part.schema) as stream:
+                stream.write_table(part)
     return digest.hash.hexdigest()
 
 
@@ -332,7 +421,8 @@ def _write_partitions(
     tasks = run_tasks(client, writer, partitions, pure=False, retries=retries)
     for ended, ((number, _), result) in enumerate(tasks, 1):
         if isinstance(result, Exception):
-            reason = hide_secrets(f"{type(result).__name__}: {result}", writer.storage_options)
+            secrets = {"read": writer.storage_options, "written": writer.out_options}
+            reason = hide_secrets(f"{type(result).__name__}: {result}", secrets)
             errors.append(f"{name_shard(number)}: {reason}")
             logger.error("%s", errors[-1])
             if len(errors) == _MOST_ERRORS:
@@ -371,10 +461,11 @@ class _Folder:
             if before == description:
                 return
             if not overwrite:
-                changed = [key for key in description if before.get(key) != description[key]]
+                both = [key for key in description if key in before]
+                changed = [key for key in both if before[key] != description[key]]
                 raise OtherJobError(
-                    f"{redact_url(self.url)} was written with other {', '.join(changed)}: give "
-                    "another folder, or overwrite it"
+                    f"{redact_url(self.url)} was written with other "
+                    f"{', '.join(changed) or 'options'}: give another folder, or overwrite it"
                 )
             for name in sorted(names, key=lambda name: name == _DESCRIPTION):
                 if _OURS.fullmatch(name):
