@@ -125,6 +125,10 @@ class ShardWriter:
         write_whole(fs, f"{root}/{name_rows(number)}", content.getvalue())
         return Written(name_shard(number), len(samples), len(rows), size)
 
+    def name_shard(self, partition: tuple[int, pd.DataFrame]) -> str:
+        """Return the name of the shard that a partition becomes."""
+        return name_shard(partition[0])
+
 
 def _make_table(rows: pd.DataFrame) -> pa.Table:
     """Return rows as a table that pandas can read without options, too."""

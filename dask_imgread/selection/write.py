@@ -8,32 +8,29 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dask_imgread.cluster.start import wait_for_workers
 from dask_imgread.cluster.window import run_tasks
-from dask_imgread.errors import JobError, OtherJobError
+from dask_imgread.errors import JobError
 from dask_imgread.jobs.run import choose_client, raise_job_errors
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.selection.shard_writer import JOB_KEY, ShardWriter, name_rows, name_shard
+from dask_imgread.selection.folder import OutputFolder
+from dask_imgread.selection.shard_writer import ShardWriter, Written, name_shard
 from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.samples import make_shard_id, split_name
-from dask_imgread.storage.files import DRAFT, open_bytes, write_whole
-from dask_imgread.storage.filesystems import connect, is_local, resolve_path
+from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.storage.retries import with_retries
 from dask_imgread.tasks import COLUMNS
 
 if TYPE_CHECKING:
@@ -42,16 +39,13 @@ if TYPE_CHECKING:
 
     from dask_imgread.shards.frames import Frame
 
+Item = TypeVar("Item", contravariant=True)
+
 IMAGES_PER_SHARD = 10_000
-_DESCRIPTION = "_write.json"  # what decides the shards; beside them
 _OPTIONAL = ("shard_version", "sample_offset", "sample_size")
-_OURS = re.compile(
-    r"\d{5,}\.(tar|idx)|index\.json|_write\.json|metadata/part-\d{5,}\.parquet|(metadata/)?_tmp-.*"
-)
 _INDEXES = {"dali", "wids"}
 _READER = ImageReaderStage(decode=False)  # no GPU is needed
 _MOST_ERRORS = 10
-_READERS = 16  # footers read at the same time
 
 logger = logging.getLogger("dask_imgread")
 
@@ -151,21 +145,20 @@ def write_shards(
     json_columns, index = _list(json_columns), _list(index)
     _check_options(images_per_shard, sort_by, shuffle, index)
     options = storage_options or {}
-    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
+    place, out_options = resolve_out(out, options, out_options)
     rows = _collect_rows(frame, options, json_columns)
-    _check_place(place, rows["shard"].unique())
+    check_place(place, rows["shard"].unique())
     rows = _name_samples(_order_rows(rows, sort_by, shuffle))
     cuts = _cut_evenly(rows["_sample"].to_numpy(), images_per_shard)
-    out_options = ({} if is_local(place) else options) if out_options is None else out_options
     job = {
-        "rows": _digest_rows(rows),
+        "rows": digest_rows(rows),
         "images per shard": images_per_shard,
         "json columns": json_columns,
         "index": sorted(index),
     }
     job_id = hashlib.blake2b(json.dumps(job).encode(), digest_size=16).hexdigest()
     writer = ShardWriter(place, out_options, options, job_id, tuple(json_columns), "dali" in index)
-    folder = _Folder(place, out_options)
+    folder = OutputFolder(place, out_options)
     folder.prepare(job, overwrite)
     written = folder.list_written(len(cuts) - 1, job_id)
     wanted = [(start, stop) for n, (start, stop) in enumerate(pairwise(cuts)) if n not in written]
@@ -174,7 +167,7 @@ def write_shards(
         with raise_job_errors(), choose_client(client, _READER) as opened:
             wait_for_workers(opened)
             with choose_progress(len(cuts) - 1, len(written), hidden=not progress) as shown:
-                _write_partitions(opened, writer, partitions, shown, retries)
+                run_writer(opened, writer, partitions, shown, retries)
     if "wids" in index:
         counts = [rows["_sample"].iloc[start:stop].nunique() for start, stop in pairwise(cuts)]
         folder.write_wids_index([(name_shard(n), count) for n, count in enumerate(counts)])
@@ -184,8 +177,42 @@ def write_shards(
     )
 
 
+def resolve_out(
+    out: str | os.PathLike[str], options: dict[str, Any], out_options: dict[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the path or URL of the output, and the options of its file system."""
+    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
+    if out_options is None:
+        out_options = {} if is_local(place) else options
+    return place, out_options
+
+
 def _list(names: str | Iterable[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
+
+
+class ShardPlan(NamedTuple):
+    """What ``write_shards`` would write."""
+
+    images: int
+    samples: int
+    shards: int
+    size: int  # bytes of the samples; of the images, where that is not known
+
+
+def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> ShardPlan:
+    """Return what ``write_shards`` would write of a frame's rows.
+
+    Raises
+    ------
+    ValueError
+        As ``write_shards`` does.
+    """
+    rows = _name_samples(_collect_rows(frame, {}, []))
+    first = rows[~rows["_sample"].duplicated()]
+    size = int(first["sample_size"].fillna(first["size"]).sum())
+    shards = len(_cut_evenly(rows["_sample"].to_numpy(), images_per_shard)) - 1
+    return ShardPlan(len(rows), len(first), shards, size)
 
 
 def _check_options(
@@ -203,7 +230,7 @@ def _check_options(
         raise ValueError(f"index takes {', '.join(sorted(_INDEXES))}, not {', '.join(unknown)}")
 
 
-def _check_place(place: str, shards: Iterable[str]) -> None:
+def check_place(place: str, shards: Iterable[str]) -> None:
     """Raise ValueError if shards that are read lie where others are to be written."""
     inside = f"{_follow_links(place)}/"
     for path in shards:
@@ -228,7 +255,7 @@ def _collect_rows(
         raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
     rows = opened.compute() if is_lazy(opened) else opened
     _check_columns("json_columns", json_columns, rows)
-    rows = _convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
+    rows = convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
     empty = rows["size"].fillna(0) == 0
     if empty.any():
         logger.warning("%d rows have no image, but record damage: left out", empty.sum())
@@ -257,7 +284,7 @@ def _check_columns(option: str, names: Iterable[str], rows: pd.DataFrame) -> Non
         raise ValueError(f"{option}: the frame has no {', '.join(lacking)}")
 
 
-def _convert_to_arrow(rows: pd.DataFrame) -> pd.DataFrame:
+def convert_to_arrow(rows: pd.DataFrame) -> pd.DataFrame:
     """Return rows with Arrow's types, which are then the same for each part of them."""
     try:
         table = pa.Table.from_pandas(rows)
@@ -385,7 +412,7 @@ class _Digest(io.RawIOBase):
         return len(content)
 
 
-def _digest_rows(rows: pd.DataFrame) -> str:
+def digest_rows(rows: pd.DataFrame) -> str:
     """Return a digest of the rows' values, however Arrow holds them."""
     digest = _Digest()
     table = pa.Table.from_pandas(rows)
@@ -402,14 +429,32 @@ def _digest_rows(rows: pd.DataFrame) -> str:
     return digest.hash.hexdigest()
 
 
-def _write_partitions(
+class Writer(Protocol[Item]):
+    """What writes one shard, on a worker."""
+
+    @property
+    def out_options(self) -> dict[str, Any]:
+        """The options of the output's file system."""
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """The options of the file system of the shards that are read."""
+
+    def __call__(self, item: Item, /) -> Written:
+        """Write the shard of one item."""
+
+    def name_shard(self, item: Item, /) -> str:
+        """Return the shard's name in the output folder."""
+
+
+def run_writer(
     client: Client,
-    writer: ShardWriter,
-    partitions: Iterator[tuple[int, pd.DataFrame]],
+    writer: Writer[Item],
+    items: Iterable[Item],
     progress: Progress,
     retries: int,
 ) -> None:
-    """Write partitions on the cluster.
+    """Write shards on the cluster.
 
     Raises
     ------
@@ -418,12 +463,12 @@ def _write_partitions(
     """
     errors: list[str] = []
     images = 0
-    tasks = run_tasks(client, writer, partitions, pure=False, retries=retries)
-    for ended, ((number, _), result) in enumerate(tasks, 1):
+    tasks = run_tasks(client, writer, items, pure=False, retries=retries)
+    for ended, (item, result) in enumerate(tasks, 1):
         if isinstance(result, Exception):
             secrets = {"read": writer.storage_options, "written": writer.out_options}
             reason = hide_secrets(f"{type(result).__name__}: {result}", secrets)
-            errors.append(f"{name_shard(number)}: {reason}")
+            errors.append(f"{writer.name_shard(item)}: {reason}")
             logger.error("%s", errors[-1])
             if len(errors) == _MOST_ERRORS:
                 break
@@ -435,80 +480,3 @@ def _write_partitions(
             f"{len(errors)} shards could not be written, such as {errors[0]}. The same call tries "
             "them again"
         )
-
-
-class _Folder:
-    """The folder that shards are written to."""
-
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        self.url, self._options = url, options
-        self._fs, self._root = connect(url, options)
-
-    def prepare(self, description: dict[str, Any], overwrite: bool) -> None:
-        """Begin, or go on with what was begun.
-
-        Raises
-        ------
-        OtherJobError
-            If something else was begun there.
-        FileExistsError
-            If there are other files.
-        """
-        names = self._list_names()
-        if _DESCRIPTION in names:
-            content = with_retries(self._fs.cat_file, self.url, f"{self._root}/{_DESCRIPTION}")
-            before = json.loads(content)
-            if before == description:
-                return
-            if not overwrite:
-                both = [key for key in description if key in before]
-                changed = [key for key in both if before[key] != description[key]]
-                raise OtherJobError(
-                    f"{redact_url(self.url)} was written with other "
-                    f"{', '.join(changed) or 'options'}: give another folder, or overwrite it"
-                )
-            for name in sorted(names, key=lambda name: name == _DESCRIPTION):
-                if _OURS.fullmatch(name):
-                    with_retries(self._fs.rm_file, self.url, f"{self._root}/{name}")
-        elif names:
-            raise FileExistsError(
-                f"{redact_url(self.url)} holds other files, such as {min(names)}: give an empty "
-                "folder"
-            )
-        content = json.dumps(description, indent=1).encode()
-        write_whole(self._fs, f"{self._root}/{_DESCRIPTION}", content)
-
-    def list_written(self, count: int, job_id: str) -> set[int]:
-        """Return the numbers of the shards that are there, with their rows."""
-        names = self._list_names()
-        there = [n for n in range(count) if {name_shard(n), name_rows(n)} <= names]
-        with ThreadPoolExecutor(_READERS) as pool:
-            ids = pool.map(self._read_job_id, there)
-            return {n for n, found in zip(there, ids, strict=True) if found == job_id}
-
-    def write_wids_index(self, shards: list[tuple[str, int]]) -> None:
-        """Write the index of all shards that the package ``wids`` takes."""
-        described = [{"url": name, "nsamples": samples} for name, samples in shards]
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": described}
-        write_whole(self._fs, f"{self._root}/index.json", json.dumps(index, indent=1).encode())
-
-    def remove_drafts(self) -> None:
-        """Remove what killed writers have left."""
-        for name in self._list_names():
-            if name.rpartition("/")[2].startswith(DRAFT):
-                with suppress(FileNotFoundError):
-                    self._fs.rm_file(f"{self._root}/{name}")
-
-    def _list_names(self) -> set[str]:
-        self._fs.invalidate_cache()
-        if not with_retries(self._fs.exists, self.url, self._root):
-            return set()
-        found = with_retries(self._fs.find, self.url, self._root)
-        root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
-        return {name.removeprefix(root) for name in found}
-
-    def _read_job_id(self, number: int) -> str:
-        path = f"{self._root}/{name_rows(number)}"
-        content = with_retries(self._fs.cat_file, self.url, path)
-        metadata = pq.read_schema(open_bytes(content)).metadata or {}
-        return bytes(metadata.get(JOB_KEY, b"")).decode()

@@ -34,7 +34,7 @@ from dask_imgread import (
 )
 from dask_imgread.selection import shard_writer
 from dask_imgread.selection.shard_writer import SampleReader, list_samples, name_shard
-from dask_imgread.selection.write import _collect_rows, _cut_evenly, _digest_rows, _name_samples
+from dask_imgread.selection.write import _collect_rows, _cut_evenly, _name_samples, digest_rows
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
@@ -191,7 +191,7 @@ def assert_same_rows(rows, expected):
 def test_a_digest_is_of_values_not_of_how_they_are_held(frame):
     def digest(texts, flags):
         columns = {"text": texts, "flag": flags}
-        return _digest_rows(
+        return digest_rows(
             pd.DataFrame({k: pd.arrays.ArrowExtensionArray(v) for k, v in columns.items()})
         )
 
