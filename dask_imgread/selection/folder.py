@@ -50,7 +50,7 @@ class OutputFolder:
             if before == description:
                 return
             if not overwrite:
-                both = [key for key in description if key in before]
+                both = [key for key in description if key in before and key != "files"]
                 changed = [key for key in both if before[key] != description[key]]
                 raise OtherJobError(
                     f"{redact_url(self.url)} was written with other "

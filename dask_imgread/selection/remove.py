@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -226,7 +227,7 @@ def remove_images(
     removals = list(_group(removed, names))
     folder = OutputFolder(place, out_options)
     files = [removal.name for removal in removals]
-    folder.prepare({"ids to remove": digest_rows(removed), "files": files}, overwrite)
+    folder.prepare({"images to remove": digest_rows(removed), "files": files}, overwrite)
     written = folder.list_names()
     wanted = [removal for removal in removals if removal.name not in written]
     if wanted:
@@ -258,11 +259,22 @@ def find_copies(rows: pd.DataFrame, chosen: np.ndarray) -> pd.DataFrame:
 
 
 def _name_copies(paths: Iterable[str]) -> dict[str, str]:
-    """Return under which name below the output folder each shard's copy is written."""
-    plain = {path: drop_signature(path).partition("?")[0] for path in paths}
-    folders = {posixpath.dirname(path) for path in plain.values()}
-    common = posixpath.commonpath(folders) if len(folders) > 1 else "".join(folders)
-    return {path: name.removeprefix(common).lstrip("/") for path, name in plain.items()}
+    """Return under which name below the output folder each shard's copy is written.
+
+    Raises
+    ------
+    ValueError
+        If two have the same name, or one leads out of the folder.
+    """
+    split = {path: drop_signature(path).partition("?")[0].split("/") for path in paths}
+    levels = zip(*(parts[:-1] for parts in split.values()), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda level: len({*level}) == 1, levels))
+    names = {path: "/".join(filter(None, parts[common:])) for path, parts in split.items()}
+    if len(set(names.values())) < len(names) or any(".." in parts for parts in split.values()):
+        raise ValueError(
+            "the shards have no names of their own below a common folder: give fewer of them"
+        )
+    return names
 
 
 def _group(rows: pd.DataFrame, names: dict[str, str]) -> Iterator[Removal]:

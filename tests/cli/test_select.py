@@ -15,7 +15,7 @@ from dask_imgread import JobError, read_metadata, run_job
 from dask_imgread.cli.main import main
 from dask_imgread.cli.select import concat_rows
 from dask_imgread.selection.choose import find_failed, find_ids, match_rows, read_ids
-from dask_imgread.selection.remove import remove_images
+from dask_imgread.selection.remove import _name_copies, remove_images
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 
 A, B, C, D = (encode_picture(draw_picture(n, (24, 16)), "png") for n in range(4))
@@ -275,7 +275,7 @@ def test_images_are_removed_and_nothing_else_changes(select, shards):
     assert Path("out/00000.tar").stat().st_mtime_ns == written
     Path("gone.txt").write_text(f"{rows.index[7]}\n")
     status, _, err = select("shards", "--not-ids", "gone.txt", "--out", "out")
-    assert (status, "was written with other ids to remove, files" in err) == (2, True)
+    assert (status, "was written with other images to remove: give" in err) == (2, True)
     status, _, _ = select("shards", "--not-ids", "gone.txt", "--out", "out", "--overwrite")
     assert status == 0
     assert list_files("out") == files - {"00000.tar", "00002.tar"} | {"00001.tar"}
@@ -286,6 +286,16 @@ def test_images_are_removed_and_nothing_else_changes(select, shards):
     assert list_files("none") == {"removed.csv", "not-found.txt", "_write.json"}
     status, _, err = select("shards", "--not-ids", "gone.txt", "--out", "shards")
     assert (status, "lies in" in err) == (2, True)
+
+
+def test_copies_have_their_paths_below_the_common_folder():
+    assert _name_copies(["/a/b/0.tar"]) == {"/a/b/0.tar": "0.tar"}
+    assert [*_name_copies(["s3://a/x/0.tar", "s3://a/x/y/0.tar"]).values()] == ["0.tar", "y/0.tar"]
+    urls = ["https://me:pw@host/0.tar?sig=1&token=2", "s3://b/0.tar"]
+    assert [*_name_copies(urls).values()] == ["https:/host/0.tar", "s3:/b/0.tar"]
+    for paths in (["https://h/get?n=1", "https://h/get?n=2"], ["s3://a/../0.tar", "s3://a/1.tar"]):
+        with pytest.raises(ValueError, match="no names of their own"):
+            _name_copies(paths)
 
 
 def remove(client, paths, names, out="out", **options):
