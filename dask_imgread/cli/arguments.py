@@ -25,6 +25,9 @@ _EXAMPLES = {  # of each command, after the program's name
     "metadata shards/ --out captions --sidecar txt=caption --sidecar json=url,similarity:float64",
     "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
     "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
+    "select": 'select "shards/*.tar" --where "width>=512" --out large --shuffle 1\n'
+    "select decoded --failed --out broken\n"
+    'select "shards/*.tar" --not-ids takedown.txt --out rewritten',
     "report": "report result",
 }
 SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
@@ -37,7 +40,12 @@ _REQUIRED = {
     "metadata": ("shards", "out"),
     "apply": ("function", "shards", "out"),
     "verify": ("shards",),
+    "select": ("shards", "out"),
 }
+_NOT_WITH_NOT_IDS = (
+    *("where", "failed", "decode", "sidecar"),
+    *("images_per_shard", "sort_by", "shuffle", "index", "json_column"),
+)
 _MISSING = {
     "shards": 'SHARDS is missing: give files, folders, globs or URLs, such as "shards/*.tar"',
     "out": "--out is missing: give a folder or URL for the rows, such as --out result",
@@ -89,7 +97,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     The parser can't require arguments: they may stand in the configuration file.
     """
     for name in _REQUIRED.get(arguments.command, ()):
-        if not getattr(arguments, name):
+        if not getattr(arguments, name) and not (name == "out" and vars(arguments).get("dry_run")):
             raise ValueError(_MISSING[name])
     if arguments.command == "demo" and arguments.images < 1:
         raise ValueError(
@@ -100,10 +108,31 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             "--sidecar and --sidecars can't be given together: the columns of the one hold what "
             "the other reads; leave one out"
         )
+    if arguments.command == "select":
+        _check_selection(arguments)
     if arguments.command == "metadata" and arguments.resize is not None and not arguments.decode:
         raise ValueError(
             "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
         )
+
+
+def _check_selection(arguments: argparse.Namespace) -> None:
+    given = {
+        name
+        for name, value in vars(arguments).items()
+        if value is not None and value is not False and value != []
+    }
+    if "not_ids" in given:
+        others = [f"--{name.replace('_', '-')}" for name in _NOT_WITH_NOT_IDS if name in given]
+        if others:
+            raise ValueError(
+                f"--not-ids copies shards without some images, and takes no {', '.join(others)}: "
+                "leave that out"
+            )
+    if {"sort_by", "shuffle"} <= given:
+        raise ValueError("--sort-by and --shuffle can't be given together: give one")
+    if arguments.images_per_shard is not None and arguments.images_per_shard < 1:
+        raise ValueError(f"--images-per-shard must be at least 1, not {arguments.images_per_shard}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -136,16 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=False,
         help="decode, and so find broken images (default no: only headers are read)",
     )
-    metadata.add_argument(
-        "--sidecar",
-        action="append",
-        default=[],
-        type=_parse_sidecar,
-        metavar="EXT=NAME[:TYPE],...",
-        help="columns of what the samples' .EXT members hold: of .json keys (a.b is the b in a), "
-        "of others the whole, in a column NAME; types such as float64 are found on the first "
-        "images if not given (default: none)",
-    )
+    _add_sidecar(metadata)
     _add_job(metadata)
     _add_reader(metadata.add_argument_group("reader"), READER_HELP, {"sidecars": False})
     _add_cluster(metadata)
@@ -165,6 +185,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reader(verify, ["device"])
     _add_cluster(verify)
 
+    _add_select(_add_command(commands, "select", "write chosen images as new shards"))
+
     report = _add_command(commands, "report", "write a page to look at from a job's output")
     report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
     report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
@@ -177,6 +199,86 @@ def make_parser() -> argparse.ArgumentParser:
         report, "--out-option", "option of the file system of DIR (default: as --storage-option)"
     )
     return parser
+
+
+def _add_sidecar(container: argparse._ActionsContainer) -> None:
+    container.add_argument(
+        "--sidecar",
+        action="append",
+        default=[],
+        type=_parse_sidecar,
+        metavar="EXT=NAME[:TYPE],...",
+        help="columns of what the samples' .EXT members hold: of .json keys (a.b is the b in a), "
+        "of others the whole, in a column NAME; types such as float64 are found on the first "
+        "images if not given (default: none)",
+    )
+
+
+def _add_select(select: argparse.ArgumentParser) -> None:
+    _add_shards(select, "file, folder, glob or URL of shards; or the output of metadata")
+    choice = select.add_argument_group("which images (default: all)")
+    choice.add_argument(
+        "--where",
+        metavar="CONDITION",
+        help="those for which this is true, such as \"width >= 512 and format == 'jpeg'\": an "
+        "expression of columns, as pandas' query takes it (default: none)",
+    )
+    lists = choice.add_mutually_exclusive_group()
+    lists.add_argument(
+        "--ids",
+        metavar="FILE",
+        help="those with these image_ids or SHA-256 digests, one in each line (default: none)",
+    )
+    lists.add_argument(
+        "--not-ids",
+        metavar="FILE",
+        help="copy the shards that hold one of these, without them, and leave other shards alone "
+        "(default: none)",
+    )
+    choice.add_argument(
+        "--failed",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="those that could not be read, with their errors as .json (default no)",
+    )
+    choice.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode, and so find broken images (default no: only headers are read)",
+    )
+    _add_sidecar(choice)
+    shards = select.add_argument_group("new shards")
+    shards.add_argument(
+        "--images-per-shard", type=int, metavar="N", help="images in a shard (default 10000)"
+    )
+    order = shards.add_mutually_exclusive_group()
+    for container, flag, metavar, what in (
+        (order, "--sort-by", "COLUMN", "column to sort by; may be given again"),
+        (shards, "--json-column", "COLUMN", "column to write as .json; may be given again"),
+    ):
+        container.add_argument(
+            flag, action="append", default=[], metavar=metavar, help=f"{what} (default: none)"
+        )
+    order.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="shuffle, always alike for a seed (default: no)"
+    )
+    shards.add_argument(
+        "--index",
+        action="append",
+        default=[],
+        choices=("dali", "wids"),
+        help="index files to write; may be given again (default: none)",
+    )
+    shards.add_argument(
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only say what would be written (default no)",
+    )
+    _add_job(select, "folder or URL for the new shards", _JOB_FLAGS[1:2])
+    _add_reader(select.add_argument_group("reader"), ["device", "relative_to", "checksum"])
+    _add_cluster(select)
 
 
 def _add_command(
@@ -196,9 +298,9 @@ def _format_examples(*examples: str) -> str:
     return "\n".join(["examples:", *lines])
 
 
-def _add_shards(command: argparse.ArgumentParser) -> None:
+def _add_shards(command: argparse.ArgumentParser, what: str = "file, folder, glob or URL") -> None:
     """Add the arguments for the shards, and for dividing them into partitions."""
-    command.add_argument("shards", nargs="*", metavar="SHARDS", help="file, folder, glob or URL")
+    command.add_argument("shards", nargs="*", metavar="SHARDS", help=what)
     for name, what in (
         ("images", "images in a partition, about (default: those of a shard)"),
         ("files", "whole shards in a partition (default 1)"),
@@ -218,10 +320,21 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_job(command: argparse.ArgumentParser) -> None:
+_JOB_FLAGS = (
+    ("retry-failed", "read partitions with failed images again"),
+    ("overwrite", "remove what is in DIR and begin anew"),
+    ("fail-on-error", "exit with 1 if an image could not be read"),
+)
+
+
+def _add_job(
+    command: argparse.ArgumentParser,
+    out: str = "folder or URL for the Parquet dataset",
+    flags: Iterable[tuple[str, str]] = _JOB_FLAGS,
+) -> None:
     """Add the arguments for a job's output, and for how it runs."""
     job = command.add_argument_group("job")
-    job.add_argument("--out", metavar="DIR", help="folder or URL for the Parquet dataset")
+    job.add_argument("--out", metavar="DIR", help=out)
     _add_pairs(
         job,
         "--out-option",
@@ -237,11 +350,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="times that a partition is tried again (default 2)",
     )
-    for name, what in (
-        ("retry-failed", "read partitions with failed images again"),
-        ("overwrite", "remove what is in DIR and begin anew"),
-        ("fail-on-error", "exit with 1 if an image could not be read"),
-    ):
+    for name, what in flags:
         job.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,

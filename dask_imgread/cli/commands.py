@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from dask_imgread.cli.arguments import (
     merge_sidecars,
 )
 from dask_imgread.cli.preview import format_rows, read_samples
+from dask_imgread.cli.select import (
+    Choice,
+    concat_rows,
+    format_selection,
+    write_removal,
+    write_selection,
+)
 from dask_imgread.cluster.start import connect_client
+from dask_imgread.collections import read_metadata
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.run import Summary, connect_for_reader, run_job
 from dask_imgread.pictures import make_shards
@@ -36,6 +44,7 @@ from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnail
 from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
 from dask_imgread.shards.find import Shard, find_shards
+from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import Partitioning, partition_shards
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
@@ -183,6 +192,62 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return SUCCESS if found.ok else BAD_IMAGES
 
 
+def run_select(arguments: argparse.Namespace) -> int:
+    """Write chosen images as new shards, or shards without some images."""
+    with keep_stdout(arguments):
+        result = select(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(result | {"out": arguments.out and redact_url(arguments.out)}))
+    else:
+        print(format_selection(result, arguments))
+    return SUCCESS
+
+
+def select(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do what ``select`` is to do; return the numbers."""
+    choice = Choice(arguments)
+    storage_options, out_options = read_storage_options(arguments)
+    options = {
+        "storage_options": storage_options,
+        "out_options": out_options,
+        "retries": arguments.retries,
+        "overwrite": arguments.overwrite,
+    }
+    frames: list[Any] = []
+    paths = []
+    for path in arguments.shards:
+        frame = open_frame(path, storage_options)
+        paths += [path] if frame is None else []
+        frames += [] if frame is None else [frame]
+    if paths and arguments.failed and not arguments.decode:
+        raise ValueError("--failed: only decoding shows which images are broken: add --decode")
+    if arguments.sidecar and not paths:
+        raise ValueError(
+            "--sidecar is for shards: the output of metadata has its columns; leave it out"
+        )
+    reader = make_reader(arguments, sidecars=False)
+    client: Any = connect(arguments, reader)
+    with ExitStack() as stack:
+        if paths:
+            shards = find_shards(paths, storage_options)
+            check_readable(shards, storage_options)
+            client = stack.enter_context(client)
+            found = read_metadata(
+                shards,
+                reader=reader,
+                decode=arguments.decode,
+                sidecars=merge_sidecars(arguments.sidecar),
+                storage_options=storage_options,
+                **read_partitioning(arguments),
+            )
+            frames.append(found.compute(scheduler=client))
+        rows = concat_rows([f.compute(scheduler="threads") if is_lazy(f) else f for f in frames])
+        chosen = choice.find(rows)
+        if arguments.not_ids:
+            return write_removal(rows, chosen, choice.missing, arguments, client, **options)
+        return write_selection(rows, chosen, arguments, client, **options)
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
     storage_options, out_options = read_storage_options(arguments)
@@ -312,5 +377,6 @@ COMMANDS = {
     "metadata": run_metadata,
     "apply": run_apply,
     "verify": run_verify,
+    "select": run_select,
     "report": run_report,
 }

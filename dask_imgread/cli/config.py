@@ -64,6 +64,8 @@ def _format_option(name: str, value: Any, default: Any) -> list[str]:
         return [f"{flag}={key}={json.dumps(item)}" for key, item in _check(value, dict).items()]
     if name == "sidecar":
         return [f"{flag}={key}={_join(item)}" for key, item in _check(value, dict).items()]
+    if isinstance(default, list):
+        return [f"{flag}={item}" for item in _check(value, list)]
     if isinstance(default, bool):
         return [flag if _check(value, bool) else flag.replace("--", "--no-", 1)]
     if isinstance(value, bool | list | dict):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
+import re
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
@@ -19,7 +23,7 @@ from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, index_members, is_image, make_shard_id
 from dask_imgread.shards.sources import open_shard
-from dask_imgread.shards.tar import BLOCK, ByteSource, Member, walk_members
+from dask_imgread.shards.tar import BLOCK, ByteSource, Member, NotTarError, walk_members
 from dask_imgread.storage.files import open_whole, write_whole
 from dask_imgread.storage.filesystems import connect, is_local
 from dask_imgread.storage.redaction import redact_url
@@ -28,6 +32,8 @@ from dask_imgread.tasks import COLUMNS
 JOB_KEY = b"dask_imgread"  # in the metadata of each Parquet file: the id of what it belongs to
 _CHUNK_BYTES = 64 << 20  # of samples, read before they are written
 _SOURCES = 16  # remote shards read at a time
+_STREAMS = 8  # compressed shards that stay open
+_SPACE = re.compile(r"\s")  # separates the fields of DALI's index
 _RECORD = 10_240  # tar's own files are a multiple of it
 
 
@@ -112,12 +118,28 @@ class ShardWriter:
             write_whole(fs, path.removesuffix(".tar") + ".idx", format_dali_index(placed))
         shard = f"{self.out}/{name_shard(number)}"
         version = stat_shard(shard, self.out_options).version
-        table = pa.Table.from_pandas(describe_written(rows, placed, shard, version))
+        table = _make_table(describe_written(rows, placed, shard, version))
         marked = table.replace_schema_metadata({**table.schema.metadata, JOB_KEY: self.job_id})
         content = io.BytesIO()
         pq.write_table(marked, content)
         write_whole(fs, f"{root}/{name_rows(number)}", content.getvalue())
         return Written(name_shard(number), len(samples), len(rows), size)
+
+    def name_shard(self, partition: tuple[int, pd.DataFrame]) -> str:
+        """Return the name of the shard that a partition becomes."""
+        return name_shard(partition[0])
+
+
+def _make_table(rows: pd.DataFrame) -> pa.Table:
+    """Return rows as a table that pandas can read without options, too."""
+    table = pa.Table.from_pandas(rows)
+    described = json.loads(table.schema.metadata[b"pandas"])
+    for column in described["columns"]:
+        try:
+            pd.api.types.pandas_dtype(column["numpy_type"])
+        except (TypeError, NotImplementedError):  # pandas 3.1 can't parse its names of such types
+            column["numpy_type"] = "object"
+    return table.replace_schema_metadata({b"pandas": json.dumps(described)})
 
 
 def name_shard(number: int) -> str:
@@ -143,24 +165,29 @@ def list_samples(rows: pd.DataFrame, json_columns: Iterable[str] = ()) -> list[S
         if number != last:
             last = number
             extent = None if start is None or length is None else (start, start + length)
-            values = {name: column[n] for name, column in more.items() if column[n] is not None}
+            values = {name: column[n] for name, column in more.items() if _is_known(column[n])}
             samples.append(Sample(shard, version, key, new_key, extent, {}, values))
         samples[-1].images[offset] = size
     return samples
 
 
+def _is_known(value: Any) -> bool:
+    """Return whether a value is neither missing nor a number that JSON does not have."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
 class SampleReader:
     """Reads samples from the shards that they lie in.
 
-    Each range is read once for every 64 MiB of samples; a shard that can only be read from its
-    beginning on stays open, and is begun again only if the order of the samples leads back.
+    Each range is read once for every 64 MiB of samples. The last few shards that can only be read
+    from their beginning on stay open; one is begun again if the order of the samples leads back.
     """
 
     def __init__(self, storage_options: dict[str, Any]) -> None:
         self._options = storage_options
-        self._entries: dict[str, dict[int, ImageEntry]] = {}  # of shards that had to be walked
-        self._open = ExitStack()
-        self._streams: dict[str, ByteSource] = {}
+        self._entries: dict[str, dict[int, list[ImageEntry]]] = {}  # by offset; of shards walked
+        self._streams: dict[str, tuple[ByteSource, ExitStack]] = {}
+        self._lock = threading.Lock()
 
     def read(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, list[Piece]]]:
         """Yield each sample with its members, in the order given.
@@ -172,7 +199,7 @@ class SampleReader:
         ValueError
             If a row does not match its shard.
         """
-        with self._open, ThreadPoolExecutor(_SOURCES) as pool:
+        with closing(self), ThreadPoolExecutor(_SOURCES) as pool:
             for chunk in _cut(samples):
                 by_shard: dict[str, list[Sample]] = {}
                 for sample in chunk:
@@ -182,6 +209,12 @@ class SampleReader:
                 found = {s: iter(pieces) for s, pieces in zip(by_shard, read, strict=True)}
                 for sample in chunk:
                     yield sample, next(found[sample.shard])
+
+    def close(self) -> None:
+        """Close the shards that are open."""
+        for _, stack in self._streams.values():
+            stack.close()
+        self._streams.clear()
 
     def _read_shard(self, path: str, samples: list[Sample]) -> list[list[Piece]]:
         """Return the members of some samples of one shard."""
@@ -214,47 +247,74 @@ class SampleReader:
         if path not in self._entries:
             with open_shard(path, self._options, skipping=True) as source:
                 index = index_members(walk_members(source))
-            self._entries[path] = {entry.member.offset: entry for entry in index.images}
-        entries = self._entries[path]
-        _check_images(sample, {o: entries[o].member.size for o in sample.images if o in entries})
-        chosen = [entries[offset] for offset in sample.images]
+            by_offset: dict[int, list[ImageEntry]] = {}
+            for entry in index.images:
+                by_offset.setdefault(entry.member.offset, []).append(entry)
+            self._entries[path] = by_offset
+        found = {offset: self._entries[path].get(offset, []) for offset in sample.images}
+        _check_images(sample, {o: e[0].member.size for o, e in found.items() if e})
+        chosen = [  # a link has the offset of its target
+            next((entry for entry in same if entry.key == sample.key), same[0])
+            for same in found.values()
+        ]
         sidecars = [member for _, member in chosen[0].sidecars]
+        if len({entry.sidecars for entry in chosen}) > 1:
+            raise ValueError(
+                f"{redact_url(path)} has several samples with the key {sample.key}, which the "
+                "frame does not tell apart: make it with read_metadata"
+            )
         return [*(entry.member for entry in chosen), *sidecars]
 
     def _take_members(
         self, path: str, sample: Sample, contents: dict[tuple[int, int], memoryview]
     ) -> list[Piece]:
-        return [
-            Piece(
-                _rename(member.name, sample),
-                contents[member.offset, member.offset + member.size],
-                member.offset,
-            )
-            for member in self._find_members(path, sample)
-        ]
+        pieces = []
+        for member in self._find_members(path, sample):
+            _check_member(sample, member)
+            content = contents[member.offset, member.offset + member.size]
+            pieces.append(Piece(_rename(member.name, sample), content, member.offset))
+        return pieces
 
     def _read_ranges(
         self, path: str, size: int | None, ranges: list[tuple[int, int]]
     ) -> dict[tuple[int, int], memoryview]:
         """Read ranges of a shard, in ascending order."""
-        source = self._streams.pop(path, None)
-        if source is not None:
-            try:
-                contents = _view_all(source, path, ranges)
-            except OSError:  # its bytes were discarded: it is begun again
-                source = None
-        if source is None:
-            stack = ExitStack()
-            source = stack.enter_context(
-                open_shard(path, self._options, size=size, parts=join_parts(ranges))
-            )
-            self._open.push(stack)
-            contents = _view_all(source, path, ranges)
-            if not source.sequential:
-                stack.close()
-        if source.sequential:
-            self._streams[path] = source
+        if path in self._streams:
+            with suppress(OSError):  # bytes that were discarded: it is begun again
+                return self._view_all(path, ranges, *self._streams.pop(path))
+        last = max(stop for _, stop in ranges) if size is None else size
+        parts = join_parts((min(start, last), min(stop, last)) for start, stop in ranges)
+        stack = ExitStack()
+        source = stack.enter_context(open_shard(path, self._options, size=size, parts=parts))
+        return self._view_all(path, ranges, source, stack)
+
+    def _view_all(
+        self, path: str, ranges: list[tuple[int, int]], source: ByteSource, stack: ExitStack
+    ) -> dict[tuple[int, int], memoryview]:
+        """Return ranges of an open shard, which stays open if no part can be read by itself."""
+        with ExitStack() as on_error:
+            on_error.push(stack)
+            contents = {}
+            for start, stop in ranges:
+                # A view would keep its whole block in memory, of which little may be needed.
+                content = source.view_at(start, stop - start)
+                content = memoryview(bytes(content)) if source.sequential else content
+                if len(content) < stop - start:
+                    raise ValueError(
+                        f"{redact_url(path)} ends before offset {stop}: the frame does not match it"
+                    )
+                contents[start, stop] = content
+            if source.sequential:
+                self._keep(path, source, on_error.pop_all())
         return contents
+
+    def _keep(self, path: str, source: ByteSource, stack: ExitStack) -> None:
+        with self._lock:
+            self._streams[path] = source, stack
+            first = next(iter(self._streams))
+            old = self._streams.pop(first) if len(self._streams) > _STREAMS else None
+        if old is not None:
+            old[1].close()
 
 
 def _cut(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -270,19 +330,6 @@ def _cut(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         total += stop - start
     if chunk:
         yield chunk
-
-
-def _view_all(
-    source: ByteSource, path: str, ranges: list[tuple[int, int]]
-) -> dict[tuple[int, int], memoryview]:
-    contents = {}
-    for start, stop in ranges:
-        content = contents[start, stop] = source.view_at(start, stop - start)
-        if len(content) < stop - start:
-            raise ValueError(
-                f"{redact_url(path)} ends before offset {stop}: the frame does not match it"
-            )
-    return contents
 
 
 class _Extent:
@@ -311,10 +358,16 @@ def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
     assert sample.extent is not None
     first = sample.extent[0]
     pieces, found = [], {}
-    for member in walk_members(_Extent(content), 0, len(content)):
-        name, start, offset, size, problem, *_ = member
-        if problem is not None:
-            raise ValueError(f"{redact_url(sample.shard)}/{name}: {problem}")
+    try:
+        members = list(walk_members(_Extent(content), 0, len(content)))
+    except NotTarError as error:
+        raise ValueError(
+            f"{redact_url(sample.shard)} has no sample {sample.key} at offset {first}: {error}: "
+            "the frame does not match it"
+        ) from None
+    for member in members:
+        _check_member(sample, member)
+        name, start, offset, size, *_ = member
         if first + offset in sample.images:
             found[first + offset] = size
         elif is_image(name[len(sample.key) + 1 :].lower()):
@@ -324,6 +377,11 @@ def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
         pieces.append(Piece(new_name, content[offset : offset + size], first + offset, header))
     _check_images(sample, found)
     return pieces
+
+
+def _check_member(sample: Sample, member: Member) -> None:
+    if member.problem is not None:
+        raise ValueError(f"{redact_url(sample.shard)}/{member.name}: {member.problem}")
 
 
 def _check_images(sample: Sample, found: dict[int, int]) -> None:
@@ -336,12 +394,13 @@ def _check_images(sample: Sample, found: dict[int, int]) -> None:
 
 
 def _rename(name: str, sample: Sample) -> str:
-    if not name.startswith(f"{sample.key}."):
+    rest = name.removeprefix(sample.key)
+    if not name.startswith(f"{sample.key}.") or "/" in rest or "\0" in rest:
         raise ValueError(
             f"{redact_url(sample.shard)}/{name} is no member of the sample {sample.key}: the frame "
             "does not match it"
         )
-    return sample.new_key + name.removeprefix(sample.key)
+    return sample.new_key + rest
 
 
 def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, list[Piece]]]) -> list[list[Placed]]:
@@ -365,9 +424,9 @@ def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, list[Piece]]]) ->
 def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
     """Yield the member of a sample's columns; under another name if it has a ``.json`` already."""
     if sample.more:
-        name = f"{sample.new_key}.json"
-        if any(piece.name == name for piece in pieces):
-            name = f"{sample.new_key}.columns.json"
+        taken = {piece.name.lower() for piece in pieces}
+        names = (f"{sample.new_key}.{'columns.' * n}json" for n in itertools.count())
+        name = next(name for name in names if name.lower() not in taken)
         text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=str)
         yield Piece(name, text.encode())
 
@@ -416,5 +475,6 @@ def format_dali_index(placed: list[list[Placed]]) -> bytes:
     for members in placed:
         folder_end = members[0].name.rfind("/") + 1
         dot = members[0].name.find(".", folder_end)
-        lines.append(" ".join(f"{m.name[dot + 1 :]} {m.offset} {m.size} {m.name}" for m in members))
+        fields = [(m.name[dot + 1 :], m.offset, m.size, m.name) for m in members]
+        lines.append(" ".join(_SPACE.sub("_", str(value)) for each in fields for value in each))
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

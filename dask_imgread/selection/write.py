@@ -8,31 +8,29 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from dask_imgread.cluster.start import wait_for_workers
 from dask_imgread.cluster.window import run_tasks
-from dask_imgread.errors import JobError, OtherJobError
+from dask_imgread.errors import JobError
 from dask_imgread.jobs.run import choose_client, raise_job_errors
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.selection.shard_writer import JOB_KEY, ShardWriter, name_rows, name_shard
+from dask_imgread.selection.folder import OutputFolder
+from dask_imgread.selection.shard_writer import ShardWriter, Written, name_shard
 from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.samples import make_shard_id, split_name
-from dask_imgread.storage.files import DRAFT, open_bytes, write_whole
-from dask_imgread.storage.filesystems import connect, is_local, resolve_path
+from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.storage.retries import with_retries
 from dask_imgread.tasks import COLUMNS
 
 if TYPE_CHECKING:
@@ -41,16 +39,13 @@ if TYPE_CHECKING:
 
     from dask_imgread.shards.frames import Frame
 
+Item = TypeVar("Item", contravariant=True)
+
 IMAGES_PER_SHARD = 10_000
-_DESCRIPTION = "_write.json"  # what decides the shards; beside them
 _OPTIONAL = ("shard_version", "sample_offset", "sample_size")
-_OURS = re.compile(
-    r"\d{5,}\.(tar|idx)|index\.json|_write\.json|metadata/part-\d{5,}\.parquet|(metadata/)?_tmp-.*"
-)
 _INDEXES = {"dali", "wids"}
 _READER = ImageReaderStage(decode=False)  # no GPU is needed
 _MOST_ERRORS = 10
-_READERS = 16  # footers read at the same time
 
 logger = logging.getLogger("dask_imgread")
 
@@ -89,15 +84,16 @@ def write_shards(
         rows go to ``metadata/``.
     images_per_shard
         How many images a shard has at most; all have about the same number. A sample is never
-        split.
+        split: one with several images may exceed it.
     sort_by
-        One or several columns by which the samples are ordered; missing values come last. If not
-        given, they are in the order of the rows.
+        One or several columns by which the samples are ordered; missing values come last, and equal
+        ones stay in the order of the rows. If not given, all do.
     shuffle
         A number that decides a random order, which depends on nothing else but the images' ids.
     json_columns
         Columns that become the member ``.json`` of each sample; ``.columns.json`` where it has a
-        ``.json``.
+        ``.json``. Missing values are left out; what JSON has no type for becomes a string. Of a
+        sample with several images the first one's row counts.
     index
         Index files to write: ``"dali"`` (one for each shard, for ``fn.readers.webdataset``),
         ``"wids"`` (``index.json``, for the package ``wids``).
@@ -119,7 +115,8 @@ def write_shards(
     dask.dataframe.DataFrame
         The rows as they are now: with new ids, places and versions, and ``source_id``, the
         ``image_id`` that each had before. Samples of different sources with the same key get a key
-        with a suffix.
+        with a suffix; so do those whose key leads out of the folder, or has dots after its last
+        slash, at which other readers would end it.
 
     Raises
     ------
@@ -131,7 +128,8 @@ def write_shards(
         If shards could not be written: one that is read is gone, has changed since the rows were
         made, or does not match them. The same call tries again.
     ValueError
-        If the frame lacks columns, has no rows with images, or an option is wrong.
+        If the frame lacks columns, has no rows with images, or rows that name no place in a shard;
+        if ``out`` is where its shards lie, or an option is wrong.
 
     Examples
     --------
@@ -144,22 +142,23 @@ def write_shards(
     ...     len(chosen)
     10
     """
+    json_columns, index = _list(json_columns), _list(index)
     _check_options(images_per_shard, sort_by, shuffle, index)
     options = storage_options or {}
+    place, out_options = resolve_out(out, options, out_options)
     rows = _collect_rows(frame, options, json_columns)
+    check_place(place, rows["shard"].unique())
     rows = _name_samples(_order_rows(rows, sort_by, shuffle))
     cuts = _cut_evenly(rows["_sample"].to_numpy(), images_per_shard)
-    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
-    out_options = ({} if is_local(place) else options) if out_options is None else out_options
     job = {
-        "rows": _digest_rows(rows),
+        "rows": digest_rows(rows),
         "images per shard": images_per_shard,
-        "json columns": list(json_columns),
+        "json columns": json_columns,
         "index": sorted(index),
     }
     job_id = hashlib.blake2b(json.dumps(job).encode(), digest_size=16).hexdigest()
     writer = ShardWriter(place, out_options, options, job_id, tuple(json_columns), "dali" in index)
-    folder = _Folder(place, out_options)
+    folder = OutputFolder(place, out_options)
     folder.prepare(job, overwrite)
     written = folder.list_written(len(cuts) - 1, job_id)
     wanted = [(start, stop) for n, (start, stop) in enumerate(pairwise(cuts)) if n not in written]
@@ -168,7 +167,7 @@ def write_shards(
         with raise_job_errors(), choose_client(client, _READER) as opened:
             wait_for_workers(opened)
             with choose_progress(len(cuts) - 1, len(written), hidden=not progress) as shown:
-                _write_partitions(opened, writer, partitions, shown, retries)
+                run_writer(opened, writer, partitions, shown, retries)
     if "wids" in index:
         counts = [rows["_sample"].iloc[start:stop].nunique() for start, stop in pairwise(cuts)]
         folder.write_wids_index([(name_shard(n), count) for n, count in enumerate(counts)])
@@ -176,6 +175,44 @@ def write_shards(
     return dd.read_parquet(
         f"{place}/metadata", dtype_backend="pyarrow", storage_options=out_options or None
     )
+
+
+def resolve_out(
+    out: str | os.PathLike[str], options: dict[str, Any], out_options: dict[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the path or URL of the output, and the options of its file system."""
+    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
+    if out_options is None:
+        out_options = {} if is_local(place) else options
+    return place, out_options
+
+
+def _list(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+class ShardPlan(NamedTuple):
+    """What ``write_shards`` would write."""
+
+    images: int
+    samples: int
+    shards: int
+    size: int  # bytes of the samples; of the images, where that is not known
+
+
+def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> ShardPlan:
+    """Return what ``write_shards`` would write of a frame's rows.
+
+    Raises
+    ------
+    ValueError
+        As ``write_shards`` does.
+    """
+    rows = _name_samples(_collect_rows(frame, {}, []))
+    first = rows[~rows["_sample"].duplicated()]
+    size = int(first["sample_size"].fillna(first["size"]).sum())
+    shards = len(_cut_evenly(rows["_sample"].to_numpy(), images_per_shard)) - 1
+    return ShardPlan(len(rows), len(first), shards, size)
 
 
 def _check_options(
@@ -188,9 +225,24 @@ def _check_options(
         raise ValueError(f"images_per_shard must be at least 1, not {images_per_shard}")
     if sort_by is not None and shuffle is not None:
         raise ValueError("sort_by and shuffle can't be given together: give one")
-    unknown = {index} - _INDEXES if isinstance(index, str) else set(index) - _INDEXES
+    unknown = sorted(set(index) - _INDEXES)
     if unknown:
         raise ValueError(f"index takes {', '.join(sorted(_INDEXES))}, not {', '.join(unknown)}")
+
+
+def check_place(place: str, shards: Iterable[str]) -> None:
+    """Raise ValueError if shards that are read lie where others are to be written."""
+    inside = f"{_follow_links(place)}/"
+    for path in shards:
+        if _follow_links(path).startswith(inside):
+            raise ValueError(
+                f"{redact_url(path)}, which is read, lies in {redact_url(place)}: give another "
+                "folder to write to"
+            )
+
+
+def _follow_links(path: str) -> str:
+    return os.path.realpath(path) if is_local(path) else path
 
 
 def _collect_rows(
@@ -199,34 +251,70 @@ def _collect_rows(
     """Return the rows with images, each once, indexed by ``image_id``, with all columns needed."""
     opened = open_frame(frame, options)
     if opened is None:
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {frame!r}")
+        given = redact_url(frame) if isinstance(frame, str) else repr(frame)
+        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
     rows = opened.compute() if is_lazy(opened) else opened
-    lacking = [name for name in json_columns if name not in rows]
-    if lacking:
-        raise ValueError(f"json_columns: the frame has no {', '.join(lacking)}")
-    rows = rows.set_index("image_id") if "image_id" in rows else rows.copy(deep=False)
+    _check_columns("json_columns", json_columns, rows)
+    rows = convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
     empty = rows["size"].fillna(0) == 0
     if empty.any():
         logger.warning("%d rows have no image, but record damage: left out", empty.sum())
         rows = rows[~empty]
     if not len(rows):
         raise ValueError("the frame has no rows with images: nothing to write")
-    for name in ("offset", "size"):
-        numbers = pd.to_numeric(rows[name], errors="coerce").astype("Float64")
-        wrong = ~((numbers >= 0) & (numbers < 2**62) & (numbers % 1 == 0)).fillna(False)
-        if wrong.any() or rows["shard"].isna().any():
-            where = wrong if wrong.any() else rows["shard"].isna()
-            raise ValueError(
-                f"{where.sum()} rows name no place in a shard, such as {rows.index[where][0]}: "
-                f"shard {rows['shard'][where].iloc[0]}, {name} {rows[name][where].iloc[0]}"
-            )
-        rows[name] = numbers.astype("int64[pyarrow]")
     for name in _OPTIONAL:
         if name not in rows:
             rows[name] = pd.array([None] * len(rows), dtype=COLUMNS[name])
+    rows["shard_version"] = rows["shard_version"].astype(COLUMNS["shard_version"])
+    for name in ("offset", "size", "sample_offset", "sample_size"):
+        rows[name] = _check_numbers(rows, name)
     if rows.index.name != "image_id" or "key" not in rows:
         rows = _complete_names(rows)
-    return rows[~rows.duplicated(["shard", "offset"])]
+    _refuse(rows, rows["key"].isna(), "key")
+    _refuse(rows, rows["shard"].isna(), "shard")
+    paths = {path: resolve_path(path) for path in rows["shard"].unique()}
+    rows["shard"] = rows["shard"].map(paths).astype(COLUMNS["shard"])
+    place = rows[["shard", "offset", "key"]].reset_index()
+    return rows[~place.duplicated().to_numpy()]
+
+
+def _check_columns(option: str, names: Iterable[str], rows: pd.DataFrame) -> None:
+    lacking = [name for name in names if name not in (*rows.columns, rows.index.name)]
+    if lacking:
+        raise ValueError(f"{option}: the frame has no {', '.join(lacking)}")
+
+
+def convert_to_arrow(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with Arrow's types, which are then the same for each part of them."""
+    try:
+        table = pa.Table.from_pandas(rows)
+    except pa.ArrowException as error:
+        raise ValueError(f"a column can't be written as Parquet: {error}") from error
+    return table.to_pandas(types_mapper=_choose_dtype)
+
+
+def _choose_dtype(kind: pa.DataType) -> Any:
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pd.StringDtype("pyarrow") if text else pd.ArrowDtype(kind)
+
+
+def _check_numbers(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column of places as whole numbers."""
+    numbers = pd.to_numeric(rows[name], errors="coerce").astype("Float64")
+    right = ((numbers >= 0) & (numbers < 2**62) & (numbers % 1 == 0)).fillna(False)
+    right |= rows[name].isna() if name in _OPTIONAL else False
+    _refuse(rows, ~right, name)
+    return numbers.astype("int64[pyarrow]")
+
+
+def _refuse(rows: pd.DataFrame, wrong: pd.Series, name: str) -> None:
+    """Raise ValueError if some rows name no place in a shard, because of one column."""
+    if wrong.any():
+        first = rows[wrong].iloc[0]
+        raise ValueError(
+            f"{wrong.sum()} rows name no place in a shard, such as {first.name}, of the shard "
+            f"{redact_url(str(first['shard']))}: its {name} is {first[name]}"
+        )
 
 
 def _complete_names(rows: pd.DataFrame) -> pd.DataFrame:
@@ -234,7 +322,8 @@ def _complete_names(rows: pd.DataFrame) -> pd.DataFrame:
     if "key" not in rows:
         names = rows.index.astype(str).str.partition("/").get_level_values(2)
         return rows.assign(key=[split_name(name)[0] for name in names])
-    shard_ids = {path: make_shard_id(resolve_path(str(path))) for path in rows["shard"].unique()}
+    _refuse(rows, rows["shard"].isna(), "shard")
+    shard_ids = {path: make_shard_id(resolve_path(path)) for path in rows["shard"].unique()}
     ids = [f"{shard_ids[s]}/{key}" for s, key in zip(rows["shard"], rows["key"], strict=True)]
     return rows.set_axis(pd.Index(ids, dtype="string[pyarrow]", name="image_id"))
 
@@ -247,39 +336,58 @@ def _order_rows(
         hashes = pd.util.hash_array(rows.index.to_numpy(object), hash_key=key)
         return rows.iloc[np.lexsort((rows.index.to_numpy(str), hashes))]
     if sort_by is not None:
-        columns = [sort_by] if isinstance(sort_by, str) else list(sort_by)
-        lacking = [name for name in columns if name not in rows]
-        if lacking:
-            raise ValueError(f"sort_by: the frame has no {', '.join(lacking)}")
+        columns = _list(sort_by)
+        _check_columns("sort_by", columns, rows)
         return rows.sort_values(columns, kind="stable")
     return rows
 
 
 def _name_samples(rows: pd.DataFrame) -> pd.DataFrame:
     """Add the number of each row's sample, in ascending order, and the key it is written under."""
-    place = rows["sample_offset"].astype("string[pyarrow]").fillna("@" + rows["key"].astype(str))
+    place = rows["sample_offset"].astype("string[pyarrow]")
+    place = place.fillna("@" + rows["key"].astype(str) + _tell_apart(rows))
     numbers, _ = pd.factorize(rows["shard"].astype(str) + "\0" + place)
     rows = rows.assign(_sample=numbers, _key=rows["key"]).sort_values("_sample", kind="stable")
     first = rows[~rows["_sample"].duplicated()]
     keys = first["key"].astype(str)
-    unsafe = keys.str.startswith("/") | keys.str.split("/").map(lambda parts: ".." in parts)
-    renamed = first[(keys.duplicated(keep=False) | unsafe).to_numpy()]
-    new_keys = {
-        number: _make_key(str(key), f"{shard}\0{offset}")
-        for number, key, shard, offset in zip(
-            *(renamed[name] for name in ("_sample", "key", "shard", "offset")), strict=True
-        )
-    }
+    renamed = first[(keys.duplicated(keep=False) | ~keys.map(_is_plain)).to_numpy()]
+    taken = set(keys)
+    new_keys: dict[int, str] = {}
+    for number, key, shard, offset in zip(
+        *(renamed[name] for name in ("_sample", "key", "shard", "offset")), strict=True
+    ):
+        new_keys[number] = _make_key(str(key), f"{shard}\0{offset}", taken)
     if new_keys:
         chosen = rows["_sample"].map(new_keys)
         rows["_key"] = chosen.where(chosen.notna(), rows["key"])
     return rows
 
 
-def _make_key(key: str, place: str) -> str:
-    """Return a key that no other sample has, and that leads to no other folder."""
-    parts = [part if part != ".." else "_" for part in key.lstrip("/").split("/")]
-    return f"{'/'.join(parts)}-{hashlib.blake2b(place.encode(), digest_size=5).hexdigest()}"
+def _tell_apart(rows: pd.DataFrame) -> pd.Series:
+    """Return what distinguishes samples of a shard with the same key: nothing, for most."""
+    if "warning" not in rows:
+        return pd.Series("", rows.index)
+    again = rows["warning"].astype(str).str.match("key again|duplicate name")
+    return ("\0" + rows["offset"].astype(str)).where(again.astype(bool), "")
+
+
+def _is_plain(key: str) -> bool:
+    """Return whether a key leads to no other folder, and all readers end it at the same dot."""
+    name = key.rpartition("/")[2]
+    leads_out = key.startswith("/") or ".." in re.split(r"[/\\]", key)
+    return bool(name) and not leads_out and "." not in name and "\0" not in key
+
+
+def _make_key(key: str, place: str, taken: set[str]) -> str:
+    """Return a plain key that no other sample has, and add it to those ``taken``."""
+    *folders, name = key.replace("\0", "_").replace("..", "_").lstrip("/").split("/")
+    plain = "/".join([*folders, name.replace(".", "_")])
+    while True:
+        new = f"{plain}-{hashlib.blake2b(place.encode(), digest_size=5).hexdigest()}"
+        if new not in taken:
+            taken.add(new)
+            return new
+        place += "\0"
 
 
 def _cut_evenly(samples: np.ndarray, images_per_shard: int) -> list[int]:
@@ -304,23 +412,49 @@ class _Digest(io.RawIOBase):
         return len(content)
 
 
-def _digest_rows(rows: pd.DataFrame) -> str:
-    """Return a digest of the rows' values, the same in every process."""
+def digest_rows(rows: pd.DataFrame) -> str:
+    """Return a digest of the rows' values, however Arrow holds them."""
     digest = _Digest()
-    table = pa.Table.from_pandas(rows).replace_schema_metadata(None).combine_chunks()
-    with pa.ipc.new_stream(pa.PythonFile(digest, "w"), table.schema) as stream:
-        stream.write_table(table)
+    table = pa.Table.from_pandas(rows)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_boolean(column.type):  # a byte's unused bits may be anything
+            column = column.cast(pa.uint8())
+        elif isinstance(column.type, pa.ListType):  # Parquet has another name for the values
+            column = column.cast(pa.list_(column.type.value_type))
+        # What lies where values are missing may be anything, too.
+        for values in (pc.indices_nonzero(column.is_null()), column.drop_null()):
+            part = pa.table({name: values}).combine_chunks()
+            with pa.ipc.new_stream(pa.PythonFile(digest, "w"), part.schema) as stream:
+                stream.write_table(part)
     return digest.hash.hexdigest()
 
 
-def _write_partitions(
+class Writer(Protocol[Item]):
+    """What writes one shard, on a worker."""
+
+    @property
+    def out_options(self) -> dict[str, Any]:
+        """The options of the output's file system."""
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """The options of the file system of the shards that are read."""
+
+    def __call__(self, item: Item, /) -> Written:
+        """Write the shard of one item."""
+
+    def name_shard(self, item: Item, /) -> str:
+        """Return the shard's name in the output folder."""
+
+
+def run_writer(
     client: Client,
-    writer: ShardWriter,
-    partitions: Iterator[tuple[int, pd.DataFrame]],
+    writer: Writer[Item],
+    items: Iterable[Item],
     progress: Progress,
     retries: int,
 ) -> None:
-    """Write partitions on the cluster.
+    """Write shards on the cluster.
 
     Raises
     ------
@@ -329,11 +463,12 @@ def _write_partitions(
     """
     errors: list[str] = []
     images = 0
-    tasks = run_tasks(client, writer, partitions, pure=False, retries=retries)
-    for ended, ((number, _), result) in enumerate(tasks, 1):
+    tasks = run_tasks(client, writer, items, pure=False, retries=retries)
+    for ended, (item, result) in enumerate(tasks, 1):
         if isinstance(result, Exception):
-            reason = hide_secrets(f"{type(result).__name__}: {result}", writer.storage_options)
-            errors.append(f"{name_shard(number)}: {reason}")
+            secrets = {"read": writer.storage_options, "written": writer.out_options}
+            reason = hide_secrets(f"{type(result).__name__}: {result}", secrets)
+            errors.append(f"{writer.name_shard(item)}: {reason}")
             logger.error("%s", errors[-1])
             if len(errors) == _MOST_ERRORS:
                 break
@@ -345,79 +480,3 @@ def _write_partitions(
             f"{len(errors)} shards could not be written, such as {errors[0]}. The same call tries "
             "them again"
         )
-
-
-class _Folder:
-    """The folder that shards are written to."""
-
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        self.url, self._options = url, options
-        self._fs, self._root = connect(url, options)
-
-    def prepare(self, description: dict[str, Any], overwrite: bool) -> None:
-        """Begin, or go on with what was begun.
-
-        Raises
-        ------
-        OtherJobError
-            If something else was begun there.
-        FileExistsError
-            If there are other files.
-        """
-        names = self._list_names()
-        if _DESCRIPTION in names:
-            content = with_retries(self._fs.cat_file, self.url, f"{self._root}/{_DESCRIPTION}")
-            before = json.loads(content)
-            if before == description:
-                return
-            if not overwrite:
-                changed = [key for key in description if before.get(key) != description[key]]
-                raise OtherJobError(
-                    f"{redact_url(self.url)} was written with other {', '.join(changed)}: give "
-                    "another folder, or overwrite it"
-                )
-            for name in sorted(names, key=lambda name: name == _DESCRIPTION):
-                if _OURS.fullmatch(name):
-                    with_retries(self._fs.rm_file, self.url, f"{self._root}/{name}")
-        elif names:
-            raise FileExistsError(
-                f"{redact_url(self.url)} holds other files, such as {min(names)}: give an empty "
-                "folder"
-            )
-        content = json.dumps(description, indent=1).encode()
-        write_whole(self._fs, f"{self._root}/{_DESCRIPTION}", content)
-
-    def list_written(self, count: int, job_id: str) -> set[int]:
-        """Return the numbers of the shards that are there, with their rows."""
-        names = self._list_names()
-        there = [n for n in range(count) if {name_shard(n), name_rows(n)} <= names]
-        with ThreadPoolExecutor(_READERS) as pool:
-            ids = pool.map(self._read_job_id, there)
-            return {n for n, found in zip(there, ids, strict=True) if found == job_id}
-
-    def write_wids_index(self, shards: list[tuple[str, int]]) -> None:
-        """Write the index of all shards that the package ``wids`` takes."""
-        described = [{"url": name, "nsamples": samples} for name, samples in shards]
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": described}
-        write_whole(self._fs, f"{self._root}/index.json", json.dumps(index, indent=1).encode())
-
-    def remove_drafts(self) -> None:
-        """Remove what killed writers have left."""
-        for name in self._list_names():
-            if name.rpartition("/")[2].startswith(DRAFT):
-                with suppress(FileNotFoundError):
-                    self._fs.rm_file(f"{self._root}/{name}")
-
-    def _list_names(self) -> set[str]:
-        self._fs.invalidate_cache()
-        if not with_retries(self._fs.exists, self.url, self._root):
-            return set()
-        found = with_retries(self._fs.find, self.url, self._root)
-        root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
-        return {name.removeprefix(root) for name in found}
-
-    def _read_job_id(self, number: int) -> str:
-        path = f"{self._root}/{name_rows(number)}"
-        content = with_retries(self._fs.cat_file, self.url, path)
-        metadata = pq.read_schema(open_bytes(content)).metadata or {}
-        return bytes(metadata.get(JOB_KEY, b"")).decode()

@@ -73,14 +73,17 @@ def until_stopped(
     """Do the same as ``with_retries``, but stop retrying when ``stopped`` is set."""
     start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
+        final: Exception | None = None
         try:
             return call(*args, **kwargs)
         except CancelledError:
             raise StorageError(f"{redact_url(url)}: stopped") from None
         except Exception as error:
             if not is_transient(error):
-                raise _explain(error, url) from None  # the cause's message may hold secrets
+                final = _explain(error, url)
             reason = f"{redact_url(url)}: {_describe(error)}"
+        if final is not None:  # raised here, without its cause: that may hold secrets, and may
+            raise final  # be no error that a worker can send
         seconds = time.monotonic() - start
         if attempt == ATTEMPTS or seconds > PATIENCE:
             break

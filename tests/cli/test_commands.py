@@ -87,6 +87,7 @@ finally:
     "arguments",
     [
         *("--help", "--version", "metadata --help", "apply --help", "demo --help", "verify --help"),
+        *("select --help", "select s", "select s --out o --not-ids i --where x"),
         *("", "nonsense", "metadata --nonsense", "apply f:f s --out o --resize big"),
         *("metadata", "metadata s --out o --resize 9", "verify", "demo --images 0"),
         "metadata --config nonsense.toml",

@@ -28,7 +28,7 @@ from dask_imgread.testing import make_shards
 from tests.helpers.servers import KEY, SECRET, Faults, count_bytes, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False)
-PLACES = ["image_path", "shard"]
+PLACES = ["image_path", "shard", "shard_version"]
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -1,0 +1,148 @@
+"""What ``select`` chooses, writes and prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from dask.utils import format_bytes
+
+from dask_imgread.selection.choose import find_failed, find_ids, match_rows, read_ids
+from dask_imgread.selection.folder import NOT_FOUND, REMOVED
+from dask_imgread.selection.remove import find_copies, remove_images
+from dask_imgread.selection.write import convert_to_arrow, plan_shards, write_shards
+from dask_imgread.storage.redaction import redact_url
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger("dask_imgread")
+
+
+def concat_rows(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of all frames, indexed by ``image_id``, with Arrow's types."""
+    frames = [f.set_index("image_id") if "image_id" in f else f for f in frames]
+    return convert_to_arrow(pd.concat(frames))
+
+
+class Choice:
+    """The rows that the arguments choose; ids are read at once, so that a wrong file is told soon.
+
+    Parameters
+    ----------
+    arguments
+        The command's.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        file = arguments.ids or arguments.not_ids
+        self._ids = read_ids(file) if file else None
+        self.missing: list[str] = []
+
+    def find(self, rows: pd.DataFrame) -> np.ndarray:
+        """Return which rows are chosen: those to write, or with ``--not-ids`` to remove."""
+        chosen: np.ndarray = rows["size"].fillna(0).gt(0).to_numpy(bool)
+        if self._arguments.where:
+            chosen &= match_rows(rows, self._arguments.where)
+        if self._arguments.failed:
+            if "error" not in rows:
+                raise ValueError("--failed: the rows have no column error: give metadata's output")
+            chosen &= find_failed(rows)
+        if self._ids is not None:
+            found, self.missing = find_ids(rows, self._ids)
+            chosen &= found
+            if self.missing:
+                logger.warning(
+                    "%d of %d ids were not found, such as %s",
+                    *(len(self.missing), len(self._ids), self.missing[0]),
+                )
+        return chosen
+
+
+def write_selection(
+    rows: pd.DataFrame,
+    chosen: np.ndarray,
+    arguments: argparse.Namespace,
+    client: Client | AbstractContextManager[Client],
+    **options: Any,
+) -> dict[str, Any]:
+    """Write the rows chosen as new shards, unless only numbers are wanted; return these."""
+    result: dict[str, Any] = {"images": len(rows), "chosen": int(chosen.sum())}
+    if not chosen.any():
+        return result | {"samples": 0, "shards": 0, "bytes": 0}
+    names = ["error"] * arguments.failed + arguments.json_column
+    most = (
+        {}
+        if arguments.images_per_shard is None
+        else {"images_per_shard": arguments.images_per_shard}
+    )
+    plan = plan_shards(rows[chosen], **most)
+    result |= {"samples": plan.samples, "shards": plan.shards, "bytes": plan.size}
+    if not arguments.dry_run:
+        written = write_shards(
+            rows[chosen],
+            arguments.out,
+            sort_by=arguments.sort_by or None,
+            shuffle=arguments.shuffle,
+            json_columns=list(dict.fromkeys(names)),
+            index=arguments.index,
+            client=client,
+            progress=True,
+            **most,
+            **options,
+        )[["shard", "sample_offset", "sample_size"]].compute(scheduler="threads")
+        ends = (written["sample_offset"] + written["sample_size"]).groupby(written["shard"]).max()
+        result |= {"bytes": int(ends.sum())}
+    return result
+
+
+def write_removal(
+    rows: pd.DataFrame,
+    chosen: np.ndarray,
+    missing: list[str],
+    arguments: argparse.Namespace,
+    client: Client | AbstractContextManager[Client],
+    **options: Any,
+) -> dict[str, Any]:
+    """Write shards anew without the rows chosen, unless only numbers are wanted; return these."""
+    removed = find_copies(rows, chosen)
+    if not arguments.dry_run:
+        where: dict[str, Any] = {"client": client, "progress": True} | options
+        remove_images(rows, chosen, missing, arguments.out, **where)
+    return {
+        "images": len(rows),
+        "removed": len(removed),
+        "shards": int(removed["shard"].nunique()),
+        "not_found": len(missing),
+    }
+
+
+def format_selection(result: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """Return a summary to print."""
+    out = redact_url(arguments.out or "")
+    if "removed" in result:
+        lines = [
+            f"removed        {result['removed']:,} of {result['images']:,} images, "
+            f"from {result['shards']:,} shards",
+            f"not found      {result['not_found']:,} of the ids",
+        ]
+        places = [
+            f"shards         {out}",
+            f"receipt        {out}/{REMOVED}, {out}/{NOT_FOUND}",
+        ]
+    elif not result["chosen"]:
+        return f"none of {result['images']:,} images was chosen: nothing is written"
+    else:
+        lines = [
+            f"chosen         {result['chosen']:,} of {result['images']:,} images, "
+            f"in {result['samples']:,} samples",
+            f"shards         {result['shards']:,}, {format_bytes(result['bytes'])} in all",
+        ]
+        places = [f"written to     {out}", f"rows           {out}/metadata"]
+    return "\n".join(lines + (["nothing is written (--dry-run)"] if arguments.dry_run else places))
