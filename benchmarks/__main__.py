@@ -200,8 +200,13 @@ def measure_writing(folder: Path, size: Size) -> list[Row]:
     few = make_photo_shards(folder / "few", size.images, sidecars=("json", "txt"))
     shards = repeat_shards(folder / "sources", few, _REPEATS)
     name = f"write_shards, {_REPEATS * size.images:,} photographs with two sidecars"
-    contenders = {"ours": ("Write", shards), "cp": ("Copy", shards)}
-    return _race(contenders, size.rounds, [(f"{name} : cp", "ours", "cp", 0.7)])
+    contenders = {
+        "ours": ("Write", shards),
+        "cp": ("Copy", shards),
+        "cp, sync": ("Copy", shards, True),
+    }
+    pairs = [(f"{name} : cp", "ours", "cp", 0.7), (f"{name} : cp and sync", "ours", "cp, sync", 0)]
+    return _race(contenders, size.rounds, pairs)
 
 
 def _count_bytes_read() -> int:

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -324,10 +325,10 @@ class Write:
 
 
 class Copy:
-    """``cp`` of the same shards."""
+    """``cp`` of the same shards; with ``sync``, until they are on the disk."""
 
-    def __init__(self, shards: list[str]) -> None:
-        self._shards = shards
+    def __init__(self, shards: list[str], sync: bool = False) -> None:
+        self._shards, self._sync = shards, sync
         self._images = len(read_all(shards))
         self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
 
@@ -336,6 +337,8 @@ class Copy:
         shutil.rmtree(self._folder)
         os.mkdir(self._folder)
         subprocess.run(["cp", *self._shards, self._folder], check=True)
+        if self._sync:
+            subprocess.run(["sync", *Path(self._folder).iterdir()], check=True)
         return self._images
 
 
