@@ -1,7 +1,11 @@
 """The fixtures that users get."""
 
+from tests.helpers.workers import QUICK_START
 
-def test_fixtures_for_users(pytester):
+
+def test_fixtures_for_users(pytester, monkeypatch):
+    for name, value in QUICK_START.items():
+        monkeypatch.setenv(name, value)
     pytester.makepyfile(
         """
         from dask_imgread import ImageReaderStage, partition_shards, read_bag

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,11 +11,15 @@ from dask_imgread import ImageReaderStage
 from dask_imgread.cli.arguments import NOT_OFFERED, READER_HELP, make_parser
 from dask_imgread.cli.commands import find_free, make_reader
 from dask_imgread.cli.main import main
+from tests.helpers.workers import QUICK_START
 
 
 def run(*arguments, cwd):
     command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+    environment = os.environ | QUICK_START
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=100, env=environment
+    )
 
 
 def test_demo(tmp_path):

@@ -17,6 +17,7 @@ from dask_imgread.cli.arguments import make_parser, parse_arguments
 from dask_imgread.cli.main import main
 from dask_imgread.cli.preview import format_rows
 from dask_imgread.testing import make_shards, write_shard
+from tests.helpers.workers import QUICK_START
 
 MODULE = "def measure(batch):\n    return {'width': [image.width for image in batch.data]}\n"
 
@@ -35,6 +36,7 @@ def run_on_terminal(*arguments, width=80):
     termios.tcsetwinsize(theirs, (24, width))
     command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment |= QUICK_START
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""
@@ -49,7 +51,8 @@ def run_on_terminal(*arguments, width=80):
 
 def run(*arguments):
     command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    environment = os.environ | QUICK_START
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 

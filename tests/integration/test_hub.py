@@ -55,7 +55,7 @@ def public_bucket(folder):
 
 
 def strip_places(frame):
-    frame = frame.drop(columns=["image_path", "shard"]).sort_index()
+    frame = frame.drop(columns=["image_path", "shard", "shard_version"]).sort_index()
     frame.index = frame.index.str.replace(r"-\w{10}/", "/", regex=True)
     return frame
 

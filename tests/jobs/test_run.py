@@ -34,6 +34,7 @@ from dask_imgread.jobs.folder import Footer, JobFolder
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards, write_shard
 from tests.helpers.images import encode
+from tests.helpers.workers import QUICK_START
 
 MODULE = """
 import os, time
@@ -62,10 +63,6 @@ def shards(tmp_path_factory):
     """2,000 images, three of them broken."""
     folder = tmp_path_factory.mktemp("shards")
     return make_shards(folder, shards=4, images_per_shard=500, size=(48, 32), broken=3)
-
-
-# Workers are forked from a process that has imported Dask, not started anew.
-QUICK_START = {"DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
 
 
 def start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment):

@@ -564,7 +564,7 @@ def test_the_output_of_a_function_names_no_images(photo_shards, tmp_path, client
         partition_shards(tmp_path / "out")
 
 
-def test_a_folder_in_a_store_is_a_frame_too(job, images):
+def test_a_folder_in_a_store_is_a_frame_too(job, images, short_pauses):
     with serve_s3() as server:
         server.make_bucket("bucket")
         for path in job.rglob("*"):

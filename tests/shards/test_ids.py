@@ -19,6 +19,7 @@ from dask_imgread import (
     verify_shards,
 )
 from dask_imgread.testing import make_shards
+from tests.helpers.workers import QUICK_START
 
 
 @pytest.fixture
@@ -70,7 +71,10 @@ def test_every_way_has_them(places, tmp_path, client):
 def test_on_the_command_line(places, tmp_path):
     command = [sys.executable, "-m", "dask_imgread", "metadata", places[1], "--out", "out"]
     command += ["--relative-to", places[1], "--workers", "1", "--log-format", "json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    environment = os.environ | QUICK_START
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment
+    )
     assert done.returncode == 0, done.stderr
     rows = pd.read_parquet(tmp_path / "out")
     assert sorted(rows.index) == list_ids(places[0], relative_to=places[0])
