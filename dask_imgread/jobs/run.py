@@ -28,6 +28,7 @@ from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import BatchFunction
 from dask_imgread.shards.find import Paths, find_shards
+from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
 from dask_imgread.storage.filesystems import is_local, resolve_path
@@ -220,6 +221,8 @@ def run_job(
     reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
     row_maker = _choose_row_maker(fn, reader, meta, columns)
     folder = _open_folder(str(out), storage_options, out_options)
+    if is_frame(paths):
+        raise ValueError("run_job reads whole shards; for a frame's images use map_images")
     shards = find_shards(paths, storage_options)
     plan = prepare_plan(
         folder, shards, describe_job(reader, row_maker), division, storage_options, overwrite
