@@ -113,6 +113,11 @@ class MetadataColumns:
         ('caption', 'txt', None, 'string')
         ('url', 'json', 'url', None)
         """
+        if not isinstance(sidecars, Mapping | NoneType):
+            raise ValueError(
+                'sidecars: give columns by extension, such as {"txt": "caption"}, '
+                f"not {sidecars!r}"
+            )
         columns = tuple(
             column
             for extension, wanted in (sidecars or {}).items()

@@ -9,7 +9,7 @@ import math
 import re
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -152,10 +152,11 @@ def name_rows(number: int) -> str:
     return f"metadata/part-{number:05d}.parquet"
 
 
-def list_samples(rows: pd.DataFrame, json_columns: Iterable[str] = ()) -> list[Sample]:
+def list_samples(rows: pd.DataFrame, json_columns: Collection[str] = ()) -> list[Sample]:
     """Return the samples that rows name, in the order of the rows; those of one are adjacent."""
     fields = ["_sample", "shard", "shard_version", "key", "_key", "sample_offset", "sample_size"]
     columns = [pa.array(rows[name]).to_pylist() for name in (*fields, "offset", "size")]
+    rows = rows.reset_index() if "image_id" in json_columns else rows
     more = {name: pa.array(rows[name]).to_pylist() for name in json_columns}
     samples: list[Sample] = []
     last = None
@@ -301,7 +302,8 @@ class SampleReader:
                 content = memoryview(bytes(content)) if source.sequential else content
                 if len(content) < stop - start:
                     raise ValueError(
-                        f"{redact_url(path)} ends before offset {stop}: the frame does not match it"
+                        f"{redact_url(path)} ends before offset {stop}: it is cut off, or the "
+                        f"frame does not match it; leave out what begins at offset {start}"
                     )
                 contents[start, stop] = content
             if source.sequential:

@@ -27,7 +27,7 @@ from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.selection.folder import OutputFolder
 from dask_imgread.selection.shard_writer import ShardWriter, Written, name_shard
-from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.frames import index_by_id, is_lazy, open_frame
 from dask_imgread.shards.samples import make_shard_id, split_name
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
@@ -253,9 +253,8 @@ def _collect_rows(
     if opened is None:
         given = redact_url(frame) if isinstance(frame, str) else repr(frame)
         raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
-    rows = opened.compute() if is_lazy(opened) else opened
+    rows = convert_to_arrow(index_by_id(opened.compute() if is_lazy(opened) else opened))
     _check_columns("json_columns", json_columns, rows)
-    rows = convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
     empty = rows["size"].fillna(0) == 0
     if empty.any():
         logger.warning("%d rows have no image, but record damage: left out", empty.sum())
@@ -338,7 +337,10 @@ def _order_rows(
     if sort_by is not None:
         columns = _list(sort_by)
         _check_columns("sort_by", columns, rows)
-        return rows.sort_values(columns, kind="stable")
+        try:
+            return rows.sort_values(columns, kind="stable")
+        except (NotImplementedError, TypeError) as error:
+            raise ValueError(f"sort_by: {', '.join(columns)}: {error}") from error
     return rows
 
 

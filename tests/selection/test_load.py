@@ -65,6 +65,12 @@ def test_ids_in_their_order(frame, images):
         assert load_images(given, []) == []
 
 
+def test_one_id_and_ids_that_are_read_once(frame, images):
+    first = frame.index[0]
+    check(load_images(frame, first), images, [first])
+    check(load_images(frame, iter(frame.index[:2])), images, frame.index[:2])
+
+
 def test_ids_that_are_not_there(frame):
     with pytest.raises(KeyError, match="2 ids are not in the frame, such as nothing"):
         load_images(frame, [frame.index[0], "nothing", "more"])

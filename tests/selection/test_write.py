@@ -466,6 +466,9 @@ def test_columns_as_json(client, frame, tmp_path):
     assert second == {"list": [], "vector": [0, 1], "json": {"a": 2}, "width": 48}
     check_rows(written, out)
     assert list(pd.read_parquet(out / "metadata")["vector"].iloc[0]) == [0, 1]
+    ids = write(client, rows, tmp_path / "ids", json_columns="image_id")
+    sources = (json.loads(s["columns.json"]) for s in read_samples(tmp_path / "ids").values())
+    assert [source["image_id"] for source in sources] == list(ids["source_id"]) == list(rows.index)
     again = write(client, written, tmp_path / "again", json_columns="width")
     members = [name for name, _ in read_members(tmp_path / "again")]
     assert [name for name in members if "json" in name] == [
@@ -476,6 +479,18 @@ def test_columns_as_json(client, frame, tmp_path):
     assert list(again["source_id"]) == list(written.index)
     with pytest.raises(ValueError, match="json_columns: the frame has no colour"):
         write(client, rows, tmp_path / "wrong", json_columns=["colour"])
+
+
+def test_an_index_with_other_names_is_kept(client, frame, tmp_path):
+    for number, rows in enumerate(
+        [
+            frame.reset_index().set_index("width"),
+            frame.set_index("width", append=True),
+        ]
+    ):
+        written = write(client, rows, tmp_path / str(number))
+        assert list(written["width"]) == list(frame["width"])
+        assert list(written["source_id"]) == list(frame.index)
 
 
 def test_a_column_that_is_empty_in_one_shard(client, frame, tmp_path):
@@ -792,11 +807,12 @@ def test_what_is_read_is_not_overwritten(client, frame, tmp_path):
         ({"shuffle": 1, "sort_by": "key"}, "sort_by and shuffle can't be given together"),
         ({"index": "faiss"}, "index takes dali, wids, not faiss"),
         ({"index": ["dali", "x", "a"]}, "index takes dali, wids, not a, x"),
+        ({"sort_by": "tags"}, "sort_by: tags: "),
     ],
 )
 def test_wrong_options(frame, tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
-        write_shards(frame, tmp_path / "out", **options)
+        write_shards(frame.assign(tags=[["a"]] * 20), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
