@@ -48,7 +48,7 @@ _NOT_WITH_NOT_IDS = (
 )
 _MISSING = {
     "shards": 'SHARDS is missing: give files, folders, globs or URLs, such as "shards/*.tar"',
-    "out": "--out is missing: give a folder or URL for the rows, such as --out result",
+    "out": "--out is missing: give a folder or URL, such as --out result",
     "function": "MODULE:FUNCTION is missing: give a function, such as brightness:measure",
 }
 

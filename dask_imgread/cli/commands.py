@@ -221,9 +221,15 @@ def select(arguments: argparse.Namespace) -> dict[str, Any]:
         frames += [] if frame is None else [frame]
     if paths and arguments.failed and not arguments.decode:
         raise ValueError("--failed: only decoding shows which images are broken: add --decode")
-    if arguments.sidecar and not paths:
+    for name in ("sidecar", "checksum", "decode"):
+        if getattr(arguments, name) and not paths:
+            raise ValueError(
+                f"--{name} is for shards: the output of metadata has its columns; leave it out"
+            )
+    if choice.digests and paths and not arguments.checksum:
         raise ValueError(
-            "--sidecar is for shards: the output of metadata has its columns; leave it out"
+            f"{len(choice.digests)} of the ids are SHA-256 digests, and the rows have no column "
+            "sha256: add --checksum"
         )
     reader = make_reader(arguments, sidecars=False)
     client: Any = connect(arguments, reader)

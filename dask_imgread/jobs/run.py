@@ -28,6 +28,7 @@ from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import BatchFunction
 from dask_imgread.shards.find import Paths, find_shards
+from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
 from dask_imgread.storage.filesystems import is_local, resolve_path
@@ -214,6 +215,11 @@ def run_job(
     8
     """
     start = time.monotonic()
+    if is_frame(paths):
+        raise ValueError(
+            "run_job reads whole shards: for the rows of a frame use map_images(fn, frame), or "
+            "write_shards first"
+        )
     division = Division.of("run_job", partitioning)
     storage_options = storage_options or {}
     columns = MetadataColumns.parse(sidecars)

@@ -252,10 +252,11 @@ def remove_images(
 
 
 def find_copies(rows: pd.DataFrame, chosen: np.ndarray) -> pd.DataFrame:
-    """Return the rows chosen, and those that share their bytes; no rows without bytes."""
+    """Return the rows chosen, and those that share their bytes, each once; none without bytes."""
     filled = rows["size"].fillna(0).gt(0).to_numpy(bool)
     places = pd.MultiIndex.from_frame(rows[["shard", "offset"]])
-    return rows[filled & places.isin(places[filled & chosen])]
+    found = rows[filled & places.isin(places[filled & chosen])]
+    return found[~found[["shard", "offset"]].reset_index().duplicated().to_numpy()]
 
 
 def _name_copies(paths: Iterable[str]) -> dict[str, str]:

@@ -200,7 +200,13 @@ class ShardPlan(NamedTuple):
     size: int  # bytes of the samples; of the images, where that is not known
 
 
-def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> ShardPlan:
+def plan_shards(
+    frame: Frame,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    sort_by: str | Sequence[str] | None = None,
+    json_columns: Sequence[str] = (),
+) -> ShardPlan:
     """Return what ``write_shards`` would write of a frame's rows.
 
     Raises
@@ -208,7 +214,7 @@ def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> Sh
     ValueError
         As ``write_shards`` does.
     """
-    rows = _name_samples(_collect_rows(frame, {}, []))
+    rows = _name_samples(_order_rows(_collect_rows(frame, {}, json_columns), sort_by, None))
     first = rows[~rows["_sample"].duplicated()]
     size = int(first["sample_size"].fillna(first["size"]).sum())
     shards = len(_cut_evenly(rows["_sample"].to_numpy(), images_per_shard)) - 1
