@@ -221,11 +221,7 @@ class SampleReader:
         """Return the members of some samples of one shard."""
         _, size, version = stat_shard(path, self._options)
         for sample in samples:
-            if sample.version not in (None, version):
-                raise OSError(
-                    f"{redact_url(path)} changed since the frame was made: its version was "
-                    f"{sample.version}, and is {version}"
-                )
+            check_version(path, sample.version, version)
         located = [self._locate(path, sample) for sample in samples]
         ranges = sorted({place for places in located for place in places})
         contents = self._read_ranges(path, size, ranges)
@@ -317,6 +313,15 @@ class SampleReader:
             old = self._streams.pop(first) if len(self._streams) > _STREAMS else None
         if old is not None:
             old[1].close()
+
+
+def check_version(path: str, before: str | None, now: str) -> None:
+    """Raise OSError if a shard has changed since its rows were made, as far as they tell."""
+    if before not in (None, now):
+        raise OSError(
+            f"{redact_url(path)} changed since the frame was made: its version was {before}, and "
+            f"is {now}"
+        )
 
 
 def _cut(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

@@ -161,13 +161,20 @@ def write_shards(
     folder = OutputFolder(place, out_options)
     folder.prepare(job, overwrite)
     written = folder.list_written(len(cuts) - 1, job_id)
-    wanted = [(start, stop) for n, (start, stop) in enumerate(pairwise(cuts)) if n not in written]
-    if wanted:
-        partitions = ((cuts.index(start), rows.iloc[start:stop]) for start, stop in wanted)
-        with raise_job_errors(), choose_client(client, _READER) as opened:
-            wait_for_workers(opened)
-            with choose_progress(len(cuts) - 1, len(written), hidden=not progress) as shown:
-                run_writer(opened, writer, partitions, shown, retries)
+    wanted = (
+        (n, rows.iloc[start:stop])
+        for n, (start, stop) in enumerate(pairwise(cuts))
+        if n not in written
+    )
+    run_writer(
+        writer,
+        wanted,
+        total=len(cuts) - 1,
+        done=len(written),
+        client=client,
+        retries=retries,
+        progress=progress,
+    )
     if "wids" in index:
         counts = [rows["_sample"].iloc[start:stop].nunique() for start, stop in pairwise(cuts)]
         folder.write_wids_index([(name_shard(n), count) for n, count in enumerate(counts)])
@@ -456,22 +463,51 @@ class Writer(Protocol[Item]):
 
 
 def run_writer(
-    client: Client,
     writer: Writer[Item],
-    items: Iterable[Item],
-    progress: Progress,
+    wanted: Iterable[Item],
+    *,
+    total: int,
+    done: int,
+    client: Client | AbstractContextManager[Client] | None,
     retries: int,
+    progress: bool,
 ) -> None:
-    """Write shards on the cluster.
+    """Write the shards that are wanted on a cluster, which is asked for only if there are any.
+
+    Parameters
+    ----------
+    writer
+        What writes one.
+    wanted
+        The shards that are still to be written.
+    total, done
+        How many shards there are, and how many of them are written.
+    client, retries, progress
+        As for ``write_shards``.
 
     Raises
     ------
     JobError
         If some can't be written; the others are.
     """
+    if done == total:
+        return
+    with raise_job_errors(), choose_client(client, _READER) as opened:
+        wait_for_workers(opened)
+        with choose_progress(total, done, hidden=not progress) as shown:
+            _write(opened, writer, wanted, shown, retries)
+
+
+def _write(
+    client: Client,
+    writer: Writer[Item],
+    wanted: Iterable[Item],
+    progress: Progress,
+    retries: int,
+) -> None:
     errors: list[str] = []
     images = 0
-    tasks = run_tasks(client, writer, items, pure=False, retries=retries)
+    tasks = run_tasks(client, writer, wanted, pure=False, retries=retries)
     for ended, (item, result) in enumerate(tasks, 1):
         if isinstance(result, Exception):
             secrets = {"read": writer.storage_options, "written": writer.out_options}
