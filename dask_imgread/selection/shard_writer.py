@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import re
 import tarfile
 import threading
+from base64 import b64encode
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -24,6 +24,7 @@ from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, index_members, is_image, make_shard_id
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import BLOCK, ByteSource, Member, NotTarError, walk_members
+from dask_imgread.sidecars import drop_non_finite
 from dask_imgread.storage.files import open_whole, write_whole
 from dask_imgread.storage.filesystems import connect, is_local
 from dask_imgread.storage.redaction import redact_url
@@ -166,15 +167,11 @@ def list_samples(rows: pd.DataFrame, json_columns: Collection[str] = ()) -> list
         if number != last:
             last = number
             extent = None if start is None or length is None else (start, start + length)
-            values = {name: column[n] for name, column in more.items() if _is_known(column[n])}
+            known = {name: drop_non_finite(column[n]) for name, column in more.items()}
+            values = {name: value for name, value in known.items() if value is not None}
             samples.append(Sample(shard, version, key, new_key, extent, {}, values))
         samples[-1].images[offset] = size
     return samples
-
-
-def _is_known(value: Any) -> bool:
-    """Return whether a value is neither missing nor a number that JSON does not have."""
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 class SampleReader:
@@ -434,8 +431,12 @@ def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
         taken = {piece.name.lower() for piece in pieces}
         names = (f"{sample.new_key}.{'columns.' * n}json" for n in itertools.count())
         name = next(name for name in names if name.lower() not in taken)
-        text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=str)
+        text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=_to_text)
         yield Piece(name, text.encode())
+
+
+def _to_text(value: Any) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _make_header(name: str, size: int) -> bytes:

@@ -92,8 +92,8 @@ def write_shards(
         A number that decides a random order, which depends on nothing else but the images' ids.
     json_columns
         Columns that become the member ``.json`` of each sample; ``.columns.json`` where it has a
-        ``.json``. Missing values are left out; what JSON has no type for becomes a string. Of a
-        sample with several images the first one's row counts.
+        ``.json``. Missing values are left out; what JSON has no type for becomes a string, bytes
+        one in base64. Of a sample with several images the first one's row counts.
     index
         Index files to write: ``"dali"`` (one for each shard, for ``fn.readers.webdataset``),
         ``"wids"`` (``index.json``, for the package ``wids``).

@@ -449,6 +449,8 @@ def test_columns_as_json(client, frame, tmp_path):
         number=[1.5, None],
         infinite=pd.array([float("nan"), float("inf")], dtype="float64[pyarrow]"),
         text=["ä", None],
+        numbers=pd.array([[1.5, float("nan")], None], pd.ArrowDtype(pa.list_(pa.float64()))),
+        bytes=[b"\xff", None],
         list=[[1, None], []],
         vector=[np.arange(2), np.arange(2)],
         when=pd.to_datetime(["2026-01-02T03:04:05", None]),
@@ -456,12 +458,14 @@ def test_columns_as_json(client, frame, tmp_path):
         json=[{"a": 1}, {"a": 2}],
     )
     names = ["number", "infinite", "text", "list", "vector", "when", "nothing", "json", "width"]
+    names += ["numbers", "bytes"]
     out = tmp_path / "out"
     written = write(client, rows, out, json_columns=names, images_per_shard=1)
     first, second = (json.loads(s["columns.json"]) for s in read_samples(out).values())
     assert first == {
         "number": 1.5, "text": "ä", "list": [1, None], "vector": [0, 1],
         "when": "2026-01-02 03:04:05", "json": {"a": 1}, "width": 48,
+        "numbers": [1.5, None], "bytes": "/w==",
     }  # fmt: skip
     assert second == {"list": [], "vector": [0, 1], "json": {"a": 2}, "width": 48}
     check_rows(written, out)
