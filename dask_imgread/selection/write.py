@@ -254,6 +254,19 @@ def check_place(place: str, shards: Iterable[str]) -> None:
             )
 
 
+def check_apart(place: str, folders: Iterable[str]) -> None:
+    """Raise ValueError if what is to be written lies in a folder whose shards are read.
+
+    The same call would then find other shards when it is made again.
+    """
+    for path in folders:
+        if f"{_follow_links(place)}/".startswith(f"{_follow_links(resolve_path(path))}/"):
+            raise ValueError(
+                f"{redact_url(place)} lies in {redact_url(path)}, all of whose shards are read: "
+                "give a folder elsewhere to write to"
+            )
+
+
 def _follow_links(path: str) -> str:
     return os.path.realpath(path) if is_local(path) else path
 

@@ -219,6 +219,8 @@ def test_ids(select, shards, caplog):
         (["shards", "--json-column", "colour"], "json_columns: the frame has no colour"),
         (["shards", "--images-per-shard", "0"], "--images-per-shard must be at least 1, not 0"),
         (["nope.tar"], "no such shard or folder"),
+        (["."], "out lies in ., all of whose shards are read"),
+        (["./", "--not-ids", "ids.txt"], "out lies in ./, all of whose shards are read"),
         (
             ["shards", "--not-ids", "ids.txt", "--shuffle", "0", "--where", "a"],
             "no --where, --shuffle",
