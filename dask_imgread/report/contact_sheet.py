@@ -66,7 +66,7 @@ def show(what: Any, n: int = 24) -> ContactSheet:
         An ImageBatch, an ImageObject, a list of these, as ``process`` and ``client.gather`` return
         them, or a pandas or dask DataFrame of rows, as of ``read_metadata``, or the output folder
         of a job. Of a frame the first ``n`` rows are read from their shards, with the options of a
-        new reader; pass ``load_images(rows, ...)`` for others.
+        new reader; pass ``load_images(rows, ...)`` for others. A column ``caption`` is shown, too.
     n
         How many images to show at most. A quarter of the places are for failed ones, if there are
         as many.
