@@ -66,7 +66,8 @@ def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> 
             f"a frame of images needs the columns {', '.join(_NEEDED)}, and image_id or key; "
             f"this one has no {', no '.join(lacking)}"
         )
-    if "key" in names and is_numeric_dtype(given.dtypes["key"]):
+    numeric = "key" in names and is_numeric_dtype(given.dtypes["key"])
+    if numeric and (is_lazy(given) or given["key"].notna().any()):
         raise ValueError(
             "a frame's keys are text, and this one's are numbers, without their leading zeros: "
             "read the file with dtype={'key': str}"

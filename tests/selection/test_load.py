@@ -51,6 +51,7 @@ def test_rows_in_their_order(frame, images):
     again = pd.concat([chosen, chosen[:3]])
     check(load_images(again), images, again.index)
     assert load_images(frame[:0]) == []
+    check(load_images(chosen.assign(key=float("nan"))), images, chosen.index)
     assert [image.metadata for image in load_images(chosen.assign(a=1))] == [{"a": 1}] * 20
     assert [image.metadata for image in load_images(chosen)] == [{}] * 20
 
