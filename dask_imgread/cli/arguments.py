@@ -227,7 +227,8 @@ def _add_select(select: argparse.ArgumentParser) -> None:
     lists.add_argument(
         "--ids",
         metavar="FILE",
-        help="those with these image_ids or SHA-256 digests, one in each line (default: none)",
+        help="those with these image_ids or SHA-256 digests, one in each line; in shards "
+        "digests need --checksum (default: none)",
     )
     lists.add_argument(
         "--not-ids",

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import dask.dataframe as dd
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -260,7 +261,7 @@ def check_apart(place: str, folders: Iterable[str]) -> None:
     The same call would then find other shards when it is made again.
     """
     for path in folders:
-        if f"{_follow_links(place)}/".startswith(f"{_follow_links(resolve_path(path))}/"):
+        if f"{_follow_links(place)}/".startswith(f"{_follow_links(path)}/"):
             raise ValueError(
                 f"{redact_url(place)} lies in {redact_url(path)}, all of whose shards are read: "
                 "give a folder elsewhere to write to"
@@ -268,7 +269,12 @@ def check_apart(place: str, folders: Iterable[str]) -> None:
 
 
 def _follow_links(path: str) -> str:
-    return os.path.realpath(path) if is_local(path) else path
+    """Return one spelling of a path or URL: ``s3a://`` is ``s3://``, for example."""
+    if is_local(path):
+        return os.path.realpath(resolve_path(path))
+    url = path.rpartition("::")[2]
+    kind = fsspec.get_filesystem_class(url.partition("://")[0])
+    return f"{kind.__name__}:{kind._strip_protocol(url)}"
 
 
 def _collect_rows(

@@ -34,7 +34,13 @@ from dask_imgread import (
 )
 from dask_imgread.selection import shard_writer
 from dask_imgread.selection.shard_writer import SampleReader, list_samples, name_shard
-from dask_imgread.selection.write import _collect_rows, _cut_evenly, _name_samples, digest_rows
+from dask_imgread.selection.write import (
+    _collect_rows,
+    _cut_evenly,
+    _name_samples,
+    check_place,
+    digest_rows,
+)
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
@@ -802,6 +808,16 @@ def test_what_is_read_is_not_overwritten(client, frame, tmp_path):
         ):
             write(client, rows, tmp_path / out, overwrite=True)
     assert read_tars(tmp_path / "out") == kept
+
+
+@pytest.mark.parametrize(
+    ("place", "shard"),
+    [("memory://out", "memory:///out/a.tar"), ("s3a://b/out", "s3://b/out/x/a.tar")],
+)
+def test_two_spellings_of_a_url_are_one_place(place, shard):
+    check_place("s3a://b/out2", [shard])
+    with pytest.raises(ValueError, match="which is read, lies in"):
+        check_place(place, [shard])
 
 
 @pytest.mark.parametrize(
