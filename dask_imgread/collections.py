@@ -180,7 +180,8 @@ def read_metadata(
         too, with ``error`` set. Then come ``sha256`` and the columns of ``sidecars``, if they are
         asked for, null where something is missing. The last one is then ``error_sidecar``, which
         says which sidecar can't be read, or which value is null as it does not fit its column's
-        type. Any selection of the rows may take the place of shards.
+        type. Any selection of the rows may take the place of shards. What ``to_parquet`` writes of
+        columns of lists, pandas and Dask read only with ``dtype_backend="pyarrow"``.
 
     Raises
     ------

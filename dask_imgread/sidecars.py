@@ -113,6 +113,11 @@ class MetadataColumns:
         ('caption', 'txt', None, 'string')
         ('url', 'json', 'url', None)
         """
+        if not isinstance(sidecars, Mapping | NoneType):
+            raise ValueError(
+                'sidecars: give columns by extension, such as {"txt": "caption"}, '
+                f"not {sidecars!r}"
+            )
         columns = tuple(
             column
             for extension, wanted in (sidecars or {}).items()
@@ -409,13 +414,13 @@ def to_json(value: Any) -> str:
     try:
         return dump(value, allow_nan=False)
     except ValueError:
-        return dump(_drop_non_finite(value))
+        return dump(drop_non_finite(value))
 
 
-def _drop_non_finite(value: Any) -> Any:
+def drop_non_finite(value: Any) -> Any:
     """Return a value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _drop_non_finite(inner) for name, inner in value.items()}
+        return {name: drop_non_finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_drop_non_finite(inner) for inner in value]
+        return [drop_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not isfinite(value) else value

@@ -92,7 +92,7 @@ def _render_tile(image: Record) -> str:
         _render_lines(shorten(shard, 24), 1, _SOFT),
         _render_lines(_describe_size(image), 1, _SOFT),
     ]
-    caption = image.metadata.get("txt")
+    caption = image.metadata.get("txt", image.metadata.get("caption"))
     if isinstance(caption, str):
         lines.append(_render_lines(caption, 3))
     title = _escape(shorten(image_id, _LONGEST))

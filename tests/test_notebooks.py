@@ -15,6 +15,7 @@ from dask_imgread import (
     ImageObject,
     ImageReaderStage,
     read_metadata,
+    run_job,
     show,
 )
 from dask_imgread.tasks import make_frame
@@ -219,11 +220,21 @@ def test_no_more_partitions_are_computed_than_needed(asked):
 def test_rows_are_read_from_their_shards(tmp_path):
     """Needs ``dask_imgread.selection.load``."""
     pytest.importorskip("dask_imgread.selection.load")
-    frame = read_metadata(make_shards(tmp_path, broken=1))
+    frame = read_metadata(make_shards(tmp_path, broken=1), sidecars={"txt": "caption"})
     for rows in (frame, frame.compute()):
         sheet = show(rows)
         assert repr(sheet) == "<ContactSheet: 15 images, 1 failed>"
         assert count_pictures(Page(sheet.html)) == 15
+        assert Page(sheet.html).text.count("landscape number") == 16
+
+
+def test_a_jobs_folder_is_shown_by_its_rows(tmp_path, client):
+    run_job(
+        make_shards(tmp_path / "s", shards=1, images_per_shard=3), tmp_path / "out", client=client
+    )
+    assert repr(show(tmp_path / "out", 2)) == "<ContactSheet: 2 images>"
+    with pytest.raises(TypeError, match="expected, not str"):
+        show(str(tmp_path / "s"))
 
 
 def test_reprs_are_a_line():

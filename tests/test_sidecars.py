@@ -311,6 +311,8 @@ def test_the_first_images_alone_are_read_to_find_types(write, monkeypatch):
         ({"json": [5]}, "5 is no column's name"),
         ({"txt": ""}, "'' is no column's name"),
         ({"jpg": "image"}, ".jpg members are images"),
+        (["txt"], 'give columns by extension, such as {"txt": "caption"}, not [\'txt\']'),
+        (True, "not True"),
     ],
 )
 def test_refusals(write, sidecars, told):

@@ -48,7 +48,7 @@ _NOT_WITH_NOT_IDS = (
 )
 _MISSING = {
     "shards": 'SHARDS is missing: give files, folders, globs or URLs, such as "shards/*.tar"',
-    "out": "--out is missing: give a folder or URL for the rows, such as --out result",
+    "out": "--out is missing: give a folder or URL, such as --out result",
     "function": "MODULE:FUNCTION is missing: give a function, such as brightness:measure",
 }
 
@@ -227,7 +227,8 @@ def _add_select(select: argparse.ArgumentParser) -> None:
     lists.add_argument(
         "--ids",
         metavar="FILE",
-        help="those with these image_ids or SHA-256 digests, one in each line (default: none)",
+        help="those with these image_ids or SHA-256 digests, one in each line; in shards "
+        "digests need --checksum (default: none)",
     )
     lists.add_argument(
         "--not-ids",

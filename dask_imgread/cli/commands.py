@@ -43,6 +43,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
 from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
+from dask_imgread.selection.write import check_apart, resolve_out
 from dask_imgread.shards.find import Shard, find_shards
 from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import Partitioning, partition_shards
@@ -221,10 +222,18 @@ def select(arguments: argparse.Namespace) -> dict[str, Any]:
         frames += [] if frame is None else [frame]
     if paths and arguments.failed and not arguments.decode:
         raise ValueError("--failed: only decoding shows which images are broken: add --decode")
-    if arguments.sidecar and not paths:
+    for name in ("sidecar", "checksum", "decode"):
+        if getattr(arguments, name) and not paths:
+            raise ValueError(
+                f"--{name} is for shards: the output of metadata has its columns; leave it out"
+            )
+    if choice.digests and paths and not arguments.checksum:
         raise ValueError(
-            "--sidecar is for shards: the output of metadata has its columns; leave it out"
+            f"{len(choice.digests)} of the ids are SHA-256 digests, and the rows have no column "
+            "sha256: add --checksum"
         )
+    if arguments.out:
+        check_apart(resolve_out(arguments.out, {}, {})[0], paths)
     reader = make_reader(arguments, sidecars=False)
     client: Any = connect(arguments, reader)
     with ExitStack() as stack:

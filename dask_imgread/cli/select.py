@@ -12,7 +12,14 @@ import numpy as np
 import pandas as pd
 from dask.utils import format_bytes
 
-from dask_imgread.selection.choose import find_failed, find_ids, match_rows, read_ids
+from dask_imgread.selection.choose import (
+    DIGEST,
+    find_digests,
+    find_failed,
+    find_ids,
+    match_rows,
+    read_ids,
+)
 from dask_imgread.selection.folder import NOT_FOUND, REMOVED
 from dask_imgread.selection.remove import find_copies, remove_images
 from dask_imgread.selection.write import convert_to_arrow, plan_shards, write_shards
@@ -43,6 +50,7 @@ class Choice:
         self._arguments = arguments
         file = arguments.ids or arguments.not_ids
         self._ids = read_ids(file) if file else None
+        self.digests = find_digests(self._ids or ())
         self.missing: list[str] = []
 
     def find(self, rows: pd.DataFrame) -> np.ndarray:
@@ -57,12 +65,26 @@ class Choice:
         if self._ids is not None:
             found, self.missing = find_ids(rows, self._ids)
             chosen &= found
+            self._warn_of_unknown(rows)
             if self.missing:
                 logger.warning(
                     "%d of %d ids were not found, such as %s",
                     *(len(self.missing), len(self._ids), self.missing[0]),
                 )
         return chosen
+
+    def _warn_of_unknown(self, rows: pd.DataFrame) -> None:
+        """Say where images may be that were looked for and can't be seen."""
+        empty = rows["size"].fillna(0).eq(0)
+        damaged = rows["shard"][empty].dropna().unique()
+        if len(damaged):
+            logger.warning(
+                "%d shards can't be read, or not all of them, such as %s: images there are not "
+                "found",
+                *(len(damaged), redact_url(damaged[0])),
+            )
+        if self.digests and (unknown := int(rows[DIGEST][~empty].isna().sum())):
+            logger.warning("%d images have no %s: digests do not find them", unknown, DIGEST)
 
 
 def write_selection(
@@ -73,7 +95,7 @@ def write_selection(
     **options: Any,
 ) -> dict[str, Any]:
     """Write the rows chosen as new shards, unless only numbers are wanted; return these."""
-    result: dict[str, Any] = {"images": len(rows), "chosen": int(chosen.sum())}
+    result: dict[str, Any] = {"images": _count(rows), "chosen": _count(rows[chosen])}
     if not chosen.any():
         return result | {"samples": 0, "shards": 0, "bytes": 0}
     names = ["error"] * arguments.failed + arguments.json_column
@@ -82,24 +104,31 @@ def write_selection(
         if arguments.images_per_shard is None
         else {"images_per_shard": arguments.images_per_shard}
     )
-    plan = plan_shards(rows[chosen], **most)
+    how: dict[str, Any] = {
+        "sort_by": arguments.sort_by or None,
+        "json_columns": list(dict.fromkeys(names)),
+    } | most
+    plan = plan_shards(rows[chosen], **how)
     result |= {"samples": plan.samples, "shards": plan.shards, "bytes": plan.size}
     if not arguments.dry_run:
         written = write_shards(
             rows[chosen],
             arguments.out,
-            sort_by=arguments.sort_by or None,
             shuffle=arguments.shuffle,
-            json_columns=list(dict.fromkeys(names)),
             index=arguments.index,
             client=client,
             progress=True,
-            **most,
+            **how,
             **options,
         )[["shard", "sample_offset", "sample_size"]].compute(scheduler="threads")
         ends = (written["sample_offset"] + written["sample_size"]).groupby(written["shard"]).max()
         result |= {"bytes": int(ends.sum())}
     return result
+
+
+def _count(rows: pd.DataFrame) -> int:
+    """Count rows, once those that several inputs have."""
+    return int((~rows[["shard", "offset"]].reset_index().duplicated()).sum())
 
 
 def write_removal(
@@ -116,7 +145,7 @@ def write_removal(
         where: dict[str, Any] = {"client": client, "progress": True} | options
         remove_images(rows, chosen, missing, arguments.out, **where)
     return {
-        "images": len(rows),
+        "images": _count(rows),
         "removed": len(removed),
         "shards": int(removed["shard"].nunique()),
         "not_found": len(missing),

@@ -215,6 +215,11 @@ def run_job(
     8
     """
     start = time.monotonic()
+    if is_frame(paths):
+        raise ValueError(
+            "run_job reads whole shards: for the rows of a frame use map_images(fn, frame), or "
+            "write_shards first"
+        )
     division = Division.of("run_job", partitioning)
     storage_options = storage_options or {}
     columns = MetadataColumns.parse(sidecars)

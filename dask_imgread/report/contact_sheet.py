@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.reading.reader import ImageReaderStage
+from dask_imgread.shards.frames import open_frame
 from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject, count_images
 from dask_imgread.thumbnails import render_images, shrink
 
@@ -63,9 +64,9 @@ def show(what: Any, n: int = 24) -> ContactSheet:
     ----------
     what
         An ImageBatch, an ImageObject, a list of these, as ``process`` and ``client.gather`` return
-        them, or a pandas or dask DataFrame of rows, as of ``read_metadata``. Of a frame the first
-        ``n`` rows are read from their shards, with the options of a new reader; pass
-        ``load_images(rows, ...)`` for others.
+        them, or a pandas or dask DataFrame of rows, as of ``read_metadata``, or the output folder
+        of a job. Of a frame the first ``n`` rows are read from their shards, with the options of a
+        new reader; pass ``load_images(rows, ...)`` for others. A column ``caption`` is shown, too.
     n
         How many images to show at most. A quarter of the places are for failed ones, if there are
         as many.
@@ -95,6 +96,9 @@ def show(what: Any, n: int = 24) -> ContactSheet:
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, not {n!r}")
+    if isinstance(what, str | os.PathLike):
+        frame = open_frame(what)
+        what = what if frame is None else frame
     if hasattr(what, "get_partition"):
         what = _compute_head(what, n)
     if isinstance(what, pd.DataFrame):

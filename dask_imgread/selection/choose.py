@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import pandas as pd
@@ -56,7 +56,9 @@ def match_rows(rows: pd.DataFrame, condition: str) -> np.ndarray:
 
 
 def _list_columns(rows: pd.DataFrame) -> str:
-    return f"the columns are {', '.join(filter(None, (rows.index.name, *rows.columns)))}"
+    names = filter(None, map(str, (rows.index.name or "", *rows.columns)))
+    shown = (name if name.isidentifier() else f"`{name}`" for name in names)
+    return f"the columns are {', '.join(shown)}"
 
 
 def read_ids(path: str | os.PathLike[str]) -> set[str]:
@@ -77,6 +79,11 @@ def read_ids(path: str | os.PathLike[str]) -> set[str]:
     return ids
 
 
+def find_digests(ids: Iterable[str]) -> set[str]:
+    """Return which ids are digests of images' bytes (SHA-256, hexadecimal), in lower case."""
+    return {name.lower() for name in ids if _DIGEST.fullmatch(name)}
+
+
 def find_ids(rows: pd.DataFrame, ids: Collection[str]) -> tuple[np.ndarray, list[str]]:
     """Return which rows are among those with some ids or digests, and the ids that no row has.
 
@@ -85,8 +92,7 @@ def find_ids(rows: pd.DataFrame, ids: Collection[str]) -> tuple[np.ndarray, list
     rows
         Rows indexed by ``image_id``.
     ids
-        Ids, and digests of images' bytes (SHA-256, hexadecimal), of which each row with such bytes
-        is found.
+        Ids, and digests, of which each row with such bytes is found.
 
     Raises
     ------
@@ -94,17 +100,22 @@ def find_ids(rows: pd.DataFrame, ids: Collection[str]) -> tuple[np.ndarray, list
         If there are digests, and the rows have none.
     """
     chosen = rows.index.isin(ids)
-    digests = {name.lower() for name in ids if _DIGEST.fullmatch(name)}
+    digests = find_digests(ids)
     found = set(rows.index[chosen])
     if digests - found and DIGEST not in rows:
         raise ValueError(
-            f"{len(digests)} of the ids are SHA-256 digests, and the rows have no column {DIGEST}"
+            f"{len(digests)} of the ids are SHA-256 digests, and the rows have no column {DIGEST}: "
+            "make them with --checksum"
         )
     if digests:
         same = rows[DIGEST].str.lower().isin(digests).fillna(False).to_numpy(bool)
         found.update(rows[DIGEST][same].str.lower())
         chosen |= same
-    missing = sorted(name for name in ids if name not in found and name.lower() not in found)
+    missing = sorted(
+        name
+        for name in ids
+        if name not in found and not (name.lower() in digests and name.lower() in found)
+    )
     return chosen, missing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ _READERS = 8
 
 def load_images(
     frame: Frame | str | os.PathLike[str],
-    ids: Sequence[str] | None = None,
+    ids: str | Iterable[str] | None = None,
     *,
     reader: ImageReaderStage | None = None,
     storage_options: dict[str, Any] | None = None,
@@ -39,7 +39,7 @@ def load_images(
     frame
         Rows of pandas or Dask, as ``read_metadata`` makes them, or the output folder of a job.
     ids
-        The images to load, by their ``image_id``; all rows if not given.
+        The images to load, or the one, by their ``image_id``; all rows if not given.
     reader
         The reader; ``ImageReaderStage(verbose=False)`` if not given.
     storage_options
@@ -75,14 +75,15 @@ def load_images(
     if ids is not None:
         if "image_id" not in (*rows.columns, rows.index.name):
             raise ValueError("the frame has no image_id, by which ids are found")
-        rows = rows.map_partitions(_pick, list(ids)) if is_lazy(rows) else _pick(rows, list(ids))
+        ids = [ids] if isinstance(ids, str) else list(ids)
+        rows = rows.map_partitions(_pick, ids) if is_lazy(rows) else _pick(rows, ids)
     rows = rows.compute() if is_lazy(rows) else rows
     if ids is not None:
         rows = rows.drop_duplicates("image_id").set_index("image_id")
         missing = [name for name in ids if name not in rows.index]
         if missing:
             raise KeyError(f"{len(missing)} ids are not in the frame, such as {missing[0]}")
-        rows = rows.loc[list(ids)]
+        rows = rows.loc[ids]
     tasks = partition_shards(
         rows.assign(**{_POSITION: range(len(rows))}), storage_options=storage_options
     )

@@ -15,13 +15,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dask_imgread.cluster.start import wait_for_workers
-from dask_imgread.jobs.run import choose_client, raise_job_errors
-from dask_imgread.progress import choose_progress
-from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.selection.choose import DIGEST
 from dask_imgread.selection.folder import NOT_FOUND, REMOVED, OutputFolder
-from dask_imgread.selection.shard_writer import Written
+from dask_imgread.selection.shard_writer import Written, check_version
 from dask_imgread.selection.write import check_place, digest_rows, resolve_out, run_writer
 from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.samples import index_members, split_name
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 _COPIED_BYTES = 4 << 20  # at a time
-_READER = ImageReaderStage(decode=False)  # no GPU is needed
 
 
 class Removal(NamedTuple):
@@ -78,11 +73,7 @@ class ShardCopier:
         """
         path = removal.path
         version = stat_shard(path, self.storage_options).version
-        if removal.version not in (None, version):
-            raise OSError(
-                f"{redact_url(path)} changed since the frame was made: its version was "
-                f"{removal.version}, and is {version}"
-            )
+        check_version(path, removal.version, version)
         with open_shard(path, self.storage_options, skipping=True) as source:
             members = list(walk_members(source))
         removed = _find_removed(removal, members)
@@ -230,13 +221,15 @@ def remove_images(
     folder.prepare({"images to remove": digest_rows(removed), "files": files}, overwrite)
     written = folder.list_names()
     wanted = [removal for removal in removals if removal.name not in written]
-    if wanted:
-        copier = ShardCopier(place, out_options, options)
-        with raise_job_errors(), choose_client(client, _READER) as opened:
-            wait_for_workers(opened)
-            done = len(removals) - len(wanted)
-            with choose_progress(len(removals), done, hidden=not progress) as shown:
-                run_writer(opened, copier, wanted, shown, retries)
+    run_writer(
+        ShardCopier(place, out_options, options),
+        wanted,
+        total=len(removals),
+        done=len(removals) - len(wanted),
+        client=client,
+        retries=retries,
+        progress=progress,
+    )
     receipt = pd.DataFrame(
         {
             "image_id": list(removed.index),
@@ -252,10 +245,11 @@ def remove_images(
 
 
 def find_copies(rows: pd.DataFrame, chosen: np.ndarray) -> pd.DataFrame:
-    """Return the rows chosen, and those that share their bytes; no rows without bytes."""
+    """Return the rows chosen, and those that share their bytes, each once; none without bytes."""
     filled = rows["size"].fillna(0).gt(0).to_numpy(bool)
     places = pd.MultiIndex.from_frame(rows[["shard", "offset"]])
-    return rows[filled & places.isin(places[filled & chosen])]
+    found = rows[filled & places.isin(places[filled & chosen])]
+    return found[~found[["shard", "offset"]].reset_index().duplicated().to_numpy()]
 
 
 def _name_copies(paths: Iterable[str]) -> dict[str, str]:

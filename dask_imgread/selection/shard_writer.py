@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import re
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from base64 import b64encode
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, index_members, is_image, make_shard_id
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import BLOCK, ByteSource, Member, NotTarError, walk_members
+from dask_imgread.sidecars import drop_non_finite
 from dask_imgread.storage.files import open_whole, write_whole
 from dask_imgread.storage.filesystems import connect, is_local
 from dask_imgread.storage.redaction import redact_url
@@ -152,10 +153,11 @@ def name_rows(number: int) -> str:
     return f"metadata/part-{number:05d}.parquet"
 
 
-def list_samples(rows: pd.DataFrame, json_columns: Iterable[str] = ()) -> list[Sample]:
+def list_samples(rows: pd.DataFrame, json_columns: Collection[str] = ()) -> list[Sample]:
     """Return the samples that rows name, in the order of the rows; those of one are adjacent."""
     fields = ["_sample", "shard", "shard_version", "key", "_key", "sample_offset", "sample_size"]
     columns = [pa.array(rows[name]).to_pylist() for name in (*fields, "offset", "size")]
+    rows = rows.reset_index() if "image_id" in json_columns else rows
     more = {name: pa.array(rows[name]).to_pylist() for name in json_columns}
     samples: list[Sample] = []
     last = None
@@ -165,15 +167,11 @@ def list_samples(rows: pd.DataFrame, json_columns: Iterable[str] = ()) -> list[S
         if number != last:
             last = number
             extent = None if start is None or length is None else (start, start + length)
-            values = {name: column[n] for name, column in more.items() if _is_known(column[n])}
+            known = {name: drop_non_finite(column[n]) for name, column in more.items()}
+            values = {name: value for name, value in known.items() if value is not None}
             samples.append(Sample(shard, version, key, new_key, extent, {}, values))
         samples[-1].images[offset] = size
     return samples
-
-
-def _is_known(value: Any) -> bool:
-    """Return whether a value is neither missing nor a number that JSON does not have."""
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 class SampleReader:
@@ -220,11 +218,7 @@ class SampleReader:
         """Return the members of some samples of one shard."""
         _, size, version = stat_shard(path, self._options)
         for sample in samples:
-            if sample.version not in (None, version):
-                raise OSError(
-                    f"{redact_url(path)} changed since the frame was made: its version was "
-                    f"{sample.version}, and is {version}"
-                )
+            check_version(path, sample.version, version)
         located = [self._locate(path, sample) for sample in samples]
         ranges = sorted({place for places in located for place in places})
         contents = self._read_ranges(path, size, ranges)
@@ -301,7 +295,8 @@ class SampleReader:
                 content = memoryview(bytes(content)) if source.sequential else content
                 if len(content) < stop - start:
                     raise ValueError(
-                        f"{redact_url(path)} ends before offset {stop}: the frame does not match it"
+                        f"{redact_url(path)} ends before offset {stop}: it is cut off, or the "
+                        f"frame does not match it; leave out what begins at offset {start}"
                     )
                 contents[start, stop] = content
             if source.sequential:
@@ -315,6 +310,15 @@ class SampleReader:
             old = self._streams.pop(first) if len(self._streams) > _STREAMS else None
         if old is not None:
             old[1].close()
+
+
+def check_version(path: str, before: str | None, now: str) -> None:
+    """Raise OSError if a shard has changed since its rows were made, as far as they tell."""
+    if before not in (None, now):
+        raise OSError(
+            f"{redact_url(path)} changed since the frame was made: its version was {before}, and "
+            f"is {now}"
+        )
 
 
 def _cut(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -427,8 +431,12 @@ def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
         taken = {piece.name.lower() for piece in pieces}
         names = (f"{sample.new_key}.{'columns.' * n}json" for n in itertools.count())
         name = next(name for name in names if name.lower() not in taken)
-        text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=str)
+        text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=_to_text)
         yield Piece(name, text.encode())
+
+
+def _to_text(value: Any) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _make_header(name: str, size: int) -> bytes:

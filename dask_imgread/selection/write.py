@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import dask.dataframe as dd
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -27,7 +28,7 @@ from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.selection.folder import OutputFolder
 from dask_imgread.selection.shard_writer import ShardWriter, Written, name_shard
-from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.frames import index_by_id, is_lazy, open_frame
 from dask_imgread.shards.samples import make_shard_id, split_name
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
@@ -92,8 +93,8 @@ def write_shards(
         A number that decides a random order, which depends on nothing else but the images' ids.
     json_columns
         Columns that become the member ``.json`` of each sample; ``.columns.json`` where it has a
-        ``.json``. Missing values are left out; what JSON has no type for becomes a string. Of a
-        sample with several images the first one's row counts.
+        ``.json``. Missing values are left out; what JSON has no type for becomes a string, bytes
+        one in base64. Of a sample with several images the first one's row counts.
     index
         Index files to write: ``"dali"`` (one for each shard, for ``fn.readers.webdataset``),
         ``"wids"`` (``index.json``, for the package ``wids``).
@@ -161,13 +162,20 @@ def write_shards(
     folder = OutputFolder(place, out_options)
     folder.prepare(job, overwrite)
     written = folder.list_written(len(cuts) - 1, job_id)
-    wanted = [(start, stop) for n, (start, stop) in enumerate(pairwise(cuts)) if n not in written]
-    if wanted:
-        partitions = ((cuts.index(start), rows.iloc[start:stop]) for start, stop in wanted)
-        with raise_job_errors(), choose_client(client, _READER) as opened:
-            wait_for_workers(opened)
-            with choose_progress(len(cuts) - 1, len(written), hidden=not progress) as shown:
-                run_writer(opened, writer, partitions, shown, retries)
+    wanted = (
+        (n, rows.iloc[start:stop])
+        for n, (start, stop) in enumerate(pairwise(cuts))
+        if n not in written
+    )
+    run_writer(
+        writer,
+        wanted,
+        total=len(cuts) - 1,
+        done=len(written),
+        client=client,
+        retries=retries,
+        progress=progress,
+    )
     if "wids" in index:
         counts = [rows["_sample"].iloc[start:stop].nunique() for start, stop in pairwise(cuts)]
         folder.write_wids_index([(name_shard(n), count) for n, count in enumerate(counts)])
@@ -200,7 +208,13 @@ class ShardPlan(NamedTuple):
     size: int  # bytes of the samples; of the images, where that is not known
 
 
-def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> ShardPlan:
+def plan_shards(
+    frame: Frame,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    sort_by: str | Sequence[str] | None = None,
+    json_columns: Sequence[str] = (),
+) -> ShardPlan:
     """Return what ``write_shards`` would write of a frame's rows.
 
     Raises
@@ -208,7 +222,7 @@ def plan_shards(frame: Frame, *, images_per_shard: int = IMAGES_PER_SHARD) -> Sh
     ValueError
         As ``write_shards`` does.
     """
-    rows = _name_samples(_collect_rows(frame, {}, []))
+    rows = _name_samples(_order_rows(_collect_rows(frame, {}, json_columns), sort_by, None))
     first = rows[~rows["_sample"].duplicated()]
     size = int(first["sample_size"].fillna(first["size"]).sum())
     shards = len(_cut_evenly(rows["_sample"].to_numpy(), images_per_shard)) - 1
@@ -241,8 +255,26 @@ def check_place(place: str, shards: Iterable[str]) -> None:
             )
 
 
+def check_apart(place: str, folders: Iterable[str]) -> None:
+    """Raise ValueError if what is to be written lies in a folder whose shards are read.
+
+    The same call would then find other shards when it is made again.
+    """
+    for path in folders:
+        if f"{_follow_links(place)}/".startswith(f"{_follow_links(path)}/"):
+            raise ValueError(
+                f"{redact_url(place)} lies in {redact_url(path)}, all of whose shards are read: "
+                "give a folder elsewhere to write to"
+            )
+
+
 def _follow_links(path: str) -> str:
-    return os.path.realpath(path) if is_local(path) else path
+    """Return one spelling of a path or URL: ``s3a://`` is ``s3://``, for example."""
+    if is_local(path):
+        return os.path.realpath(resolve_path(path))
+    url = path.rpartition("::")[2]
+    kind = fsspec.get_filesystem_class(url.partition("://")[0])
+    return f"{kind.__name__}:{kind._strip_protocol(url)}"
 
 
 def _collect_rows(
@@ -253,9 +285,8 @@ def _collect_rows(
     if opened is None:
         given = redact_url(frame) if isinstance(frame, str) else repr(frame)
         raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
-    rows = opened.compute() if is_lazy(opened) else opened
+    rows = convert_to_arrow(index_by_id(opened.compute() if is_lazy(opened) else opened))
     _check_columns("json_columns", json_columns, rows)
-    rows = convert_to_arrow(rows.set_index("image_id") if "image_id" in rows else rows)
     empty = rows["size"].fillna(0) == 0
     if empty.any():
         logger.warning("%d rows have no image, but record damage: left out", empty.sum())
@@ -338,7 +369,10 @@ def _order_rows(
     if sort_by is not None:
         columns = _list(sort_by)
         _check_columns("sort_by", columns, rows)
-        return rows.sort_values(columns, kind="stable")
+        try:
+            return rows.sort_values(columns, kind="stable")
+        except (NotImplementedError, TypeError) as error:
+            raise ValueError(f"sort_by: {', '.join(columns)}: {error}") from error
     return rows
 
 
@@ -448,22 +482,51 @@ class Writer(Protocol[Item]):
 
 
 def run_writer(
-    client: Client,
     writer: Writer[Item],
-    items: Iterable[Item],
-    progress: Progress,
+    wanted: Iterable[Item],
+    *,
+    total: int,
+    done: int,
+    client: Client | AbstractContextManager[Client] | None,
     retries: int,
+    progress: bool,
 ) -> None:
-    """Write shards on the cluster.
+    """Write the shards that are wanted on a cluster, which is asked for only if there are any.
+
+    Parameters
+    ----------
+    writer
+        What writes one.
+    wanted
+        The shards that are still to be written.
+    total, done
+        How many shards there are, and how many of them are written.
+    client, retries, progress
+        As for ``write_shards``.
 
     Raises
     ------
     JobError
         If some can't be written; the others are.
     """
+    if done == total:
+        return
+    with raise_job_errors(), choose_client(client, _READER) as opened:
+        wait_for_workers(opened)
+        with choose_progress(total, done, hidden=not progress) as shown:
+            _write(opened, writer, wanted, shown, retries)
+
+
+def _write(
+    client: Client,
+    writer: Writer[Item],
+    wanted: Iterable[Item],
+    progress: Progress,
+    retries: int,
+) -> None:
     errors: list[str] = []
     images = 0
-    tasks = run_tasks(client, writer, items, pure=False, retries=retries)
+    tasks = run_tasks(client, writer, wanted, pure=False, retries=retries)
     for ended, (item, result) in enumerate(tasks, 1):
         if isinstance(result, Exception):
             secrets = {"read": writer.storage_options, "written": writer.out_options}

@@ -132,8 +132,13 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
     if not shards:
         if "http" in fs.protocol:  # fsspec finds nothing, too, if the server does not respond
             with_retries(fs.cat_file, path, root.partition("*")[0])
-        raise FileNotFoundError(f"{kind} {redact_url(path)}; give the path of shards")
+        raise FileNotFoundError(f"{kind} {redact_url(path)}; give the path of shards{_hint(found)}")
     return shards
+
+
+def _hint(found: Iterable[str]) -> str:
+    rows = any(name.endswith(".parquet") for name in found)
+    return ", or, in Python, the frame dd.read_parquet(...)" if rows else ""
 
 
 def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) -> Shard:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from dask.base import is_dask_collection
 from dask.utils import is_dataframe_like
+from pandas.api.types import is_numeric_dtype
 
 from dask_imgread.errors import StorageError
 from dask_imgread.shards.find import SHARD_SUFFIXES
@@ -64,6 +65,12 @@ def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> 
         raise ValueError(
             f"a frame of images needs the columns {', '.join(_NEEDED)}, and image_id or key; "
             f"this one has no {', no '.join(lacking)}"
+        )
+    numeric = "key" in names and is_numeric_dtype(given.dtypes["key"])
+    if numeric and (is_lazy(given) or given["key"].notna().any()):
+        raise ValueError(
+            "a frame's keys are text, and this one's are numbers, without their leading zeros: "
+            "read the file with dtype={'key': str}"
         )
     return given
 
@@ -132,6 +139,13 @@ def _make_task(rows: pd.DataFrame, paths: Sequence[str], config: dict[str, Any])
 def free_ids(rows: pd.DataFrame) -> pd.DataFrame:
     """Return rows with their ids, if they are the index, as a column."""
     return rows.reset_index(drop="image_id" in rows) if rows.index.name == "image_id" else rows
+
+
+def index_by_id(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows indexed by ``image_id``, if they have it, and by nothing else that has a name."""
+    named = [name for name in rows.index.names if name is not None and name not in rows]
+    rows = rows.reset_index(named) if named and named != ["image_id"] else rows
+    return rows.set_index("image_id") if "image_id" in rows else rows
 
 
 def list_extra_columns(rows: pd.DataFrame) -> list[str]:

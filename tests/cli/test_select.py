@@ -148,6 +148,33 @@ def test_broken_images_with_their_causes(select, shards, client):
     assert (status, "only decoding shows which images are broken: add --decode" in err) == (2, True)
 
 
+def test_several_outputs_with_the_same_images(select, shards, client, caplog):
+    run_job(shards, "plain", client=client)
+    run_job(shards, "sums", client=client, checksum=True)
+    rows = pd.read_parquet("sums")
+    Path("ids.txt").write_bytes(f"\ufeff{rows['sha256'].iloc[0].upper()}\r\n".encode())
+    status, out, _ = select("plain", "sums", "--ids", "ids.txt", "--dry-run")
+    assert (status, out.splitlines()[0]) == (0, "chosen         1 of 18 images, in 1 samples")
+    assert "18 images have no sha256: digests do not find them" in caplog.text
+    Path("ids.txt").write_bytes(f"{rows.index[0]}\r\n".encode())
+    status, out, _ = select("plain", "sums", "--not-ids", "ids.txt", "--out", "out")
+    assert out.startswith("removed        1 of 18 images, from 1 shards")
+    assert list(pd.read_csv("out/removed.csv")["image_id"]) == [rows.index[0]]
+    for option in ("--checksum", "--decode"):
+        status, _, err = select("sums", option, "--dry-run")
+        assert status == 2
+        assert f"{option} is for shards: the output of metadata has its columns" in err
+
+
+def test_shards_in_which_images_can_not_be_found_are_told(select, shards, caplog):
+    Path("ids.txt").write_text(read_metadata("shards").compute(scheduler="sync").index[9])
+    Path(shards[1]).write_bytes(b"no tar" * 999)
+    status, out, _ = select("shards", "--not-ids", "ids.txt", "--dry-run")
+    assert (status, out.splitlines()[0]) == (0, "removed        0 of 13 images, from 0 shards")
+    assert "1 shards can't be read, or not all of them, such as " in caplog.text
+    assert "00001.tar: images there are not found" in caplog.text
+
+
 def test_ids(select, shards, caplog):
     rows = read_metadata("shards").compute(scheduler="sync")
     Path("ids.txt").write_text(f"# two\n\n{rows.index[7]}\n {rows.index[3]} \nnope/1.jpg\n")
@@ -179,10 +206,21 @@ def test_ids(select, shards, caplog):
         (["shards", "--ids", "nope.txt"], "nope.txt"),
         (["shards", "--ids", "empty.txt"], "the file has no ids: give one in each line"),
         (["shards", "--ids", "shards/00000.tar"], "give a text file, an id in each line"),
+        (["shards", "--ids", "digests.txt"], "the rows have no column sha256: add --checksum"),
+        (["shards", "--sort-by", "colour", "--dry-run"], "sort_by: the frame has no colour"),
+        (["shards", "--json-column", "colour", "--dry-run"], "json_columns: the frame has no"),
+        (
+            ["shards", "--sidecar", "json=a.b", "--where", "a.b > 1"],
+            "name 'a' is not defined; the columns are image_id, image_path, shard, shard_version, "
+            "key, offset, size, sample_offset, sample_size, format, width, height, channels, "
+            "backend, error, warning, `a.b`, error_sidecar",
+        ),
         (["shards", "--sort-by", "colour"], "sort_by: the frame has no colour"),
         (["shards", "--json-column", "colour"], "json_columns: the frame has no colour"),
         (["shards", "--images-per-shard", "0"], "--images-per-shard must be at least 1, not 0"),
         (["nope.tar"], "no such shard or folder"),
+        (["."], "out lies in ., all of whose shards are read"),
+        (["./", "--not-ids", "ids.txt"], "out lies in ./, all of whose shards are read"),
         (
             ["shards", "--not-ids", "ids.txt", "--shuffle", "0", "--where", "a"],
             "no --where, --shuffle",
@@ -194,6 +232,7 @@ def test_refusals(select, folder, arguments, told):
     make_shards("shards", images_per_shard=2, size=(24, 16))
     Path("empty.txt").write_text("# nothing\n\n")
     Path("ids.txt").write_text("x\n")
+    Path("digests.txt").write_text("0" * 64)
     out = [] if arguments in (["shards"], ["--out", "o"]) else ["--out", "out"]
     status, printed, err = select(*arguments, *out)
     assert (status, printed) == (2, "")
@@ -248,6 +287,7 @@ def test_ids_are_found_by_digests_too(tmp_path):
     many = read_ids(tmp_path / "ids.txt")
     assert len(many) == 50_000
     assert find_ids(rows, many)[0].sum() == 0
+    assert find_ids(rows, {"a", "A"})[1] == ["A"]  # only digests are the same in both cases
 
 
 def test_failures_without_bytes_are_no_broken_images():

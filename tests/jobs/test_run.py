@@ -520,6 +520,12 @@ def test_a_job_with_other_columns_for_sidecars_is_refused(folder, client, changi
         run_job(changing_shards[:1], "out", **job | other)
 
 
+def test_a_frame_is_refused(folder):
+    rows = pd.DataFrame({"shard": ["a.tar"], "offset": [0], "size": [1], "key": ["a"]})
+    with pytest.raises(ValueError, match="run_job reads whole shards: for the rows of a frame"):
+        run_job(rows, folder / "frame")
+
+
 def test_columns_for_sidecars_are_the_metadatas(folder, shards):
     with pytest.raises(ValueError, match=r"it finds what sidecars hold in image.metadata"):
         run_job(shards, "out", count_rows, sidecars={"txt": "text"})

@@ -51,6 +51,7 @@ def test_rows_in_their_order(frame, images):
     again = pd.concat([chosen, chosen[:3]])
     check(load_images(again), images, again.index)
     assert load_images(frame[:0]) == []
+    check(load_images(chosen.assign(key=float("nan"))), images, chosen.index)
     assert [image.metadata for image in load_images(chosen.assign(a=1))] == [{"a": 1}] * 20
     assert [image.metadata for image in load_images(chosen)] == [{}] * 20
 
@@ -63,6 +64,12 @@ def test_ids_in_their_order(frame, images):
         check(load_images(given, pd.Index(names)), images, names)
         check(load_images(given, ids=[*names, names[0]]), images, [*names, names[0]])
         assert load_images(given, []) == []
+
+
+def test_one_id_and_ids_that_are_read_once(frame, images):
+    first = frame.index[0]
+    check(load_images(frame, first), images, [first])
+    check(load_images(frame, iter(frame.index[:2])), images, frame.index[:2])
 
 
 def test_ids_that_are_not_there(frame):

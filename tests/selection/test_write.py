@@ -34,7 +34,13 @@ from dask_imgread import (
 )
 from dask_imgread.selection import shard_writer
 from dask_imgread.selection.shard_writer import SampleReader, list_samples, name_shard
-from dask_imgread.selection.write import _collect_rows, _cut_evenly, _name_samples, digest_rows
+from dask_imgread.selection.write import (
+    _collect_rows,
+    _cut_evenly,
+    _name_samples,
+    check_place,
+    digest_rows,
+)
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
@@ -449,6 +455,8 @@ def test_columns_as_json(client, frame, tmp_path):
         number=[1.5, None],
         infinite=pd.array([float("nan"), float("inf")], dtype="float64[pyarrow]"),
         text=["ä", None],
+        numbers=pd.array([[1.5, float("nan")], None], pd.ArrowDtype(pa.list_(pa.float64()))),
+        bytes=[b"\xff", None],
         list=[[1, None], []],
         vector=[np.arange(2), np.arange(2)],
         when=pd.to_datetime(["2026-01-02T03:04:05", None]),
@@ -456,16 +464,21 @@ def test_columns_as_json(client, frame, tmp_path):
         json=[{"a": 1}, {"a": 2}],
     )
     names = ["number", "infinite", "text", "list", "vector", "when", "nothing", "json", "width"]
+    names += ["numbers", "bytes"]
     out = tmp_path / "out"
     written = write(client, rows, out, json_columns=names, images_per_shard=1)
     first, second = (json.loads(s["columns.json"]) for s in read_samples(out).values())
     assert first == {
         "number": 1.5, "text": "ä", "list": [1, None], "vector": [0, 1],
         "when": "2026-01-02 03:04:05", "json": {"a": 1}, "width": 48,
+        "numbers": [1.5, None], "bytes": "/w==",
     }  # fmt: skip
     assert second == {"list": [], "vector": [0, 1], "json": {"a": 2}, "width": 48}
     check_rows(written, out)
     assert list(pd.read_parquet(out / "metadata")["vector"].iloc[0]) == [0, 1]
+    ids = write(client, rows, tmp_path / "ids", json_columns="image_id")
+    sources = (json.loads(s["columns.json"]) for s in read_samples(tmp_path / "ids").values())
+    assert [source["image_id"] for source in sources] == list(ids["source_id"]) == list(rows.index)
     again = write(client, written, tmp_path / "again", json_columns="width")
     members = [name for name, _ in read_members(tmp_path / "again")]
     assert [name for name in members if "json" in name] == [
@@ -476,6 +489,18 @@ def test_columns_as_json(client, frame, tmp_path):
     assert list(again["source_id"]) == list(written.index)
     with pytest.raises(ValueError, match="json_columns: the frame has no colour"):
         write(client, rows, tmp_path / "wrong", json_columns=["colour"])
+
+
+def test_an_index_with_other_names_is_kept(client, frame, tmp_path):
+    for number, rows in enumerate(
+        [
+            frame.reset_index().set_index("width"),
+            frame.set_index("width", append=True),
+        ]
+    ):
+        written = write(client, rows, tmp_path / str(number))
+        assert list(written["width"]) == list(frame["width"])
+        assert list(written["source_id"]) == list(frame.index)
 
 
 def test_a_column_that_is_empty_in_one_shard(client, frame, tmp_path):
@@ -786,17 +811,28 @@ def test_what_is_read_is_not_overwritten(client, frame, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("place", "shard"),
+    [("memory://out", "memory:///out/a.tar"), ("s3a://b/out", "s3://b/out/x/a.tar")],
+)
+def test_two_spellings_of_a_url_are_one_place(place, shard):
+    check_place("s3a://b/out2", [shard])
+    with pytest.raises(ValueError, match="which is read, lies in"):
+        check_place(place, [shard])
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"images_per_shard": 0}, "images_per_shard must be at least 1, not 0"),
         ({"shuffle": 1, "sort_by": "key"}, "sort_by and shuffle can't be given together"),
         ({"index": "faiss"}, "index takes dali, wids, not faiss"),
         ({"index": ["dali", "x", "a"]}, "index takes dali, wids, not a, x"),
+        ({"sort_by": "tags"}, "sort_by: tags: "),
     ],
 )
 def test_wrong_options(frame, tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
-        write_shards(frame, tmp_path / "out", **options)
+        write_shards(frame.assign(tags=[["a"]] * 20), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -191,3 +191,11 @@ def test_no_shard_is_overwritten(tmp_path):
         make_shards(tmp_path, shards=3, images_per_shard=1)
     assert [path.name for path in tmp_path.iterdir()] == ["00001.tar"]
     assert (tmp_path / "00001.tar").read_text() == "mine"
+
+
+def test_a_folder_of_rows_is_no_folder_of_shards(tmp_path):
+    (tmp_path / "part.0.parquet").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"no \.tar .* the frame dd\.read_parquet\(\.\.\.\)$"
+    ):
+        find_shards(str(tmp_path))

@@ -256,6 +256,7 @@ def test_the_token_is_that_of_the_rows(frame):
         (lambda f: pd.DataFrame(), "has no shard, no offset, no size, no image_id or key$"),
         (lambda f: pd.concat([f, f[["shard"]]], axis=1), "two columns shard"),
         (lambda f: pd.concat([f, f[["width"]]], axis=1), "two columns width"),
+        (lambda f: f.assign(key=1), r"keys are text, .* read the file with dtype={'key': str}"),
     ],
 )
 def test_a_frame_that_lacks_columns(frame, change, message):
