@@ -226,8 +226,6 @@ def run_job(
     reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
     row_maker = _choose_row_maker(fn, reader, meta, columns)
     folder = _open_folder(str(out), storage_options, out_options)
-    if is_frame(paths):
-        raise ValueError("run_job reads whole shards; for a frame's images use map_images")
     shards = find_shards(paths, storage_options)
     plan = prepare_plan(
         folder, shards, describe_job(reader, row_maker), division, storage_options, overwrite

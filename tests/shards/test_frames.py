@@ -565,13 +565,6 @@ def test_the_output_of_a_function_names_no_images(photo_shards, tmp_path, client
         partition_shards(tmp_path / "out")
 
 
-def test_a_job_reads_whole_shards(photo_shards, tmp_path):
-    rows = read_metadata(photo_shards).compute(scheduler="sync")
-    with pytest.raises(ValueError, match="use map_images"):
-        run_job(rows, tmp_path / "out", reader=READER)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_folder_in_a_store_is_a_frame_too(job, images, short_pauses):
     with serve_s3() as server:
         server.make_bucket("bucket")
