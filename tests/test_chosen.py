@@ -329,7 +329,8 @@ def test_rows_that_were_stored(lazy, sums, tmp_path, write):
         rows.to_parquet(path)
     elif write == "csv":
         rows.to_csv(path)
-        code = code.replace("read_parquet", "read_csv")
+        code = code.replace("read_parquet(sys.argv[1])", "read_csv(sys.argv[1], dtype=TEXT)")
+        code = f"TEXT = {{'key': str}}{code}"
     else:
         rows.reset_index().to_parquet(path, index=False)
     run_python(code, path, tmp_path / "out", folder=tmp_path)
