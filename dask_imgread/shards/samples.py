@@ -14,7 +14,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from dask_imgread.shards.tar import BLOCK, Member
@@ -29,7 +29,7 @@ _MACOS_FOLDER = "__MACOSX"  # in archives made by the Finder: resource forks, no
 _MAX_VIEWS = 8  # images of one sample; if a key has more, they are samples with dots in their keys
 _MAX_DOTS = 16  # in a name, counted from the right, at which it may be split
 _MAX_LINKS = 40  # followed from one member, the limit of Linux
-_START = attrgetter("start")
+_START = itemgetter(1)
 _GAP = "\0.gap"  # never a member's name: these end at the first NUL
 _WINDOW = 2 << 20  # maximum bytes between a sample's members, if a shard is read once
 
@@ -218,14 +218,13 @@ def _find_extent(members: list[Member], starts: Container[int]) -> tuple[int, in
     target is a later member.
     """
     members.sort(key=_START)
-    first = end = members[0].start
-    for member in members:
-        if member.start != end or not end < member.offset:  # a link's target lies elsewhere
+    first = end = members[0][1]
+    for _, start, offset, size, *_ in members:
+        if start != end or offset <= end:  # a link's target lies elsewhere
             return None
-        headers = range(member.start + BLOCK, member.offset, BLOCK)
-        if any(start in starts for start in headers):
+        if offset - start > BLOCK and any(n in starts for n in range(start + BLOCK, offset, BLOCK)):
             return None
-        end = -(-(member.offset + member.size) // BLOCK) * BLOCK
+        end = offset + size + -size % BLOCK
     return first, end
 
 
