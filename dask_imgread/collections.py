@@ -30,7 +30,7 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.frames import is_frame, is_lazy, open_frame
 from dask_imgread.shards.partition import (
     Partitioning,
     PartitionOptions,
@@ -204,14 +204,12 @@ def read_metadata(
     reader = reader.with_options(checksum=columns.checksum)
     if columns.sidecars or not decode:
         reader = reader.with_options(sidecars=columns.extensions)
-    if (
-        columns.sidecars
-        and open_frame(paths_or_tasks, partitioning.get("storage_options")) is not None
-    ):
-        raise ValueError("sidecars: of a frame's images nothing else is read; give the shards")
-    if columns.untyped:
-        paths_or_tasks, partitioning = list_tasks(paths_or_tasks, **partitioning), {}
-        columns = columns.infer_types(reader, paths_or_tasks, _compute)
+    if columns.sidecars:
+        tasks = [] if is_frame(paths_or_tasks) else list_tasks(paths_or_tasks, **partitioning)
+        if is_frame(paths_or_tasks) or any(task.rows is not None for task in tasks):
+            raise ValueError("sidecars: of a frame's images nothing else is read; give the shards")
+        columns = columns.infer_types(reader, tasks, _compute)
+        paths_or_tasks, partitioning = tasks, {}
     return map_images(columns, paths_or_tasks, reader=reader, **partitioning)
 
 

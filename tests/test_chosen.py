@@ -362,3 +362,11 @@ def test_a_token_of_a_task_reads_no_shard(lazy, opened):
     opened.clear()
     assert len({tokenize(task) for task in tasks}) == 4
     assert opened.total() == 0
+
+
+@pytest.mark.parametrize("form", ["pandas", "dask", "tasks"])
+def test_sidecars_of_a_frame_are_refused_not_null(lazy, form):
+    rows = lazy.compute(scheduler="sync")
+    given = {"pandas": rows, "dask": lazy, "tasks": partition_shards(rows)}[form]
+    with pytest.raises(ValueError, match="give the shards"):
+        read_metadata(given, sidecars={"cls": "label"})

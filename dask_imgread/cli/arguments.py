@@ -159,13 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     metadata = _add_command(commands, "metadata", "write one row for each image as Parquet")
     _add_shards(metadata)
-    metadata.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="decode, and so find broken images (default no: only headers are read)",
-    )
-    _add_sidecar(metadata)
+    _add_metadata(metadata)
     _add_job(metadata)
     _add_reader(metadata.add_argument_group("reader"), READER_HELP, {"sidecars": False})
     _add_cluster(metadata)
@@ -201,7 +195,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sidecar(container: argparse._ActionsContainer) -> None:
+def _add_metadata(container: argparse._ActionsContainer) -> None:
+    """Add the arguments for what is read of each image where metadata is made."""
+    container.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode, and so find broken images (default no: only headers are read)",
+    )
     container.add_argument(
         "--sidecar",
         action="append",
@@ -242,13 +243,7 @@ def _add_select(select: argparse.ArgumentParser) -> None:
         default=False,
         help="those that could not be read, with their errors as .json (default no)",
     )
-    choice.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="decode, and so find broken images (default no: only headers are read)",
-    )
-    _add_sidecar(choice)
+    _add_metadata(choice)
     shards = select.add_argument_group("new shards")
     shards.add_argument(
         "--images-per-shard", type=int, metavar="N", help="images in a shard (default 10000)"

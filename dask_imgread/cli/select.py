@@ -13,7 +13,6 @@ import pandas as pd
 from dask.utils import format_bytes
 
 from dask_imgread.selection.choose import (
-    DIGEST,
     find_digests,
     find_failed,
     find_ids,
@@ -24,6 +23,7 @@ from dask_imgread.selection.folder import NOT_FOUND, REMOVED
 from dask_imgread.selection.remove import find_copies, remove_images
 from dask_imgread.selection.write import convert_to_arrow, plan_shards, write_shards
 from dask_imgread.storage.redaction import redact_url
+from dask_imgread.tasks import CHECKSUM
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -83,8 +83,8 @@ class Choice:
                 "found",
                 *(len(damaged), redact_url(damaged[0])),
             )
-        if self.digests and (unknown := int(rows[DIGEST][~empty].isna().sum())):
-            logger.warning("%d images have no %s: digests do not find them", unknown, DIGEST)
+        if self.digests and (unknown := int(rows[CHECKSUM][~empty].isna().sum())):
+            logger.warning("%d images have no %s: digests do not find them", unknown, CHECKSUM)
 
 
 def write_selection(
@@ -108,22 +108,23 @@ def write_selection(
         "sort_by": arguments.sort_by or None,
         "json_columns": list(dict.fromkeys(names)),
     } | most
-    plan = plan_shards(rows[chosen], **how)
-    result |= {"samples": plan.samples, "shards": plan.shards, "bytes": plan.size}
-    if not arguments.dry_run:
-        written = write_shards(
-            rows[chosen],
-            arguments.out,
-            shuffle=arguments.shuffle,
-            index=arguments.index,
-            client=client,
-            progress=True,
-            **how,
-            **options,
-        )[["shard", "sample_offset", "sample_size"]].compute(scheduler="threads")
-        ends = (written["sample_offset"] + written["sample_size"]).groupby(written["shard"]).max()
-        result |= {"bytes": int(ends.sum())}
-    return result
+    if arguments.dry_run:
+        plan = plan_shards(rows[chosen], **how)
+        return result | {"samples": plan.samples, "shards": plan.shards, "bytes": plan.size}
+    frame = write_shards(
+        rows[chosen],
+        arguments.out,
+        shuffle=arguments.shuffle,
+        index=arguments.index,
+        client=client,
+        progress=True,
+        **how,
+        **options,
+    )
+    places = frame[["shard", "sample_offset", "sample_size"]].compute(scheduler="threads")
+    samples = places.drop_duplicates()
+    ends = (samples["sample_offset"] + samples["sample_size"]).groupby(samples["shard"]).max()
+    return result | {"samples": len(samples), "shards": len(ends), "bytes": int(ends.sum())}
 
 
 def _count(rows: pd.DataFrame) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import pandas as pd
 
-DIGEST = "sha256"  # the column with the digest of each image's bytes
+from dask_imgread.tasks import CHECKSUM
+
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 # Causes that say that an image's bytes can't be had, not that they are broken.
 _WITHOUT_BYTES = (
@@ -102,14 +103,14 @@ def find_ids(rows: pd.DataFrame, ids: Collection[str]) -> tuple[np.ndarray, list
     chosen = rows.index.isin(ids)
     digests = find_digests(ids)
     found = set(rows.index[chosen])
-    if digests - found and DIGEST not in rows:
+    if digests - found and CHECKSUM not in rows:
         raise ValueError(
-            f"{len(digests)} of the ids are SHA-256 digests, and the rows have no column {DIGEST}: "
-            "make them with --checksum"
+            f"{len(digests)} of the ids are SHA-256 digests, and the rows have no column "
+            f"{CHECKSUM}: make them with --checksum"
         )
     if digests:
-        same = rows[DIGEST].str.lower().isin(digests).fillna(False).to_numpy(bool)
-        found.update(rows[DIGEST][same].str.lower())
+        same = rows[CHECKSUM].str.lower().isin(digests).fillna(False).to_numpy(bool)
+        found.update(rows[CHECKSUM][same].str.lower())
         chosen |= same
     missing = sorted(
         name

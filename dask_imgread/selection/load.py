@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.shards.frames import free_ids, is_lazy, open_frame
+from dask_imgread.shards.frames import free_ids, is_lazy, require_frame
 from dask_imgread.shards.partition import partition_shards
-from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import ImageObject
 
 if TYPE_CHECKING:
@@ -68,10 +67,7 @@ def load_images(
     >>> [image.image_data.shape for image in load_images(frame.sample(2, random_state=1))]
     [(96, 128, 3), (96, 128, 3)]
     """
-    rows = open_frame(frame, storage_options)
-    if rows is None:
-        shown = redact_url(frame) if isinstance(frame, str) else type(frame).__name__
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {shown}")
+    rows = require_frame(frame, storage_options)
     if ids is not None:
         if "image_id" not in (*rows.columns, rows.index.name):
             raise ValueError("the frame has no image_id, by which ids are found")

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dask_imgread.selection.choose import DIGEST
 from dask_imgread.selection.folder import NOT_FOUND, REMOVED, OutputFolder
 from dask_imgread.selection.shard_writer import Written, check_version
 from dask_imgread.selection.write import check_place, digest_rows, resolve_out, run_writer
@@ -27,6 +26,7 @@ from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.storage.retries import with_retries
+from dask_imgread.tasks import CHECKSUM
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -233,7 +233,7 @@ def remove_images(
     receipt = pd.DataFrame(
         {
             "image_id": list(removed.index),
-            DIGEST: list(removed[DIGEST]) if DIGEST in removed else [None] * len(removed),
+            CHECKSUM: list(removed[CHECKSUM]) if CHECKSUM in removed else [None] * len(removed),
             "shard": list(removed["shard"]),
             "new_shard": [f"{redact_url(place)}/{names[path]}" for path in removed["shard"]],
         }

@@ -28,7 +28,7 @@ from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.selection.folder import OutputFolder
 from dask_imgread.selection.shard_writer import ShardWriter, Written, name_shard
-from dask_imgread.shards.frames import index_by_id, is_lazy, open_frame
+from dask_imgread.shards.frames import index_by_id, is_lazy, require_frame
 from dask_imgread.shards.samples import make_shard_id, split_name
 from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.storage.redaction import hide_secrets, redact_url
@@ -281,10 +281,7 @@ def _collect_rows(
     frame: Frame | str | os.PathLike[str], options: dict[str, Any], json_columns: Sequence[str]
 ) -> pd.DataFrame:
     """Return the rows with images, each once, indexed by ``image_id``, with all columns needed."""
-    opened = open_frame(frame, options)
-    if opened is None:
-        given = redact_url(frame) if isinstance(frame, str) else repr(frame)
-        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {given}")
+    opened = require_frame(frame, options)
     rows = convert_to_arrow(index_by_id(opened.compute() if is_lazy(opened) else opened))
     _check_columns("json_columns", json_columns, rows)
     empty = rows["size"].fillna(0) == 0

@@ -16,6 +16,7 @@ from pandas.api.types import is_numeric_dtype
 from dask_imgread.errors import StorageError
 from dask_imgread.shards.find import SHARD_SUFFIXES
 from dask_imgread.storage.filesystems import connect, resolve_path
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 from dask_imgread.tasks import CHECKSUM, COLUMNS, PROBLEMS, FileGroupTask
 
@@ -73,6 +74,21 @@ def open_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> 
             "read the file with dtype={'key': str}"
         )
     return given
+
+
+def require_frame(given: Any, storage_options: Mapping[str, Any] | None = None) -> Frame:
+    """Return a frame, or that in a job's output folder.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or lacks a column that is needed to find the images.
+    """
+    frame = open_frame(given, storage_options)
+    if frame is None:
+        shown = redact_url(given) if isinstance(given, str) else type(given).__name__
+        raise ValueError(f"a DataFrame of images is expected, or a job's folder, not {shown}")
+    return frame
 
 
 def _is_job(path: str, storage_options: Mapping[str, Any]) -> bool:
