@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -637,6 +638,18 @@ def test_to_a_store_that_fails_at_times(client, frame, tmp_path, short_pauses):
         assert SECRET not in str(caught.value)
         fs.invalidate_cache()
         assert not fs.exists("out/other/00000.tar")
+
+
+def test_a_shard_that_another_call_has_left_is_written_again(client, frame, tmp_path):
+    """By a worker, say, that outlived the folder's earlier owner."""
+    write(client, frame, tmp_path / "out", images_per_shard=5)
+    expected = read_tars(tmp_path / "out")
+    write(client, frame, tmp_path / "other", images_per_shard=5, shuffle=1)
+    for name in ("00000.tar", "metadata/part-00000.parquet"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "out" / name)
+    assert read_tars(tmp_path / "out") != expected
+    write(client, frame, tmp_path / "out", images_per_shard=5)
+    assert read_tars(tmp_path / "out") == expected
 
 
 def list_files(folder):
