@@ -187,8 +187,12 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
     seen = seen or Seen(set(), set(), {})
     here = Seen(set(), set(), {})
     for archive in _list_archives(members, index):
-        starts = {member.start for member in archive}
-        for sample in _join_samples(archive, index, seen.stems if known else {}):
+        # Needed only where more than one header lies before a member's content.
+        long = any(member.offset - member.start > BLOCK for member in archive)
+        starts = {member.start for member in archive} if long else frozenset[int]()
+        samples = _join_samples(archive, index, seen.stems if known else {})[::-1]
+        while samples:  # released one by one: what is made of them takes their memory
+            sample = samples.pop()
             sample.repeated_key = sample.key in here.keys or sample.key in seen.keys
             index.scattered |= sample.repeated_key
             here.keys.add(sample.key)
