@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.collections import map_images as map_images
     from dask_imgread.collections import read_bag as read_bag
     from dask_imgread.collections import read_metadata as read_metadata
+    from dask_imgread.errors import FolderInUseError as FolderInUseError
     from dask_imgread.errors import JobError as JobError
     from dask_imgread.errors import NoWorkersError as NoWorkersError
     from dask_imgread.errors import OtherJobError as OtherJobError
@@ -42,8 +43,8 @@ _PUBLIC = {  # by the module that they live in
     "cluster.window": ["map_windowed"],
     "collections": ["map_images", "read_bag", "read_metadata"],
     "errors": [
-        *("JobError", "NoWorkersError", "OtherJobError", "ReadError", "SchemaError"),
-        "StorageError",
+        *("FolderInUseError", "JobError", "NoWorkersError", "OtherJobError", "ReadError"),
+        *("SchemaError", "StorageError"),
     ],
     "jobs.run": ["Summary", "run_job"],
     "reading.reader": ["ImageReaderStage"],

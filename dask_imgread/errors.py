@@ -22,6 +22,21 @@ class OtherJobError(ValueError):
     """The output folder holds another job's output; the message names the difference."""
 
 
+class FolderInUseError(OtherJobError):
+    """Another process is at work on the output folder; the message names it and its host.
+
+    Examples
+    --------
+    >>> from dask_imgread.jobs.claim import claim_folder
+    >>> from dask_imgread.jobs.folder import JobFolder
+    >>> with claim_folder(JobFolder("out")), claim_folder(JobFolder("out")):
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    dask_imgread.errors.FolderInUseError: out is in use by process ...
+    """
+
+
 class JobError(RuntimeError):
     """A job could not finish. What is done is kept, and the same call resumes from there."""
 

@@ -55,7 +55,7 @@ def open_whole(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def _draft(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
     """Yield a name to write to, and move that to its own name at the end."""
-    if _shows_whole_objects(fs):
+    if shows_whole_objects(fs):
         yield path
         return
     folder, _, name = path.rpartition("/")
@@ -73,7 +73,8 @@ def _draft(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
         raise
 
 
-def _shows_whole_objects(fs: fsspec.AbstractFileSystem) -> bool:
+def shows_whole_objects(fs: fsspec.AbstractFileSystem) -> bool:
+    """Return whether a file that is written there appears when all of it has arrived."""
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     return bool(protocols & _WHOLE_ON_PUT)
 
