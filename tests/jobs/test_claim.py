@@ -526,10 +526,20 @@ def test_in_a_store(in_store, s3, caplog):
     check_taken(in_store)
 
 
-def test_a_store_lets_one_of_several_create_it(in_store, s3):
-    for number in range(5):
-        assert claim_at_once([replace(in_store, url=f"{in_store.url}/{number}")] * 4) == [True]
-    assert 412 in [request.status for request in s3.requests if request.method == "PUT"]
+def test_a_store_keeps_the_claim_that_came_first(in_store, s3):
+    """Also from one who has seen none there a moment ago."""
+    with claim_folder(in_store) as claim:
+        claims._File.of(in_store, CLAIM).put(Claim.make().encode(), before=None)
+        assert 412 in [request.status for request in s3.requests if request.method == "PUT"]
+        check_claim(in_store, claim.token)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/at-once", "memory://at-once"])
+def test_of_several_at_once_one_gets_it_in_a_store(s3, url, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT_INTERVAL", 60.0)
+    folder = JobFolder(url, s3.storage_options if url.startswith("s3") else {})
+    for _ in range(5):
+        assert claim_at_once([folder] * 4).count(True) == 1
 
 
 def test_one_of_several_takes_it_over_in_a_store(in_store, monkeypatch):
@@ -578,4 +588,3 @@ def test_a_store_that_keeps_nothing(in_store, monkeypatch):
 def test_a_store_in_memory():
     folder = JobFolder("memory://claims")
     check_taken(folder)
-    assert claim_at_once([folder] * 4) == [True]
