@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.errors import ReadError as ReadError
     from dask_imgread.errors import SchemaError as SchemaError
     from dask_imgread.errors import StorageError as StorageError
+    from dask_imgread.jobs.forecast import Forecast as Forecast
     from dask_imgread.jobs.run import Summary as Summary
+    from dask_imgread.jobs.run import forecast_job as forecast_job
     from dask_imgread.jobs.run import run_job as run_job
     from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
     from dask_imgread.report.contact_sheet import show as show
@@ -46,7 +48,8 @@ _PUBLIC = {  # by the module that they live in
         *("FolderInUseError", "JobError", "NoWorkersError", "OtherJobError", "ReadError"),
         *("SchemaError", "StorageError"),
     ],
-    "jobs.run": ["Summary", "run_job"],
+    "jobs.forecast": ["Forecast"],
+    "jobs.run": ["Summary", "forecast_job", "run_job"],
     "reading.reader": ["ImageReaderStage"],
     "report.contact_sheet": ["show"],
     "report.page": ["write_report"],

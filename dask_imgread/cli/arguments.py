@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -272,7 +272,7 @@ def _add_select(select: argparse.ArgumentParser) -> None:
         default=False,
         help="only say what would be written (default no)",
     )
-    _add_job(select, "folder or URL for the new shards", _JOB_FLAGS[1:2])
+    _add_job(select, "folder or URL for the new shards", ["overwrite"])
     _add_reader(select.add_argument_group("reader"), ["device", "relative_to", "checksum"])
     _add_cluster(select)
 
@@ -318,6 +318,9 @@ def _add_shards(command: argparse.ArgumentParser, what: str = "file, folder, glo
 
 _JOB_FLAGS = (
     ("retry-failed", "read partitions with failed images again"),
+    ("update", "read what is new or has changed since the last run"),
+    ("prune", "with --update: remove the rows of shards that are gone"),
+    ("dry-run", "say what would be done, and do nothing"),
     ("overwrite", "remove what is in DIR and begin anew"),
     ("fail-on-error", "exit with 1 if an image could not be read"),
 )
@@ -326,7 +329,7 @@ _JOB_FLAGS = (
 def _add_job(
     command: argparse.ArgumentParser,
     out: str = "folder or URL for the Parquet dataset",
-    flags: Iterable[tuple[str, str]] = _JOB_FLAGS,
+    flags: Collection[str] = tuple(dict(_JOB_FLAGS)),
 ) -> None:
     """Add the arguments for a job's output, and for how it runs."""
     job = command.add_argument_group("job")
@@ -346,12 +349,20 @@ def _add_job(
         metavar="N",
         help="times that a partition is tried again (default 2)",
     )
-    for name, what in flags:
+    for name, what in _JOB_FLAGS:
+        if name in flags:
+            job.add_argument(
+                f"--{name}",
+                action=argparse.BooleanOptionalAction,
+                default=False,
+                help=f"{what} (default no)",
+            )
+    if "update" in flags:
         job.add_argument(
-            f"--{name}",
-            action=argparse.BooleanOptionalAction,
-            default=False,
-            help=f"{what} (default no)",
+            "--rows-per-file",
+            type=int,
+            metavar="N",
+            help="merge partitions into files of N rows (default: a file for each)",
         )
     job.add_argument(
         "--log-format",

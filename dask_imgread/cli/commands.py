@@ -8,9 +8,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from dask_imgread.cli.select import (
 from dask_imgread.cluster.start import connect_client
 from dask_imgread.collections import read_metadata
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.run import Summary, connect_for_reader, run_job
+from dask_imgread.jobs.forecast import Forecast
+from dask_imgread.jobs.run import Summary, connect_for_reader, forecast_job, run_job
 from dask_imgread.pictures import make_shards
 from dask_imgread.progress import start_logging
 from dask_imgread.reading.options import ReaderOptions
@@ -90,15 +93,25 @@ def find_free(name: str) -> str:
 
 def run_metadata(arguments: argparse.Namespace) -> int:
     """Write shards' metadata."""
-    with keep_stdout(arguments):
-        summary = do_job(arguments, None, make_reader(arguments))
-    return finish_job(arguments, summary)
+    return run_or_forecast(arguments, lambda: None)
 
 
 def run_apply(arguments: argparse.Namespace) -> int:
     """Write what a function makes of shards' images."""
+    return run_or_forecast(arguments, lambda: load_function(arguments.function))
+
+
+def run_or_forecast(
+    arguments: argparse.Namespace, choose: Callable[[], BatchFunction | None]
+) -> int:
+    """Run the job that the arguments describe, or say what it would do."""
+    if arguments.dry_run:
+        with keep_stdout(arguments):
+            expected = forecast_job(**read_job(arguments, choose()))
+        print_forecast(expected, arguments)
+        return SUCCESS
     with keep_stdout(arguments):
-        summary = do_job(arguments, load_function(arguments.function), make_reader(arguments))
+        summary = do_job(arguments, choose())
     return finish_job(arguments, summary)
 
 
@@ -117,28 +130,39 @@ def keep_stdout(arguments: argparse.Namespace) -> Iterator[None]:
         os.close(kept)
 
 
-def do_job(
-    arguments: argparse.Namespace, fn: BatchFunction | None, reader: ImageReaderStage
-) -> Summary:
+def do_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> Summary:
     """Run the job that the arguments describe."""
+    job = read_job(arguments, fn)
+    return run_job(
+        **job,
+        client=connect(arguments, job["reader"]),
+        retries=arguments.retries,
+        progress=True,
+    )
+
+
+def read_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> dict[str, Any]:
+    """Return the arguments of ``run_job`` that say what is to be done."""
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
-    check_readable(shards, storage_options)
-    return run_job(
-        shards,
-        arguments.out,
-        fn,
-        client=connect(arguments, reader),
-        reader=reader,
-        storage_options=storage_options,
-        out_options=out_options,
-        retries=arguments.retries,
-        sidecars=merge_sidecars(getattr(arguments, "sidecar", [])),  # apply has none
-        retry_failed=arguments.retry_failed,
-        overwrite=arguments.overwrite,
-        progress=True,
+    options = out_options or storage_options
+    if arguments.overwrite or JobFolder(arguments.out, options).read_job() is None:
+        check_readable(shards, storage_options)  # else an earlier run could read them
+    return {
+        "paths": shards,
+        "out": arguments.out,
+        "fn": fn,
+        "reader": make_reader(arguments),
+        "storage_options": storage_options,
+        "out_options": out_options,
+        "sidecars": merge_sidecars(getattr(arguments, "sidecar", [])),  # apply has none
+        "rows_per_file": arguments.rows_per_file,
+        "retry_failed": arguments.retry_failed,
+        "update": arguments.update,
+        "prune": arguments.prune,
+        "overwrite": arguments.overwrite,
         **read_partitioning(arguments),
-    )
+    }
 
 
 def connect(
@@ -298,6 +322,40 @@ def save_contact_sheet(
     draw_contact_sheet([item for found in client.gather(thumbnails) for item in found], path)
 
 
+def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
+    """Print what a job would do."""
+    if arguments.log_format == "json":
+        print(json.dumps(asdict(expected) | {"out": redact_url(arguments.out)}))
+        return
+    rows = [
+        ("shards", f"{expected.shards:,}"),
+        ("of the set", format_changes(expected) or "nothing has changed"),
+        ("bytes", f"{expected.bytes:,}"),
+        ("images", "not known" if expected.images is None else f"about {expected.images:,}"),
+        ("partitions", "not known" if expected.partitions is None else f"{expected.partitions:,}"),
+    ]
+    if expected.requests:
+        rows.append(("requests", f"at most {expected.requests:,}"))
+    if expected.seconds is not None:
+        rows.append(("time", f"about {timedelta(seconds=ceil(expected.seconds))}"))
+    if expected.memory is not None:
+        rows.append(("memory", f"{expected.memory / 1e6:,.0f} MB a worker"))
+    print("would read")
+    for name, value in rows:
+        print(f"  {name:<12} {value}")
+
+
+def format_changes(numbers: Forecast | Summary) -> str:
+    """Return as text how many shards are new, have changed, or are gone; empty if none."""
+    kinds = {
+        "new": numbers.new_shards,
+        "changed": numbers.changed_shards,
+        "gone": numbers.gone_shards,
+    }
+    counts = [f"{number:,} {kind}" for kind, number in kinds.items() if number]
+    return ", ".join(counts)
+
+
 def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -> None:
     """Print how many images were read, the first rows and failures, and where the rows are."""
     of_function = f", {summary.function_failed} of them in the function"
@@ -307,6 +365,8 @@ def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -
     )
     if not summary.decoded:
         print("only headers were read: pixels were not checked (--decode checks them)")
+    if changes := format_changes(summary):
+        print(f"shards: {changes}")
     if summary.new_partitions:
         print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
         rate = f"{summary.images_per_second:.0f} images/s while reading"

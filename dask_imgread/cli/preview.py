@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dask_imgread.jobs.folder import JobFolder, name_records
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.parts import name_records
 from dask_imgread.texts import shorten
 
 _SAMPLED = 100  # parts that are searched for samples

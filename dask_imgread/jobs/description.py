@@ -18,7 +18,9 @@ _FIELDS_THAT_CHANGE_ROWS = (
 )
 
 
-def describe_job(reader: ImageReaderStage, row_maker: RowMaker) -> dict[str, Any]:
+def describe_job(
+    reader: ImageReaderStage, row_maker: RowMaker, rows_per_file: int | None = None
+) -> dict[str, Any]:
     """Return the part of a job's description that does not depend on its shards.
 
     Raises
@@ -29,11 +31,13 @@ def describe_job(reader: ImageReaderStage, row_maker: RowMaker) -> dict[str, Any
     values = vars(reader)
     return {
         **row_maker.describe(),
+        "code": row_maker.digest_code(),
         "version": version("dask-imgread"),
         "options": {"reader": type(reader).__qualname__}
         | {name: values[name] for name in _FIELDS_THAT_CHANGE_ROWS}
         | row_maker.list_options()
-        | _describe_subclass(reader),
+        | _describe_subclass(reader)
+        | {"rows_per_file": rows_per_file},
     }
 
 

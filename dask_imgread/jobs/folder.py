@@ -1,13 +1,20 @@
 """A job's output folder: a Parquet dataset in parts, and beside them the job's own files.
 
-========================  =====================================================================
-``part-0000000.parquet``  the rows of one partition, written in one piece or not at all
-``_images/``              where a function makes the rows: the images' records, in parts too
-``_job.json``             the job's description: what is read, with which options; written last
-``_plan.arrow``           one row for each partition: which part of which shards it reads
-``_shards.arrow``         one row for each shard
-``_schema.arrow``         no rows, but the columns and types that all parts have
-========================  =====================================================================
+=========================  ====================================================================
+``part-0000000.parquet``   the rows of one or more partitions, replaced in one piece or not at all
+``_images/``               where a function makes the rows: the images' records, in parts too
+``_staged/``               parts that wait to be merged into others
+``_job.json``              the job's description: what is read, with which options, and its runs
+``_plan-<n>.arrow``        one row for each partition: which piece of which shards it is
+``_shards-<n>.arrow``      one row for each shard
+``_again-<n>.arrow``       one row for each piece of a shard that is being read again
+``_parts.arrow``           what the footers of the parts say
+``_schema.arrow``          no rows, but the columns and types that all parts have
+``_claim.json``            which process works on the job at the moment
+=========================  ====================================================================
+
+``_job.json`` names the tables that are valid. So a new plan is there as a whole once that file is
+replaced.
 
 PyArrow skips names that begin with an underscore when it reads a Parquet dataset, and Dask skips
 names that do not end in ``.parquet``. Both read the parts, and nothing else.
@@ -17,70 +24,52 @@ from __future__ import annotations
 
 import io
 import json
-import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from dask_imgread.errors import OtherJobError
+from dask_imgread.jobs.claim import CLAIM
+from dask_imgread.jobs.parts import (
+    FOOTER,
+    IMAGES,
+    STAGING,
+    Footer,
+    Ledger,
+    PartName,
+    Place,
+    index_parts,
+    list_parts,
+    make_token,
+    warn_damaged,
+)
+from dask_imgread.shards.find import make_version
 from dask_imgread.shards.frames import JOB
 from dask_imgread.storage.files import DRAFT, open_bytes, write_whole
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
-PLAN, SHARDS, SCHEMA = "_plan.arrow", "_shards.arrow", "_schema.arrow"
-IMAGES = "_images"
+SCHEMA, LEDGER = "_schema.arrow", "_parts.arrow"
 CLEARED = 0  # the format of a folder that is being cleared
-FOOTER = b"dask_imgread"
-_PART = re.compile(r"part-\d{7,}\.parquet")
-_OURS = re.compile(r"_(job\.json|(plan|shards|schema)\.arrow|report\.html|tmp-.*)")
+_PART = re.compile(r"part-(\d{7,})\.parquet")
+_STAGED = re.compile(r"(part|again)-(\d{7,})\.rows")
+_OURS = re.compile(
+    r"_(job|claim)\.json|_(parts|schema)\.arrow|_(plan|shards|again)-\d+\.arrow"
+    r"|_report\.html|_tmp-.*"
+)
+_FOLDERS = (IMAGES, STAGING)
 _READERS = 16  # footers read at the same time
 _FOOTERS = 1000  # queued for reading at the same time
-
-logger = logging.getLogger("dask_imgread")
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many images were read, how many failed, and for how many of these the function raised."""
-
-    images: int = 0
-    failed: int = 0
-    function_failed: int = 0
-
-    def __add__(self, other: Count) -> Count:
-        """Add the numbers."""
-        return Count(
-            self.images + other.images,
-            self.failed + other.failed,
-            self.function_failed + other.function_failed,
-        )
-
-
-@dataclass(frozen=True)
-class Footer:
-    """How a part was made, as JSON in the metadata of its Parquet schema."""
-
-    job: str  # the `id` in `_job.json`
-    images: int
-    failed: int
-    began: float  # seconds since 1970
-    ended: float
-    worker: str
-    function_failed: int = 0
-
-    def count(self) -> Count:
-        """Return how many images the part is about."""
-        return Count(self.images, self.failed, self.function_failed)
 
 
 @dataclass(frozen=True)
@@ -127,64 +116,78 @@ class JobFolder:
         self._write(name, buffer.getvalue())
 
     def write_part(
-        self, number: int, rows: pa.Table, records: pa.Table | None, footer: Footer
+        self, name: PartName, rows: pa.Table, records: pa.Table | None, footer: Footer
     ) -> None:
-        """Write one partition in one piece or not at all: it is done when its part is there.
+        """Write a part in one piece or not at all, in place of the one that has the name.
+
+        A part and its records must come from one attempt. The records go first: if the worker dies
+        between the two, the part still has to be made.
+        """
+        metadata = {FOOTER: footer.to_json().encode()}
+        if records is not None:
+            self._write(name.records, _to_parquet(records, metadata))
+        self._write(name.file, _to_parquet(rows, metadata))
+
+    def read_rows(self, name: PartName, records: bool = False) -> tuple[pa.Table, Footer]:
+        """Return the rows of a part, or its images' records, and its footer.
 
         Raises
         ------
-        OtherJobError
-            If the folder has been given to another job since: a cluster may still run the tasks
-            of a client that is gone.
+        FileNotFoundError
+            If it is not there.
+        pyarrow.ArrowInvalid
+            If it is damaged.
         """
-        description = self.read_job()
-        if description is None:
-            raise FileNotFoundError(
-                f"{redact_url(self.url)}/{JOB} is not there: does this worker see the same folder?"
-            )
-        if description["id"] != footer.job:
-            raise OtherJobError(
-                f"{redact_url(self.url)} now belongs to another job: give another folder"
-            )
-        metadata = {FOOTER: json.dumps(asdict(footer)).encode()}
-        name = f"part-{number:07d}.parquet"
-        if records is not None:
-            # A part and its records must come from one attempt. So the earlier part goes first:
-            # if the worker dies here, the partition counts as not done.
-            fs, root = self.connect()
-            with suppress(FileNotFoundError):
-                with_retries(fs.rm_file, self.url, f"{root}/{name}")
-            self._write(name_records(name), _to_parquet(records, metadata))
-        self._write(name, _to_parquet(rows, metadata))
+        table = pq.read_table(self.open(name.records if records else name.file))
+        return table, Footer.from_metadata(table.schema.metadata)
 
-    def mark_done(self, partitions: int) -> bytearray:
-        """Return 1 for each partition whose part is there, else 0."""
-        done = bytearray(partitions)
-        for name in self.list_parts():
-            number = int(name.removeprefix("part-").removesuffix(".parquet"))
-            if number < partitions:
-                done[number] = 1
-        return done
+    def find_parts(self) -> Iterator[tuple[PartName, int]]:
+        """Yield the name of each part, and a number that changes when the file does."""
+        for name, stamp in self._list():
+            if match := _PART.fullmatch(name):
+                yield PartName(Place.OUT, int(match[1])), make_token(stamp)
+        for name, stamp in self._list(STAGING):
+            if match := _STAGED.fullmatch(name):
+                place = Place.STAGED if match[1] == "part" else Place.AGAIN
+                yield PartName(place, int(match[2])), make_token(stamp)
 
     def list_parts(self) -> list[str]:
-        """Return the names of the parts, in order."""
-        return sorted(filter(_PART.fullmatch, self._list()))
+        """Return the names of the dataset's files, in order."""
+        return sorted(name for name, _ in self._list() if _PART.fullmatch(name))
 
-    def read_footers(self, numbers: Iterable[int]) -> Iterator[tuple[int, Footer | None]]:
-        """Yield the number and footer of each of the given parts, None for a damaged one."""
-        waiting = iter(numbers)
+    def read_footers(
+        self, names: Iterable[PartName], job_id: str
+    ) -> Iterator[tuple[PartName, Footer]]:
+        """Yield the footers of parts, but not of those that are damaged or another job's."""
+        waiting = iter(names)
         with ThreadPoolExecutor(_READERS) as pool:
             while some := list(islice(waiting, _FOOTERS)):
-                yield from zip(some, pool.map(self.read_footer, some), strict=True)
+                for name, footer in zip(some, pool.map(self.read_footer, some), strict=True):
+                    if footer is not None and footer.job == job_id:
+                        yield name, footer
 
-    def read_footer(self, number: int) -> Footer | None:
+    def read_footer(self, name: PartName) -> Footer | None:
         """Return the footer of a part, None if the part is damaged or missing."""
         fs, root = self.connect()
-        path = f"{root}/part-{number:07d}.parquet"
         try:
-            return with_retries(_read_footer, self.url, fs, path)
+            return with_retries(_read_footer, self.url, fs, f"{root}/{name.file}")
         except FileNotFoundError:
             return None
+
+    def look_up_parts(self, job_id: str) -> Ledger:
+        """Return what the footers of all parts say; those that are known are not read again."""
+        parts = list_parts(self.find_parts())
+        try:
+            known = Ledger.from_table(self.read_table(LEDGER)).keep_unchanged(parts)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            known = Ledger.from_footers([])
+        is_new = ~index_parts(parts).isin(index_parts(known.runs))
+        names = (
+            PartName(Place(place), number)
+            for place, number in parts.loc[is_new, ["place", "number"]].itertuples(index=False)
+        )
+        read = Ledger.from_footers(self.read_footers(names, job_id))
+        return known.replace_parts(read).set_stamps(parts)
 
     def clear(self) -> None:
         """Remove what a job has written.
@@ -195,13 +198,13 @@ class JobFolder:
             If something else is in the folder, which is then left as it is.
         """
         fs, root = self.connect()
-        names = self._list()
+        names = [name for name, _ in self._list()]
         has_job = JOB in names  # without it, parts are someone else's
         foreign = sorted(
             name
             for name in names
             if not _OURS.fullmatch(name)
-            and not (has_job and (_PART.fullmatch(name) or name == IMAGES))
+            and not (has_job and (_PART.fullmatch(name) or name in _FOLDERS))
         )
         if foreign:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -213,17 +216,21 @@ class JobFolder:
             # `_job.json` is removed last, and marks the rest as output that is being removed, in
             # case this process is killed meanwhile.
             self.write_job({"format": CLEARED, "id": ""})
-        for name in sorted(names, key=lambda name: name == JOB):
-            with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name == IMAGES)
+        for name in sorted(set(names) - {CLAIM}, key=lambda name: name == JOB):
+            with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name in _FOLDERS)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove some of the job's own files or folders, those that are there."""
+        fs, root = self.connect()
+        for name in names:
+            with suppress(FileNotFoundError):
+                with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name in _FOLDERS)
 
     def remove_drafts(self) -> None:
         """Remove the drafts of files that killed workers did not complete."""
-        fs, root = self.connect()
-        for folder in (root, f"{root}/{IMAGES}"):
-            for name in self._list(folder):
-                if name.startswith(DRAFT):
-                    with suppress(FileNotFoundError):
-                        fs.rm_file(f"{folder}/{name}")
+        for folder in ("", IMAGES, STAGING):
+            drafts = [name for name, _ in self._list(folder) if name.startswith(DRAFT)]
+            self.remove(f"{folder}/{name}".lstrip("/") for name in drafts)
 
     def connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the folder's file system, and its path in it."""
@@ -235,40 +242,38 @@ class JobFolder:
         fs, root = self.connect()
         return open_bytes(with_retries(fs.cat_file, self.url, f"{root}/{name}"))
 
-    def _list(self, folder: str | None = None) -> list[str]:
+    def _list(self, folder: str = "") -> Iterator[tuple[str, str]]:
+        """Yield the name of each file in the folder, and a text that changes when the file does."""
         fs, root = self.connect()
-        folder = folder or root
-        fs.invalidate_cache(folder)  # other processes write here
+        path = f"{root}/{folder}".rstrip("/")
+        if isinstance(fs, LocalFileSystem):  # many times faster without fsspec
+            with suppress(FileNotFoundError), os.scandir(path) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        status = entry.stat()
+                        yield entry.name, f"{status.st_size}-{status.st_mtime_ns}"
+            return
+        fs.invalidate_cache(path)  # other processes write here
         try:
-            paths = with_retries(fs.ls, self.url, folder, detail=False)
+            found = with_retries(fs.ls, self.url, path, detail=True)
         except FileNotFoundError:
-            return []
-        # Some stores list the folder itself, too.
-        inside = [path.rstrip("/") for path in paths if path.rstrip("/") != folder]
-        return [path.rpartition("/")[2] for path in inside]
+            return
+        for info in found:
+            name = info["name"].rstrip("/")
+            if name != path:  # some stores list the folder itself, too
+                yield name.rpartition("/")[2], make_version(info)
 
     def _write(self, name: str, content: bytes) -> None:
         fs, root = self.connect()
         with_retries(write_whole, f"{self.url}/{name}", fs, f"{root}/{name}", content)
 
 
-def name_records(part: str) -> str:
-    """Return the name of a part's records: not ``.parquet``, by which some readers find parts.
-
-    Examples
-    --------
-    >>> name_records("part-0000007.parquet")
-    '_images/part-0000007.records'
-    """
-    return f"{IMAGES}/{part.removesuffix('.parquet')}.records"
-
-
 def _read_footer(fs: fsspec.AbstractFileSystem, path: str) -> Footer | None:
     with fs.open(path, "rb") as file:
         try:
-            return Footer(**json.loads(pq.read_schema(file).metadata[FOOTER]))
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
-            logger.warning("%s is damaged, and is made again: %s", redact_url(path), error)
+            return Footer.from_metadata(pq.read_schema(file).metadata)
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            warn_damaged(path, error)
             return None
 
 

@@ -1,35 +1,57 @@
-"""A job's plan: its shards, and the partitions into which they are divided."""
+"""A job's plan: its shards, and the partitions into which they are divided.
+
+Shards and partitions are numbered as they come, and keep their numbers: an update adds to both.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from dask_imgread.errors import OtherJobError
-from dask_imgread.jobs.folder import CLEARED, PLAN, SHARDS, JobFolder
+from dask_imgread.jobs.code import describe_edits
+from dask_imgread.jobs.folder import CLEARED, JobFolder
+from dask_imgread.jobs.parts import PartName, Place, make_token
 from dask_imgread.shards.find import Shard
 from dask_imgread.shards.partition import Division, divide_shards
 from dask_imgread.shards.samples import ShardIndex
 from dask_imgread.storage.redaction import drop_signature, redact_url
 from dask_imgread.tasks import FileGroupTask
 
-FORMAT = 3  # of the folder; a folder of another format is refused
-_ID = b"job"  # where the plan's metadata hold the job's id
-_SCHEMA = pa.schema(
+FORMAT = 4  # of the folder; a folder of another format is refused
+_PIECE: dict[str, pa.DataType] = {
+    "start": pa.int64(),  # null: whole shards
+    "stop": pa.int64(),
+    "index": pa.large_string(),  # ShardIndex as JSON, if the task has one
+}
+_PLAN = pa.schema(
     {
         "first": pa.int32(),  # the number of the first shard
         "count": pa.int32(),
-        "start": pa.int64(),  # null: whole shards
-        "stop": pa.int64(),
-        "index": pa.large_string(),  # ShardIndex as JSON, if the task has one
+        "is_home": pa.bool_(),  # its part gets rows of a shard that is read again as a whole
+    }
+    | _PIECE
+)
+_AGAIN = pa.schema({"shard": pa.int32(), "token": pa.int64()} | _PIECE)
+_SHARDS = pa.schema(
+    {
+        "shard": pa.string(),  # without secrets
+        "identity": pa.int64(),  # of the URL as it is
+        "size": pa.int64(),
+        "version": pa.string(),
+        "state": pa.int8(),
     }
 )
 _LOGGED_EVERY = 10  # seconds
@@ -40,66 +62,271 @@ _SHOWN = 3  # shards named in a difference
 logger = logging.getLogger("dask_imgread")
 
 
+class ShardState(IntEnum):
+    """Whether a shard is there."""
+
+    PRESENT = 0
+    GONE = 1  # its rows are kept
+    PRUNED = 2  # its rows are removed
+
+
 @dataclass(frozen=True)
+class Partition:
+    """What one task of a job reads, and where it writes the rows.
+
+    Parameters
+    ----------
+    name
+        The part that it writes.
+    task
+        The shards, or the piece of one.
+    shards
+        Their numbers.
+    tokens
+        The tokens of their content.
+    replaces
+        Whether the part may be there already.
+    """
+
+    name: PartName
+    task: FileGroupTask
+    shards: tuple[int, ...]
+    tokens: tuple[int, ...]
+    replaces: bool = False
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How the shards that are there differ from those of the plan.
+
+    Parameters
+    ----------
+    new
+        Shards that the plan does not have.
+    changed, gone, back
+        Numbers of shards that have another content, are not there, or are there again.
+    """
+
+    new: list[Shard]
+    changed: NDArray[np.int64]
+    gone: NDArray[np.int64]
+    back: NDArray[np.int64]
+
+    def describe(self, paths: Sequence[str]) -> list[str]:
+        """Return in words which shards are new, gone or changed; ``paths`` are the plan's."""
+        found = {
+            "new": [redact_url(shard.path) for shard in self.new],
+            "gone": [paths[number] for number in self.gone],
+            "changed": [paths[number] for number in self.changed],
+        }
+        return [_name_shards(what, names) for what, names in found.items() if names]
+
+
+def _name_shards(what: str, paths: list[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    number = "1 shard is" if len(paths) == 1 else f"{len(paths)} shards are"
+    return f"{number} {what}: {', '.join(paths[:_SHOWN])}{more}"
+
+
+@dataclass
 class Plan:
-    """The partitions of a job: which part of which shards each of them is.
+    """The shards and the partitions of a job.
 
     Parameters
     ----------
     folder
         Where the plan is kept.
-    job_id
-        The job's id.
-    partitions
-        How many there are.
-    shards
-        All shards of the job, to which the plan refers by number.
+    description
+        What ``_job.json`` holds.
+    division
+        How shards are divided.
     storage_options
         Options for the shards' file system. Left out of ``repr``: they may hold credentials.
+    shards
+        All shards, by number. The URLs of those that are gone lack their secrets.
+    table
+        One row for each shard, as in ``_shards-<n>.arrow``.
+    partitions
+        One row for each partition, as in ``_plan-<n>.arrow``.
+    again
+        One row for each piece of a shard that is read again, as in ``_again-<n>.arrow``.
+    modified
+        What is to be written by ``save``.
     """
 
     folder: JobFolder
-    job_id: str
-    partitions: int
-    shards: list[Shard]
+    description: dict[str, Any]
+    division: Division
     storage_options: dict[str, Any] = field(repr=False)
+    shards: list[Shard] = field(repr=False, default_factory=list)
+    table: pd.DataFrame = field(repr=False, default_factory=lambda: _to_frame(_SHARDS))
+    partitions: pa.Table = field(repr=False, default_factory=_PLAN.empty_table)
+    again: pa.Table = field(repr=False, default_factory=_AGAIN.empty_table)
+    modified: set[str] = field(default_factory=set, init=False)
 
-    def iterate_tasks(self, wanted: bytearray) -> Iterator[tuple[int, FileGroupTask]]:
-        """Yield the number and the task of each partition that is wanted, made when it is taken.
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return str(self.description["id"])
+
+    @property
+    def gone(self) -> int:
+        """How many shards are gone."""
+        return int((self.states == ShardState.GONE).sum())
+
+    @property
+    def states(self) -> NDArray[np.int8]:
+        """The ``ShardState`` of each shard."""
+        states: NDArray[np.int8] = self.table["state"].to_numpy()
+        return states
+
+    def make_tokens(self) -> NDArray[np.int64]:
+        """Return the token of each shard's content: another one if the function was edited."""
+        revision = self.description["revision"]
+        tokens = (make_token(f"{revision}-{version}") for version in self.table["version"])
+        return np.fromiter(tokens, np.int64, len(self.table))
+
+    def iterate_partitions(
+        self, wanted: NDArray[np.bool_], place: Place, replaced: NDArray[np.bool_]
+    ) -> Iterator[Partition]:
+        """Yield the partitions that are wanted, each made when it is taken.
 
         Parameters
         ----------
         wanted
-            A number for each partition: not 0 if it is wanted.
-
-        Raises
-        ------
-        OtherJobError
-            If the folder has been given to another job since.
+            For each row of the table of ``place`` whether it is wanted.
+        place
+            Where their parts go.
+        replaced
+            For each row whether its part is there already.
         """
-        config = {"storage_options": self.storage_options} if self.storage_options else {}
-        table = self.folder.read_table(PLAN)
-        if table.schema.metadata[_ID].decode() != self.job_id:
-            raise OtherJobError(
-                f"{redact_url(self.folder.url)} now belongs to another job: give another folder"
-            )
-        rows = (row for batch in table.to_batches(_ROWS) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            if wanted[number]:
-                shards = self.shards[row["first"] : row["first"] + row["count"]]
-                whole_file = row["start"] is None
-                yield (
-                    number,
-                    FileGroupTask(
-                        data=[shard.path for shard in shards],
-                        task_id=f"file_group_{number}",
-                        reader_config=config,
-                        byte_range=None if whole_file else (row["start"], row["stop"]),
-                        index=row["index"] and ShardIndex.from_json(row["index"]),
-                        versions=tuple(shard.version for shard in shards),
-                        sizes=tuple(shard.size for shard in shards),
-                    ),
+        tokens, present = self.make_tokens(), self.states == ShardState.PRESENT
+        table = self.again if place == Place.AGAIN else self.partitions
+        start = 0
+        for batch in table.to_batches(_ROWS):
+            chosen = np.flatnonzero(wanted[start : start + len(batch)])
+            for number, row in zip(chosen + start, batch.take(chosen).to_pylist(), strict=True):
+                first = row["shard"] if place == Place.AGAIN else row["first"]
+                numbers = [n for n in range(first, first + row.get("count", 1)) if present[n]]
+                yield Partition(
+                    PartName(place, int(number)),
+                    self._make_task(f"file_group_{number}", row, [self.shards[n] for n in numbers]),
+                    tuple(numbers),
+                    tuple(int(tokens[n]) for n in numbers),
+                    bool(replaced[number]),
                 )
+            start += len(batch)
+
+    def _make_task(self, name: str, row: dict[str, Any], shards: list[Shard]) -> FileGroupTask:
+        return FileGroupTask(
+            data=[shard.path for shard in shards],
+            task_id=name,
+            reader_config={"storage_options": self.storage_options} if self.storage_options else {},
+            byte_range=None if row["start"] is None else (row["start"], row["stop"]),
+            index=row["index"] and ShardIndex.from_json(row["index"]),
+            versions=tuple(shard.version for shard in shards),
+            sizes=tuple(shard.size for shard in shards),
+        )
+
+    def compare(self, shards: Sequence[Shard]) -> Changes:
+        """Return how the shards that are there now differ from the plan's; keep their URLs."""
+        now = _list_shards(shards)
+        known = np.flatnonzero(self.states != ShardState.PRUNED)
+        places = pd.Index(self.table["identity"].to_numpy()[known]).get_indexer(now["identity"])
+        new, old = np.flatnonzero(places < 0), np.flatnonzero(places >= 0)
+        numbers = known[places[old]]
+        for number, place in zip(numbers.tolist(), old.tolist(), strict=True):
+            self.shards[number] = shards[place]
+        same = self.table["version"].to_numpy()[numbers] == now["version"].to_numpy()[old]
+        is_present = self.states == ShardState.PRESENT
+        gone = np.setdiff1d(np.flatnonzero(is_present), numbers)
+        back = numbers[same & ~is_present[numbers]]
+        return Changes([shards[place] for place in new.tolist()], numbers[~same], gone, back)
+
+    def note(self, changes: Changes, prune: bool = False) -> None:
+        """Note which shards have changed, are gone or are back."""
+        changed = [self.shards[number] for number in changes.changed]
+        self.table.loc[changes.changed, "size"] = [shard.size for shard in changed]
+        self.table.loc[changes.changed, "version"] = [shard.version for shard in changed]
+        states = self.states.copy()
+        states[changes.gone] = ShardState.GONE
+        states[changes.back] = states[changes.changed] = ShardState.PRESENT
+        if prune:
+            states[states == ShardState.GONE] = ShardState.PRUNED
+        if changed:
+            self.partitions = _make_homes(self.partitions, changes.changed)
+            self.modified |= {"shards", "plan"}
+        if not np.array_equal(states, self.states):
+            self.table["state"] = states
+            self.modified.add("shards")
+
+    def note_edit(self, code: dict[str, str]) -> None:
+        """Note that the function was edited: then no shard's rows are as they should be."""
+        self.description |= {"code": code, "revision": self.description["revision"] + 1}
+        self.modified.add("description")
+
+    def add(self, shards: list[Shard]) -> None:
+        """Add shards, and the partitions into which they are divided."""
+        if shards:
+            more = self._divide(shards, len(self.shards))
+            self.partitions = pa.concat_tables([self.partitions, more])
+            self.table = pd.concat([self.table, _list_shards(shards)], ignore_index=True)
+            self.shards += shards
+            self.modified |= {"shards", "plan"}
+
+    def read_again(self, numbers: NDArray[np.int64]) -> None:
+        """Divide some shards anew, each on its own, unless that was done before."""
+        tokens = self.make_tokens()
+        known = self.again.select(["shard", "token"]).to_pandas()
+        is_valid = tokens[known["shard"].to_numpy()] == known["token"].to_numpy()
+        for number in np.setdiff1d(numbers, known["shard"].to_numpy()[is_valid]).tolist():
+            pieces = self._divide([self.shards[number]], number).select(list(_PIECE))
+            where = {"shard": number, "token": tokens[number]}
+            columns = [pa.array([value] * len(pieces)) for value in where.values()]
+            names = [*where, *_PIECE]
+            added = pa.Table.from_arrays([*columns, *pieces.columns], names).cast(_AGAIN)
+            self.again = pa.concat_tables([self.again, added])
+            self.modified.add("again")
+
+    def save(self) -> None:
+        """Write what is modified: tables under new names, then the description, which tells them.
+
+        So they are valid together, or not at all.
+        """
+        if not self.modified:
+            return
+        made = {
+            "shards": lambda: pa.Table.from_pandas(self.table, _SHARDS, preserve_index=False),
+            "plan": lambda: self.partitions,
+            "again": lambda: self.again,
+        }
+        before = self.description.get("tables", {})
+        number = self.description.get("generation", 0) + 1
+        new = {name: f"_{name}-{number}.arrow" for name in made if name in self.modified}
+        for name, file in new.items():
+            self.folder.write_table(file, made[name]())
+        self.description |= {
+            "tables": before | new,
+            "generation": number,
+            "partitions": len(self.partitions),
+            "shards": len(self.shards),
+        }
+        self.folder.write_job(self.description)
+        self.folder.remove(before[name] for name in new if name in before)
+        self.modified.clear()
+
+    def finish(self) -> None:
+        """Forget what was read again: it is in the dataset."""
+        self.again = _AGAIN.empty_table()
+        self.description["tables"] = dict(self.description["tables"])
+        old = self.description["tables"].pop("again", None)
+        self.folder.write_job(self.description)
+        self.folder.remove([old] if old else [])
+
+    def _divide(self, shards: list[Shard], first: int) -> pa.Table:
+        return _make_table(
+            divide_shards(shards, self.division, self.storage_options), shards, first
+        )
 
 
 def prepare_plan(
@@ -108,9 +335,12 @@ def prepare_plan(
     description: dict[str, Any],
     division: Division,
     storage_options: dict[str, Any],
-    overwrite: bool,
-) -> Plan:
-    """Return the plan that a job has in its folder, or make and write one.
+    *,
+    overwrite: bool = False,
+    update: bool = False,
+    prune: bool = False,
+) -> tuple[Plan, Changes]:
+    """Return the plan that a job has in its folder, or make and write one; and what is new in it.
 
     Parameters
     ----------
@@ -127,6 +357,10 @@ def prepare_plan(
         Options for the shards' file system.
     overwrite
         Remove the output of any earlier job, this one's too.
+    update
+        Accept that shards, or the function, have changed.
+    prune
+        Remove the rows of shards that are gone.
 
     Raises
     ------
@@ -135,39 +369,140 @@ def prepare_plan(
     FileExistsError
         If it holds something that no job has written.
     """
-    description = {
-        "format": FORMAT,
-        **description,
-        # As they come back from JSON: with lists in place of tuples.
-        "options": json.loads(json.dumps(description["options"] | asdict(division))),
-        "shards": len(shards),
-        "inputs": _digest(shards),
-    }
+    plan, changes = look_up_plan(
+        folder,
+        shards,
+        description,
+        division,
+        storage_options,
+        overwrite=overwrite,
+        update=update,
+        prune=prune,
+    )
+    plan.add(changes.new)
+    if "id" not in plan.description:
+        folder.clear()  # only now: planning can take long, and fail
+        plan.description["id"] = uuid.uuid4().hex
+    plan.save()
+    return plan, changes
+
+
+def look_up_plan(
+    folder: JobFolder,
+    shards: list[Shard],
+    description: dict[str, Any],
+    division: Division,
+    storage_options: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    update: bool = False,
+    prune: bool = False,
+) -> tuple[Plan, Changes]:
+    """Return what ``prepare_plan`` does, without partitions of new shards; nothing is written."""
+    description = _complete(description, division)
     earlier = folder.read_job()
-    if earlier is not None and not overwrite and earlier["format"] != CLEARED:
-        differences = _compare(folder, earlier, description, shards)
-        if differences:
-            raise OtherJobError(
-                f"{redact_url(folder.url)} holds the output of another job: "
-                f"{'; '.join(differences)}. Give another folder, or overwrite it (--overwrite)"
-            )
-        return Plan(folder, earlier["id"], earlier["partitions"], shards, storage_options)
-    table = _make_table(divide_shards(shards, division, storage_options), shards)
-    if folder.read_job() != earlier:  # planning can take long
-        raise OtherJobError(
-            f"{redact_url(folder.url)}: another job has begun there meanwhile: give another folder"
-        )
-    folder.clear()
-    plan = Plan(folder, uuid.uuid4().hex, table.num_rows, shards, storage_options)
-    folder.write_table(SHARDS, _list_shards(shards))
-    folder.write_table(PLAN, table.replace_schema_metadata({_ID: plan.job_id}))
-    # Last: a folder has a job only when its plan is complete.
-    folder.write_job(description | {"id": plan.job_id, "partitions": plan.partitions})
-    return plan
+    if earlier is None or overwrite or earlier["format"] == CLEARED:
+        plan = Plan(folder, description, division, storage_options)
+        return plan, plan.compare(shards)
+    differences = _compare_options(earlier, description)
+    if differences:
+        raise _refuse(folder, differences)
+    plan = _load_plan(folder, earlier, division, storage_options)
+    changes = plan.compare(shards)
+    edits = describe_edits(earlier["code"], description["code"])
+    differences = [*edits, *changes.describe(plan.table["shard"].tolist())]
+    if differences and not update:
+        raise _refuse(folder, differences, can_update=True)
+    if update:
+        plan.note(changes, prune)
+    if edits:
+        plan.note_edit(description["code"])
+    return plan, changes
 
 
-def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table:
-    """Return one row for each task, which refers to its shards by number."""
+def _complete(description: dict[str, Any], division: Division) -> dict[str, Any]:
+    # As they come back from JSON: with lists in place of tuples.
+    options = json.loads(json.dumps(description["options"] | asdict(division)))
+    begun = {"revision": 0, "retries": False, "runs": []}
+    return {"format": FORMAT, **description, "options": options, **begun}
+
+
+def _refuse(folder: JobFolder, differences: list[str], can_update: bool = False) -> OtherJobError:
+    way = "Update it (update=True, --update), give" if can_update else "Give"
+    return OtherJobError(
+        f"{redact_url(folder.url)} holds the output of another job: {'; '.join(differences)}. "
+        f"{way} another folder, or overwrite it (--overwrite)"
+    )
+
+
+def _load_plan(
+    folder: JobFolder,
+    description: dict[str, Any],
+    division: Division,
+    storage_options: dict[str, Any],
+) -> Plan:
+    tables = {name: folder.read_table(file) for name, file in description["tables"].items()}
+    table = _to_frame(tables["shards"])
+    columns = (table[name].tolist() for name in ("shard", "size", "version"))
+    shards = [
+        Shard(path, None if pd.isna(size) else size, version)
+        for path, size, version in zip(*columns, strict=True)
+    ]
+    again = tables.get("again", _AGAIN.empty_table())
+    return Plan(
+        folder, description, division, storage_options, shards, table, tables["plan"], again
+    )
+
+
+def _to_frame(table: pa.Table | pa.Schema) -> pd.DataFrame:
+    if isinstance(table, pa.Schema):
+        table = table.empty_table()
+    nullable = {pa.int64(): pd.Int64Dtype()}
+    frame = table.to_pandas(types_mapper=lambda kind: nullable.get(kind))
+    return frame.astype({"identity": np.int64})
+
+
+def _list_shards(shards: Iterable[Shard]) -> pd.DataFrame:
+    """Return one row for each shard, without the secrets in its URL."""
+    shards = list(shards)
+    return pd.DataFrame(
+        {
+            "shard": pd.Series([redact_url(shard.path) for shard in shards], dtype=object),
+            "identity": np.array([make_token(drop_signature(s.path)) for s in shards], np.int64),
+            "size": pd.array([shard.size for shard in shards], pd.Int64Dtype()),
+            "version": pd.Series([shard.version for shard in shards], dtype=object),
+            "state": np.full(len(shards), ShardState.PRESENT, np.int8),
+        }
+    )
+
+
+def _make_homes(partitions: pa.Table, changed: NDArray[np.int64]) -> pa.Table:
+    """Note which partitions were pieces of shards that have changed: the pieces are no longer."""
+    moved = pc.and_(
+        pc.is_valid(partitions["start"]),
+        pc.is_in(partitions["first"], pa.array(changed, pa.int32())),
+    )
+    if not pc.any(moved).as_py():
+        return partitions
+    columns = {"is_home": pc.or_(partitions["is_home"], moved)}
+    columns |= {name: pc.if_else(moved, None, partitions[name]) for name in _PIECE}
+    for name, column in columns.items():
+        partitions = partitions.set_column(_PLAN.get_field_index(name), name, column)
+    return partitions.cast(_PLAN)
+
+
+def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard], number: int = 0) -> pa.Table:
+    """Return one row for each task, which refers to its shards by number.
+
+    Parameters
+    ----------
+    tasks
+        The tasks, in the order of the shards.
+    shards
+        The shards.
+    number
+        That of the first shard.
+    """
     batches: list[pa.RecordBatch] = []
     rows: list[dict[str, Any]] = []
     first = characters = 0
@@ -177,70 +512,25 @@ def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard]) -> pa.Table
             first += 1
         start, stop = task.byte_range or (None, None)
         index = task.index and task.index.to_json()
-        rows.append(
-            {"first": first, "count": len(task.data), "start": start, "stop": stop, "index": index}
-        )
+        row = {"first": number + first, "count": len(task.data), "is_home": False}
+        rows.append(row | {"start": start, "stop": stop, "index": index})
         characters += len(index or "")
         if len(rows) == _ROWS or characters > _CHARACTERS:
-            batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
+            batches.append(pa.RecordBatch.from_pylist(rows, _PLAN))
             rows.clear()
             characters = 0
         if time.monotonic() - logged > _LOGGED_EVERY:
             logged = time.monotonic()
             logger.info("planning: %d of %d shards read", first, len(shards))
-    batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
-    return pa.Table.from_batches(batches, _SCHEMA)
+    batches.append(pa.RecordBatch.from_pylist(rows, _PLAN))
+    return pa.Table.from_batches(batches, _PLAN)
 
 
-def _compare(
-    folder: JobFolder, earlier: dict[str, Any], now: dict[str, Any], shards: list[Shard]
-) -> list[str]:
-    """Return in words how the description of an earlier job differs from this one's."""
+def _compare_options(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return in words how the options of an earlier job differ from this one's."""
     if earlier["format"] != FORMAT:
         return [f"it has the format {earlier['format']}, not {FORMAT}"]
     pairs = [(name, earlier[name], now[name]) for name in ("command", "function")]
     was, is_ = earlier["options"], now["options"]
     pairs += [(name, was.get(name), is_.get(name)) for name in sorted({*was, *is_})]
-    differences = [f"{name} was {old!r}, and is {new!r}" for name, old, new in pairs if old != new]
-    if earlier["inputs"] != now["inputs"]:
-        differences += _compare_shards(folder.read_table(SHARDS), _list_shards(shards))
-    return differences
-
-
-def _compare_shards(earlier: pa.Table, now: pa.Table) -> list[str]:
-    """Return in words which shards are new, gone or changed."""
-    was, is_ = (
-        dict(zip(table["shard"].to_pylist(), table["version"].to_pylist(), strict=True))
-        for table in (earlier, now)
-    )
-    found = {
-        "new": [path for path in is_ if path not in was],
-        "gone": [path for path in was if path not in is_],
-        "changed": [path for path in is_ if path in was and was[path] != is_[path]],
-    }
-    differences = []
-    for what, paths in found.items():
-        if paths:
-            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-            number = "1 shard is" if len(paths) == 1 else f"{len(paths)} shards are"
-            differences.append(f"{number} {what}: {', '.join(paths[:_SHOWN])}{more}")
-    return differences or ["the shards are in another order, or their URLs differ in hidden parts"]
-
-
-def _digest(shards: list[Shard]) -> str:
-    """Return a digest of the shards and their versions, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for shard in shards:
-        digest.update(f"{drop_signature(shard.path)}\0{shard.version}\0".encode())
-    return digest.hexdigest()
-
-
-def _list_shards(shards: list[Shard]) -> pa.Table:
-    """Return one row for each shard, without the secrets in its URL."""
-    return pa.table(
-        {
-            "shard": pa.array([redact_url(shard.path) for shard in shards], pa.string()),
-            "size": pa.array([shard.size for shard in shards], pa.int64()),
-            "version": pa.array([shard.version for shard in shards], pa.string()),
-        }
-    )
+    return [f"{name} was {old!r}, and is {new!r}" for name, old, new in pairs if old != new]

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dask_imgread.errors import SchemaError
+from dask_imgread.jobs.code import digest_code
 from dask_imgread.jobs.schema import SchemaFinder
 from dask_imgread.rows import (
     BatchFunction,
@@ -49,6 +50,10 @@ class RowMaker(ABC):
 
     def list_options(self) -> dict[str, Any]:
         """Return its part of the options in the job's description."""
+        return {}
+
+    def digest_code(self) -> dict[str, str]:
+        """Return a digest of all that decides what its rows are, by name."""
         return {}
 
     @abstractmethod
@@ -135,6 +140,10 @@ class FunctionRows(RowMaker):
     def describe(self) -> dict[str, str | None]:
         """Return its part of the job's description."""
         return {"command": "apply", "function": name_function(self.fn)}
+
+    def digest_code(self) -> dict[str, str]:
+        """Return digests of the function and of what it uses."""
+        return digest_code(self.fn)
 
     def find_schema(self, finder: SchemaFinder) -> pa.Schema:
         """Return the schema that is kept in the folder, or declared, or inferred."""

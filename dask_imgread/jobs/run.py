@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import pandas as pd
 from distributed import Client
-from distributed.scheduler import KilledWorker
 
 from dask_imgread.cluster.start import connect_client, wait_for_workers
-from dask_imgread.cluster.window import run_tasks
-from dask_imgread.errors import JobError, NoWorkersError, OtherJobError, ReadError, SchemaError
+from dask_imgread.errors import JobError, NoWorkersError
+from dask_imgread.jobs.claim import claim_folder
 from dask_imgread.jobs.description import describe_job
-from dask_imgread.jobs.folder import Count, JobFolder
-from dask_imgread.jobs.plan import Plan, prepare_plan
+from dask_imgread.jobs.execution import Execution
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.forecast import Forecast, forecast
+from dask_imgread.jobs.merge import PartMerger
+from dask_imgread.jobs.plan import look_up_plan, prepare_plan
 from dask_imgread.jobs.row_makers import FunctionRows, MetadataRows, RowMaker
 from dask_imgread.jobs.schema import SchemaFinder, read_meta
-from dask_imgread.jobs.writer import PartWriter
-from dask_imgread.progress import Progress, choose_progress
+from dask_imgread.jobs.writer import PartSink, PartWriter
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import BatchFunction
-from dask_imgread.shards.find import Paths, find_shards
+from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
 from dask_imgread.storage.filesystems import is_local, resolve_path
-from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import count_images
-
-logger = logging.getLogger("dask_imgread")
-
-_SMALLEST_WINDOW = 16  # larger than for pixels: a task returns nothing but counts
-_MOST_ERRORS = 20  # partitions that fail before the job gives up
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +48,7 @@ class Summary:
     partitions
         How many partitions the job has.
     new_images, new_failed, new_partitions
-        The same numbers for this run alone.
+        The same numbers for this run alone; shards that are read again count as partitions.
     seconds
         How long this run took, finding the shards included.
     images_per_second
@@ -63,6 +57,10 @@ class Summary:
     decoded
         Whether pixels were decoded. If not, only headers were read, and images that seem fine
         may be broken.
+    new_shards, changed_shards
+        How many shards are new or have changed since the last run.
+    gone_shards
+        How many shards are gone. Their rows are counted among the others.
 
     Examples
     --------
@@ -85,6 +83,9 @@ class Summary:
     seconds: float
     images_per_second: float
     decoded: bool
+    new_shards: int = 0
+    changed_shards: int = 0
+    gone_shards: int = 0
 
     def __repr__(self) -> str:
         """Return a line with the numbers that matter most."""
@@ -111,7 +112,10 @@ def run_job(
     out_options: dict[str, Any] | None = None,
     retries: int = 2,
     retry_failed: bool = False,
+    update: bool = False,
+    prune: bool = False,
     overwrite: bool = False,
+    rows_per_file: int | None = None,
     progress: bool = False,
     relative_to: str | None = None,
     **partitioning: Unpack[Partitioning],
@@ -122,6 +126,9 @@ def run_job(
     partition writes its file, in one piece or not at all. A job that was killed, at any moment,
     and is called again does what is missing, and nothing twice. Only a window of tasks is in
     flight at any time.
+
+    With ``update`` the same call follows a set that changes. Whoever reads the dataset meanwhile
+    sees each image once, as it was or as it is now.
 
     Parameters
     ----------
@@ -163,8 +170,18 @@ def run_job(
     retry_failed
         Read those partitions again in which an image failed, and replace their rows, unless fewer
         images can be read than before.
+    update
+        Read the shards that are new, read those again that have changed, and leave the others
+        unopened. If the function was edited, all are read again. Shards that are gone keep their
+        rows.
+    prune
+        Remove the rows of shards that are gone; only with ``update``.
     overwrite
         Remove what another job has written to ``out``, and begin anew.
+    rows_per_file
+        Merge partitions at the end into files of so many rows, or fewer; a partition with more is
+        one file. Rows of a new partition are in the dataset only then. If not given, each partition
+        is a file.
     progress
         Show it on stderr: a bar on a terminal, else a line every ten seconds.
     relative_to
@@ -180,7 +197,8 @@ def run_job(
     Raises
     ------
     OtherJobError
-        If ``out`` holds the output of other shards or options; a ValueError.
+        If ``out`` holds the output of other shards, of other options or of another function, or
+        if another process works on it (``FolderInUseError``); a ValueError.
     FileExistsError
         If ``out`` holds files that no job has written.
     FileNotFoundError
@@ -188,7 +206,8 @@ def run_job(
     PermissionError, StorageError
         If a store denies access, or can't be reached.
     ValueError
-        If more than one way to divide shards is given, or a number below 1, if ``fn`` is given
+        If more than one way to divide shards is given, or a number below 1, if ``prune`` is given
+        without ``update``, if ``fn`` is given
         and the reader has ``decode=False``, or for ``sidecars``, as in ``read_metadata``.
     ReadError
         If an image can't be read, under ``on_error="raise"``.
@@ -215,45 +234,162 @@ def run_job(
     8
     """
     start = time.monotonic()
-    if is_frame(paths):
-        raise ValueError(
-            "run_job reads whole shards: for the rows of a frame use map_images(fn, frame), or "
-            "write_shards first"
-        )
-    division = Division.of("run_job", partitioning)
-    storage_options = storage_options or {}
-    columns = MetadataColumns.parse(sidecars)
-    reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
-    row_maker = _choose_row_maker(fn, reader, meta, columns)
-    folder = _open_folder(str(out), storage_options, out_options)
-    shards = find_shards(paths, storage_options)
-    plan = prepare_plan(
-        folder, shards, describe_job(reader, row_maker), division, storage_options, overwrite
+    if prune and not update:
+        raise ValueError("prune removes rows of shards that are gone: only with update=True")
+    job = _Job.of(
+        paths,
+        out,
+        fn,
+        reader=reader,
+        meta=meta,
+        sidecars=sidecars,
+        checksum=checksum,
+        storage_options=storage_options,
+        out_options=out_options,
+        relative_to=relative_to,
+        rows_per_file=rows_per_file,
+        **partitioning,
     )
-    wanted, before = _find_wanted(plan, retry_failed)
-    count, rate = Count(), 0.0
-    if any(wanted):
-        with raise_job_errors(), choose_client(client, reader) as opened:
-            wait_for_workers(opened)  # the resources that they declare decide what tasks request
-            finder = SchemaFinder(opened, folder, reader, plan.iterate_tasks(wanted))
-            schema = row_maker.find_schema(finder)
-            writer = PartWriter(folder, plan.job_id, reader, row_maker, schema, retry_failed)
-            done = plan.partitions - sum(wanted)
-            with choose_progress(plan.partitions, done, hidden=not progress) as shown:
-                count = _write_parts(opened, writer, plan, wanted, retries, shown)
-                rate = shown.measure_rate()
-    _check_parts(plan)
-    folder.remove_drafts()
+    with claim_folder(job.folder) as claim:
+        plan, changes = prepare_plan(*job.plan, overwrite=overwrite, update=update, prune=prune)
+        run = Execution(plan, changes, rows_per_file, retry_failed or plan.description["retries"])
+        if run.work:
+            with raise_job_errors(), choose_client(client, job.reader) as opened:
+                wait_for_workers(opened)  # what they declare decides what tasks request
+                run.begin()
+                tasks = (partition.task for partition in run.iterate_partitions())
+                finder = SchemaFinder(opened, job.folder, job.reader, tasks)
+                sink = PartSink(
+                    job.folder,
+                    plan.job_id,
+                    claim.token,
+                    job.row_maker.find_schema(finder),
+                    job.row_maker.keeps_records,
+                )
+                writer = PartWriter(sink, job.reader, job.row_maker)
+                run.read(opened, writer, retries, hidden=not progress)
+                run.merge(opened, PartMerger(sink), retries, hidden=not progress)
+        run.finish()
     return Summary(
-        **asdict(before + count),
-        partitions=plan.partitions,
-        new_images=count.images,
-        new_failed=count.failed,
-        new_partitions=sum(wanted),
+        **asdict(run.count()),
+        **run.describe(),
+        partitions=len(plan.partitions),
         seconds=time.monotonic() - start,
-        images_per_second=round(rate, 1),
-        decoded=reader.decode,
+        decoded=job.reader.decode,
+        new_shards=len(changes.new),
+        changed_shards=len(changes.changed),
+        gone_shards=plan.gone,
     )
+
+
+def forecast_job(
+    paths: Paths,
+    out: str | os.PathLike[str],
+    fn: BatchFunction | None = None,
+    *,
+    retry_failed: bool = False,
+    update: bool = False,
+    prune: bool = False,
+    overwrite: bool = False,
+    **options: Unpack[JobOptions],
+) -> Forecast:
+    """Say what ``run_job`` would do, without a cluster, and without opening a shard.
+
+    Parameters
+    ----------
+    paths, out, fn, retry_failed, update, prune, overwrite, **options
+        As for ``run_job``.
+
+    Returns
+    -------
+    Forecast
+
+    Raises
+    ------
+    OtherJobError, FileNotFoundError, ValueError
+        As ``run_job`` does.
+
+    Examples
+    --------
+    >>> from dask_imgread.testing import make_shards
+    >>> shards = make_shards("shards", shards=2, images_per_shard=4)
+    >>> forecast = forecast_job(shards, "out")
+    >>> forecast.shards, forecast.partitions, forecast.seconds
+    (2, 2, None)
+    """
+    if prune and not update:
+        raise ValueError("prune removes rows of shards that are gone: only with update=True")
+    job = _Job.of(paths, out, fn, **options)
+    plan, changes = look_up_plan(*job.plan, overwrite=overwrite, update=update, prune=prune)
+    return forecast(plan, changes, job.rows_per_file, retry_failed)
+
+
+class JobOptions(Partitioning, total=False):
+    """Keyword arguments of ``run_job`` that decide what its rows are."""
+
+    reader: ImageReaderStage | None
+    meta: pd.DataFrame | None
+    sidecars: Sidecars | None
+    checksum: bool
+    storage_options: dict[str, Any] | None
+    out_options: dict[str, Any] | None
+    relative_to: str | None
+    rows_per_file: int | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a job reads, how, and where its rows go."""
+
+    folder: JobFolder
+    shards: list[Shard]
+    reader: ImageReaderStage
+    row_maker: RowMaker
+    division: Division
+    storage_options: dict[str, Any]
+    rows_per_file: int | None
+
+    @classmethod
+    def of(
+        cls,
+        paths: Paths,
+        out: str | os.PathLike[str],
+        fn: BatchFunction | None,
+        *,
+        reader: ImageReaderStage | None = None,
+        meta: pd.DataFrame | None = None,
+        sidecars: Sidecars | None = None,
+        checksum: bool = False,
+        storage_options: dict[str, Any] | None = None,
+        out_options: dict[str, Any] | None = None,
+        relative_to: str | None = None,
+        rows_per_file: int | None = None,
+        **partitioning: Unpack[Partitioning],
+    ) -> Self:
+        """Check the arguments of ``run_job``, and find the shards."""
+        if is_frame(paths):
+            raise ValueError(
+                "run_job reads whole shards: for the rows of a frame use map_images(fn, frame), or "
+                "write_shards first"
+            )
+        division = Division.of("run_job", partitioning)
+        if rows_per_file is not None and rows_per_file < 1:
+            raise ValueError(f"rows_per_file must be at least 1, not {rows_per_file!r}")
+        columns = MetadataColumns.parse(sidecars)
+        reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
+        row_maker = _choose_row_maker(fn, reader, meta, columns)
+        options = storage_options or {}
+        folder = _open_folder(str(out), options, out_options)
+        shards = find_shards(paths, options)
+        return cls(folder, shards, reader, row_maker, division, options, rows_per_file)
+
+    @property
+    def plan(
+        self,
+    ) -> tuple[JobFolder, list[Shard], dict[str, Any], Division, dict[str, Any]]:
+        """The arguments of ``prepare_plan``."""
+        description = describe_job(self.reader, self.row_maker, self.rows_per_file)
+        return self.folder, self.shards, description, self.division, self.storage_options
 
 
 def connect_for_reader(reader: ImageReaderStage, **options: Any) -> AbstractContextManager[Client]:
@@ -315,28 +451,6 @@ def _open_folder(
     return JobFolder(resolve_path(os.path.expanduser(out)), out_options)
 
 
-def _find_wanted(plan: Plan, retry_failed: bool) -> tuple[bytearray, Count]:
-    """Return 1 for each partition that is to be done, and the count of the others."""
-    wanted = bytearray(not done for done in plan.folder.mark_done(plan.partitions))
-    total = Count()
-    parts = (number for number, missing in enumerate(bytes(wanted)) if not missing)
-    for number, footer in plan.folder.read_footers(parts):
-        if footer is None or footer.job != plan.job_id or (retry_failed and footer.failed):
-            wanted[number] = 1
-        else:
-            total += footer.count()
-    return wanted, total
-
-
-def _check_parts(plan: Plan) -> None:
-    """Raise JobError if a part is missing that a worker has written."""
-    if not all(plan.folder.mark_done(plan.partitions)):
-        raise JobError(
-            f"what workers wrote is not in {redact_url(plan.folder.url)}: give a folder that "
-            "client and workers share"
-        )
-
-
 @contextmanager
 def raise_job_errors() -> Iterator[None]:
     """Raise JobError where the scheduler or all workers are lost."""
@@ -346,53 +460,3 @@ def raise_job_errors() -> Iterator[None]:
         raise JobError("the scheduler was lost") from None
     except NoWorkersError as error:
         raise JobError(str(error)) from None
-
-
-def _write_parts(
-    client: Client,
-    writer: PartWriter,
-    plan: Plan,
-    wanted: bytearray,
-    retries: int,
-    progress: Progress,
-) -> Count:
-    """Do the partitions that are wanted on the cluster; return the count of their images.
-
-    Raises
-    ------
-    JobError
-        If tasks end in errors that are not an image's; their partitions are still to be done.
-    """
-    total = Count()
-    errors: list[str] = []
-    tasks = run_tasks(
-        client,
-        writer,
-        plan.iterate_tasks(wanted),
-        pure=False,
-        retries=retries,
-        smallest_window=_SMALLEST_WINDOW,
-        **writer.reader.annotations(client),
-    )
-    for ended, ((number, task), result) in enumerate(tasks, 1):
-        if isinstance(result, KilledWorker):
-            result = writer.write_lost(number, task, result)
-        if isinstance(result, ReadError | OtherJobError):
-            raise result
-        if isinstance(result, SchemaError):
-            raise JobError(str(result)) from None
-        if isinstance(result, Exception):
-            reason = hide_secrets(f"{type(result).__name__}: {result}", task.storage_options)
-            errors.append(f"partition {number}, {task!r}: {reason}")
-            logger.error("%s", errors[-1])
-            if len(errors) == _MOST_ERRORS:
-                break
-        else:
-            total += result
-        progress.update(ended - len(errors), total.images, total.failed)
-    if errors:
-        raise JobError(
-            f"{len(errors)} partitions could not be done, such as {errors[0]}. The same call tries "
-            "them again"
-        )
-    return total

@@ -62,13 +62,13 @@ class SchemaFinder:
     reader
         The job's reader.
     tasks
-        The partitions that are still to be done, with their numbers; a few are read.
+        The tasks that are still to be done; a few are read.
     """
 
     client: Client
     folder: JobFolder
     reader: ImageReaderStage
-    tasks: Iterable[tuple[int, FileGroupTask]]
+    tasks: Iterable[FileGroupTask]
 
     def find(self, fn: BatchFunction, declared: pa.Schema | None) -> pa.Schema:
         """Return the schema that an earlier run has kept, or that is declared, or inferred.
@@ -114,13 +114,13 @@ class SchemaFinder:
                 return run_one(self.client, fn, task)
             return {}
 
-        return columns.infer_types(self.reader, (task for _, task in self.tasks), run)
+        return columns.infer_types(self.reader, iter(self.tasks), run)
 
     def _infer(self, fn: BatchFunction) -> list[pa.Schema]:
         """Run the function on a few images of the first partition that has any."""
         name = name_function(fn)
         annotations = self.reader.annotations(self.client)
-        for _, task in islice(self.tasks, INFERRED_TASKS):
+        for task in islice(self.tasks, INFERRED_TASKS):
             try:
                 schemas = self._infer_from_task(fn, task, annotations)
             except (CancelledError, NoWorkersError):

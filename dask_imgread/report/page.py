@@ -19,7 +19,8 @@ import numpy as np
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.jobs.folder import JobFolder, name_records
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.parts import name_records
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
 from dask_imgread.report.statistics import (
     LISTED,

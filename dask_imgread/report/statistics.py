@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from dask_imgread.jobs.folder import FOOTER, Footer
+from dask_imgread.jobs.parts import FOOTER, Footer
 from dask_imgread.storage.files import open_bytes
 from dask_imgread.storage.retries import with_retries
 
@@ -222,9 +221,9 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> S
                 except pa.ArrowInvalid as error:
                     raise ValueError(f"{parts[number]} is damaged: {error}") from error
                 yield from _read_tables(parquet, number)
-                footer = (parquet.metadata.metadata or {}).get(FOOTER)
-            if footer:
-                stats.add_footer(Footer(**json.loads(footer)))
+                metadata = parquet.metadata.metadata or {}
+            if FOOTER in metadata:
+                stats.add_footer(Footer.from_metadata(metadata))
 
     def count(first: int) -> Statistics:
         stats = Statistics(_RandomSample(samples))

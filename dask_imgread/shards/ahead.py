@@ -24,7 +24,7 @@ _FIRST_SKIPPED = MIB // 2  # bytes fetched to begin with, if only headers may be
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
 # request costs a latency.
 _SIZES = [size << 10 for size in 4 * [256] + 4 * [1024] + 4 * [2048]]
-_BLOCK_BYTES = 8 * MIB
+BLOCK_BYTES = 8 * MIB
 _STARTS = [0, *accumulate(_SIZES)]
 # If only headers are needed and more than this lies between two of them, each is a request of its
 # own. Requests double in size while their answers are read to the end.
@@ -212,7 +212,7 @@ class ReadAhead:
             if place <= offset < place + len(piece):
                 self._show(place, piece)
                 return True
-        wanted = min(size, _BLOCK_BYTES)
+        wanted = min(size, BLOCK_BYTES)
         if offset >= self._front:
             if not self._skipping:
                 return False
@@ -254,8 +254,8 @@ class ReadAhead:
         if place < _STARTS[-1]:
             number = bisect_right(_STARTS, place)
             return self._base + _STARTS[number - 1], self._base + _STARTS[number]
-        start = self._base + _STARTS[-1] + (place - _STARTS[-1]) // _BLOCK_BYTES * _BLOCK_BYTES
-        return start, start + _BLOCK_BYTES
+        start = self._base + _STARTS[-1] + (place - _STARTS[-1]) // BLOCK_BYTES * BLOCK_BYTES
+        return start, start + BLOCK_BYTES
 
     def _submit(self, start: int, stop: int, *, taken: int = 0) -> _Block:
         future = self._pool.submit(self._blocks.read, start, stop)

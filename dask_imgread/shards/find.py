@@ -146,12 +146,16 @@ def _make_shard(fs: fsspec.AbstractFileSystem, name: str, info: dict[str, Any]) 
         with suppress(OSError):  # a broken link is recorded when the reader can't open it
             status = os.stat(name)
             info = info | {"size": status.st_size, "mtime": status.st_mtime}
-    tags = ["ETag", "etag", "md5Hash", "blob_id"]
-    tags += ["mtime", "LastModified", "last_modified", "updated"]
-    version = "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
     # One spelling for each file: a shard given under two would be read twice.
     path = os.path.abspath(name) if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
-    return Shard(path, info.get("size"), version)
+    return Shard(path, info.get("size"), make_version(info))
+
+
+def make_version(info: dict[str, Any]) -> str:
+    """Return a token for a file's content, from what its file system says about it."""
+    tags = ["ETag", "etag", "md5Hash", "blob_id"]
+    tags += ["mtime", "LastModified", "last_modified", "updated"]
+    return "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
 
 
 def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:

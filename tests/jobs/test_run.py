@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dask_imgread import (
+    FolderInUseError,
     ImageReaderStage,
     JobError,
     OtherJobError,
@@ -30,7 +31,10 @@ from dask_imgread import (
 from dask_imgread.cli.main import main
 from dask_imgread.jobs import plan
 from dask_imgread.jobs import run as jobs
-from dask_imgread.jobs.folder import Footer, JobFolder
+from dask_imgread.jobs.claim import claim_folder
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.parts import PartName, Place
+from dask_imgread.jobs.writer import PartSink
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards, write_shard
 from tests.helpers.images import encode
@@ -308,8 +312,8 @@ def test_another_job_is_refused_and_told_apart(folder, client, shards):
         run_job(shards, "out", count_rows, client=client, images_per_partition=100)
     with pytest.raises(OtherJobError, match=r"1 shard is gone: .*00003.tar"):
         run_job(shards[:3], "out", client=client, images_per_partition=100)
-    with pytest.raises(OtherJobError, match="other order"):
-        run_job(shards[::-1], "out", client=client, images_per_partition=100)
+    reverse = run_job(shards[::-1], "out", client=client, images_per_partition=100)
+    assert (reverse.images, reverse.new_partitions) == (2000, 0)
     more = make_shards(folder / "more", shards=1, images_per_shard=3)
     with pytest.raises(OtherJobError, match=r"1 shard is new: .*more/00000.tar"):
         run_job([*shards, *more], "out", client=client, images_per_partition=100)
@@ -740,30 +744,34 @@ def test_one_shard_in_two_spellings_is_one(folder, client, shards):
     assert run_job([shards[0], other], "out", client=client).images == 500
 
 
-def test_a_task_of_a_job_that_was_overwritten_writes_nothing(folder, client, shards):
+def test_a_task_of_an_earlier_run_writes_nothing(folder, client, shards):
     """A cluster goes on with tasks of a client that is gone."""
-    run_job(shards, "out", client=client, images_per_partition=100)
-    late = JobFolder(str(folder / "out"))
-    job = late.read_job()
-    run_job(shards[:1], "out", client=client, overwrite=True)
-    table = pq.read_table("out/part-0000000.parquet")
-    footer = Footer(job["id"], 1, 0, 0.0, 0.0, "")
-    with pytest.raises(OtherJobError, match="now belongs to another job"):
-        late.write_part(7, table, None, footer)
-    assert len(list(Path("out").glob("part-*"))) == 1
+    first = JobFolder(str(folder / "out"))
+    with claim_folder(first) as claim:
+        pass
+    run_job(shards[:1], "out", client=client)
+    before = read_bytes("out")
+    sink = PartSink(first, first.read_job()["id"], claim.token, before[0].schema, False)
+    for number in (0, 7):
+        with pytest.raises(OtherJobError, match="now belongs to another job"):
+            sink.write(PartName(Place.OUT, number), before, [], [], 0.0)
+    assert read_bytes("out") == before
+    assert not (folder / "out" / "_claim.json").exists()
 
 
-def test_a_folder_taken_while_another_job_plans(folder, client, shards, monkeypatch):
+def test_a_folder_is_one_jobs_at_a_time(folder, client, shards, monkeypatch):
     divide = plan.divide_shards
+    told = []
 
     def divide_slowly(*arguments):
-        monkeypatch.setattr(plan, "divide_shards", divide)
-        run_job(shards[:2], "out", client=client)
+        with pytest.raises(FolderInUseError, match=rf"out is in use by process {os.getpid()} on "):
+            run_job(shards[:2], "out", client=client)
+        told.append(True)
         return divide(*arguments)
 
     monkeypatch.setattr(plan, "divide_shards", divide_slowly)
-    with pytest.raises(OtherJobError, match="another job has begun there meanwhile"):
-        run_job(shards[2:], "out", client=client)
+    assert run_job(shards[2:], "out", client=client).images == 1000
+    assert told
     assert len(pd.read_parquet("out")) == 1000
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dask_imgread import ImageReaderStage, partition_shards
+from dask_imgread.jobs.parts import Footer, ShardRun
 from dask_imgread.report import page as report
 from dask_imgread.report import plots
 from dask_imgread.report.page import write_report
@@ -46,11 +47,11 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
         batches = ImageReaderStage(device="cpu").process(task)
         rows = make_frame([image for batch in batches for image in [*batch.data, *batch.failed]])
         failed = int(rows["error"].notna().sum())
-        footer = {"images": len(rows) - failed, "failed": failed, "worker": f"worker-{number % 2}"}
-        footer["job"] = "0"
-        footer |= {"began": 1.77e9 + number, "ended": 1.77e9 + number + 2}
+        run = ShardRun(0, 0, len(rows), len(rows), len(rows) - failed, failed, 0)
+        began = 1.77e9 + number
+        footer = Footer("0", (run,), number, began, began + 2, f"worker-{number % 2}")
         table = pa.Table.from_pandas(rows)
-        metadata = {**table.schema.metadata, b"dask_imgread": json.dumps(footer).encode()}
+        metadata = {**table.schema.metadata, b"dask_imgread": footer.to_json().encode()}
         name = f"part-{number:07d}.parquet"
         stem = name.replace(".parquet", ".records") if command == "apply" else name
         pq.write_table(table.replace_schema_metadata(metadata), records / stem)

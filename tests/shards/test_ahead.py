@@ -348,7 +348,7 @@ def test_a_wrong_size_is_corrected_by_the_first_answer(large_folder, said):
 
 def test_a_far_sidecar_of_a_compressed_shard_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "_STARTS", [0])
-    monkeypatch.setattr(ahead, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(ahead, "BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr("dask_imgread.shards.samples._WINDOW", 1 << 16)
     picture = encode_picture(draw_picture(0, (64, 48)))
     noise = encode(draw_picture(1, (600, 400)), "PNG")

@@ -78,7 +78,7 @@ def test_a_compressed_shard_larger_than_what_is_kept(tmp_path, monkeypatch):
     from dask_imgread.shards import ahead, samples
 
     monkeypatch.setattr(ahead, "_STARTS", [0])
-    monkeypatch.setattr(ahead, "_BLOCK_BYTES", 2048)
+    monkeypatch.setattr(ahead, "BLOCK_BYTES", 2048)
     monkeypatch.setattr(samples, "_WINDOW", 4096)
     members = [(f"{n}.{e}", c) for n in range(20) for e, c in (("jpg", JPEG), ("txt", b"%d" % n))]
     good, failed = read(write_shard(tmp_path / "s.tar.gz", members), dali_batch_size=6)
