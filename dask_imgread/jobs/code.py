@@ -1,13 +1,14 @@
 """Digests of all that decides what a user's function does, so that an edit of it is noticed.
 
 Followed are the functions, classes and values that code refers to by name, as far as they are the
-user's own: of an installed library only its version, of the standard library nothing.
+user's own. Libraries are not: with a new release of one, a nightly job goes on.
 
 Not noticed are edits of data files and of modules imported inside a function, names looked up as
 strings, attributes set on functions, globals and closures that the code itself assigns. Of a
 library's object (a model, a client) nothing is known unless Dask has a token for its type, as for
-arrays and frames; where a global holds one, the statement that assigns it counts. A value that is otherwise
-changed at run time, such as a dict used as a cache, looks like an edit within the same process.
+arrays and frames; where a global holds one, the statement that assigns it counts. Values that
+change at run time in other ways, such as a dict used as a cache, look like an edit if the function
+is digested again in the same process.
 
 Source is read from disk, as new workers read it. Where there is none, bytecode is compared, which
 differs between versions of Python.
@@ -40,7 +41,7 @@ from dask.base import normalize_token, tokenize
 from dask.sizeof import sizeof
 
 _LARGEST = 100_000_000  # bytes of an array or of text
-_MOST = 1_000_000  # values in a value
+_MOST, _DEEPEST = 1_000_000, 100  # values in a value, and levels of them
 _SHOWN = 5  # edits
 _SCALARS = (bool, int, float, complex, str, bytes, bytearray, type(None), type(...))
 _CONTAINERS = (dict, types.MappingProxyType, set, frozenset, list, tuple, deque)
@@ -108,16 +109,18 @@ class _Walk:
             return self.start(fn.__func__)
         code = fn if issubclass(kind, (FunctionType, type, *_BUILTINS)) else kind
         names = _get_names(code)
-        if not _is_own(names):
-            self._put(_name(code), self._write(fn))
+        with suppress(Exception):  # such as of a closure that holds a large value
+            self._write(code)
+            if not _is_own(names):
+                self._put(_name(code), self._write(fn))
         for attribute, value in _list_state(fn) if code is kind and _is_own(names) else ():
             self._add(f"attribute {attribute!r} of {_name(code)}", value, names)
-        self._write(code)
         return code
 
     def finish(self) -> dict[str, str]:
         """Follow all code that has been reached, and return the digests."""
         for code in self._reached:  # grows meanwhile
+            self._written = 0
             with suppress(Exception):
                 if not _is_own(_get_names(code)):
                     self._visit_library(code)
@@ -169,16 +172,9 @@ class _Walk:
                 self._add(f"{name}.{member}", value, names)
 
     def _visit_library(self, code: Any) -> None:
-        """Note the library's version; what wraps a function of the user's leads to that."""
-        self._note_version(_get_names(code))
+        """Follow what wraps a function of the user's."""
         if isinstance(code, FunctionType):
             self._write([*_get_cells(code).values(), vars(code).get("__wrapped__")])
-
-    def _note_version(self, names: Mapping[str, Any]) -> None:
-        package = _name_module(names).partition(".")[0]
-        version = _get_dict(sys.modules.get(package)).get("__version__")
-        if type(version) is str and package not in {*sys.stdlib_module_names, "dask_imgread"}:
-            self._put(f"version of {package}", version, str.upper)
 
     def _add_global(self, names: dict[str, Any], chain: list[str]) -> None:
         """Digest what a name refers to, or ``helpers.SIZE`` in a module of the user's own."""
@@ -193,13 +189,14 @@ class _Walk:
 
     def _add(self, name: str, value: object, names: dict[str, Any], variable: str = "") -> None:
         """Digest a value that a module's code uses, if anything is known of it."""
-        self._open, self._written, self._unknown = set(), 0, False
+        self._written, self._unknown = 0, False
         try:
             text = self._write(value)
         except OverflowError:
             text = _name(type(value))
         except Exception:  # a value unlike others of its type
             text, self._unknown = "", True
+        self._written = 0  # of what is written next
         file = str(names.get("__file__", ""))
         if self._unknown and variable:
             text += self._find_source(file, names, 0, variable)
@@ -221,7 +218,7 @@ class _Walk:
     def _write(self, value: Any) -> str:
         """Return a text that is the same for equal values in all processes; "" for unknown ones."""
         self._written += 1
-        if self._written > _MOST:
+        if self._written > _MOST or len(self._open) > _DEEPEST:
             raise OverflowError
         kind = type(value)
         if kind in _SCALARS:
@@ -234,7 +231,6 @@ class _Walk:
             if kind is FunctionType or issubclass(kind, (type, *_BUILTINS)):
                 return self._write_code(value)
             if issubclass(kind, ModuleType):
-                self._note_version(_get_dict(value))
                 return ""
             container = next((base for base in _CONTAINERS if issubclass(kind, base)), None)
             written = self._write_items(value, container) if container else ""
@@ -250,7 +246,7 @@ class _Walk:
         if type(code) is FunctionType:
             cells = _get_cells(code).values()
             held = [self._write(cell) for cell in cells if own or type(cell) is FunctionType]
-            return f"{text} {held}" if held else text
+            return _join(text, held) if held else text
         bound = getattr(code, "__self__", None) if isinstance(code, _BUILTINS) else None
         return text if bound is None or type(bound) is ModuleType else text + self._write(bound)
 
@@ -260,15 +256,14 @@ class _Walk:
             written = sorted(f"{self._write(key)}: {self._write(held)}" for key, held in items)
         else:
             written = [self._write(item) for item in container.__iter__(value)]
-        return f"{container.__name__} {sorted(written) if container in _UNORDERED else written}"
+        return _join(container.__name__, sorted(written) if container in _UNORDERED else written)
 
     def _write_object(self, value: Any, kind: type) -> str:
         own = kind is types.SimpleNamespace or _is_own(_get_names(kind))
-        parts, state = [_name(kind)], dict(_list_state(value))
-        if own:
-            parts += [self._write(kind), self._write(state)]
+        state = dict(_list_state(value))
+        parts = [self._write(kind), self._write(state)] if own else []
         if issubclass(kind, PurePath):
-            parts.append(str(value))
+            parts.append(repr(str(value)))
         elif kind is CodeType:
             names = (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
             parts.append(self._write((value.co_code, names, value.co_consts)))
@@ -279,10 +274,9 @@ class _Walk:
             kept = [str(getattr(value, name, "")) for name in ("dtype", "shape")]
             parts += kept if large else [tokenize(value, ensure_deterministic=True)]
         elif not own and not issubclass(kind, _CONTAINERS):
-            self._note_version(_get_names(kind))
             self._unknown = True
             return ""
-        return str(parts)
+        return _join(_name(kind), parts)
 
 
 def _read_source(file: str, names: dict[str, Any]) -> dict[tuple[int, str], list[ast.AST]]:
@@ -311,6 +305,10 @@ def _read_source(file: str, names: dict[str, Any]) -> dict[tuple[int, str], list
 def _digest(name: str, text: str) -> str:
     data = f"{name}\0{text}".encode("utf-8", "backslashreplace")
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _join(name: str, parts: list[str]) -> str:
+    return f"{name}({', '.join(parts)})"  # without repr, which would escape again at each level
 
 
 def _merge(name: str, digests: list[str]) -> str:
