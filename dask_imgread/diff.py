@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ _KEPT = {  # the columns that are compared or told, and their types
     name: COLUMNS.get(name, _TEXT)
     for name in ("shard", "offset", "size", CHECKSUM, "format", "width", "height", "error")
 }
+_SEEN = "size", "format", "width", "height"  # what is compared where there are no digests
 _OLD = [f"{name}_old" for name in _KEPT]
 _TOLD = ["change", "moved_from", *(f"{name}_{age}" for name in _KEPT for age in ("old", "new"))]
 _NO_ROWS = pd.DataFrame(index=pd.Index([], dtype=_TEXT, name="image_id"))
@@ -129,12 +130,38 @@ class Survey:
     old: int
     new: int
     counts: Counter[str] = field(default_factory=Counter)
-    first: pd.DataFrame = field(default_factory=lambda: _compare(_take(_NO_ROWS, False)))
+    first: pd.DataFrame = field(default_factory=lambda: NO_CHANGES)
 
     def add(self, changes: pd.DataFrame, listed: int) -> Survey:
         """Return a survey of more changes, which lists so many rows of each kind."""
         first = pd.concat([self.first, changes]).sort_index().groupby("change").head(listed)
         return Survey(self.old, self.new, self.counts + Counter(changes["change"]), first)
+
+    def list_first(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """Return each kind of which there are changes, with its first rows."""
+        rows = self.first.reset_index().astype(object).where(pd.notna, None).to_dict("records")
+        listed = [(kind, [row for row in rows if row["change"] == kind]) for kind in KINDS]
+        return [(kind, some) for kind, some in listed if some]
+
+
+def describe_change(row: Mapping[str, Any]) -> str:
+    """Return what is told of a change after the image's id.
+
+    >>> describe_change({"change": "moved", "moved_from": "s-1/a.jpg"})
+    ', from s-1/a.jpg'
+    """
+    if row["change"] == "moved":
+        return f", from {row['moved_from']}"
+    if row["change"] == "changed":
+        pairs = {name: (row[f"{name}_old"], row[f"{name}_new"]) for name in _SEEN}
+        told = [
+            f"{name} {old} to {new}"
+            for name, (old, new) in pairs.items()
+            if None not in (old, new) and old != new
+        ]
+        return f": {', '.join(told) or 'other bytes'}"
+    error = row["error_old"] if row["change"] == "newly readable" else row["error_new"]
+    return f": {error}" if error else ""
 
 
 def survey_changes(
@@ -197,8 +224,7 @@ def _compare_lazily(frames: list[Frame], count: int) -> DataFrame:
     parts = [_divide(frame, is_new, count) for frame, is_new in zip(frames, _AGES, strict=True)]
     # By name, so that the place that an image was moved from is in the same partition.
     rows = dd.concat(parts).shuffle("name", npartitions=count)
-    meta = _compare(_take(_NO_ROWS, False))
-    return rows.map_partitions(_compare, meta=meta, enforce_metadata=False)
+    return rows.map_partitions(_compare, meta=NO_CHANGES, enforce_metadata=False)
 
 
 def _divide(frame: Frame, is_new: bool, count: int) -> DataFrame:
@@ -249,7 +275,7 @@ def _find_kinds(both: pd.DataFrame) -> np.ndarray:
         return (both[f"{name}_old"] != both[f"{name}_new"]).fillna(False).astype(bool)
 
     knows = both[f"{CHECKSUM}_old"].notna() & both[f"{CHECKSUM}_new"].notna()
-    seems = differ("size") | differ("format") | differ("width") | differ("height")
+    seems = pd.concat([differ(name) for name in _SEEN], axis=1).any(axis=1)
     failed, fails = both["error_old"].notna(), both["error_new"].notna()
     kinds = {
         "gone": both["_merge"] == "left_only",
@@ -300,3 +326,6 @@ def _list_candidates(rows: pd.DataFrame, kind: str, age: str) -> pd.DataFrame:
     columns = {f"{name}_{age}": name for name in ("name", "size", CHECKSUM)}
     candidates = rows[rows["change"] == kind][[*columns]].rename(columns=columns)
     return candidates[candidates["size"].gt(0).fillna(False).to_numpy(bool)].reset_index()
+
+
+NO_CHANGES: pd.DataFrame = _compare(_take(_NO_ROWS, False))

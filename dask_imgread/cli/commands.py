@@ -24,6 +24,7 @@ from dask_imgread.cli.arguments import (
     merge_pairs,
     merge_sidecars,
 )
+from dask_imgread.cli.diff import count_changes, find_changes, format_changes
 from dask_imgread.cli.preview import format_rows, read_samples
 from dask_imgread.cli.select import (
     Choice,
@@ -257,6 +258,17 @@ def select(arguments: argparse.Namespace) -> dict[str, Any]:
         return write_selection(rows, chosen, arguments, client, **options)
 
 
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Print what changed between two jobs' outputs."""
+    with keep_stdout(arguments):
+        survey = find_changes(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(count_changes(survey, arguments)))
+    else:
+        print(format_changes(survey, arguments))
+    return BAD_IMAGES if arguments.exit_code and survey.counts else SUCCESS
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
     storage_options, out_options = read_storage_options(arguments)
@@ -387,5 +399,6 @@ COMMANDS = {
     "apply": run_apply,
     "verify": run_verify,
     "select": run_select,
+    "diff": run_diff,
     "report": run_report,
 }
