@@ -145,13 +145,13 @@ class Survey:
 
 
 def describe_change(row: Mapping[str, Any]) -> str:
-    """Return what is told of a change after the image's id.
+    """Return what there is to say of a change beside its kind; nothing at times.
 
     >>> describe_change({"change": "moved", "moved_from": "s-1/a.jpg"})
-    ', from s-1/a.jpg'
+    'from s-1/a.jpg'
     """
     if row["change"] == "moved":
-        return f", from {row['moved_from']}"
+        return f"from {row['moved_from']}"
     if row["change"] == "changed":
         pairs = {name: (row[f"{name}_old"], row[f"{name}_new"]) for name in _SEEN}
         told = [
@@ -159,9 +159,9 @@ def describe_change(row: Mapping[str, Any]) -> str:
             for name, (old, new) in pairs.items()
             if None not in (old, new) and old != new
         ]
-        return f": {', '.join(told) or 'other bytes'}"
+        return ", ".join(told) or "other bytes"
     error = row["error_old"] if row["change"] == "newly readable" else row["error_new"]
-    return f": {error}" if error else ""
+    return error or ""
 
 
 def survey_changes(

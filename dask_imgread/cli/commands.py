@@ -273,7 +273,11 @@ def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
     storage_options, out_options = read_storage_options(arguments)
     page = write_report(
-        arguments.folder, arguments.out, storage_options=storage_options, out_options=out_options
+        arguments.folder,
+        arguments.out,
+        since=arguments.since,
+        storage_options=storage_options,
+        out_options=out_options,
     )
     print(redact_url(page))
     return SUCCESS

@@ -78,7 +78,8 @@ def format_changes(survey: Survey, arguments: argparse.Namespace) -> str:
     lines += [f"{kind:<15}{survey.counts[kind]:>{width},}" for kind in KINDS]
     lines += [""] * bool(survey.counts)
     for kind, rows in survey.list_first():
-        lines += [f"{kind}: {row['image_id']}{describe_change(row)}" for row in rows]
+        told = ([kind, row["image_id"], describe_change(row)] for row in rows)
+        lines += [": ".join(filter(None, texts)) for texts in told]
         if more := survey.counts[kind] - len(rows):
             lines.append(f"and {more:,} more {kind}")
     if arguments.out is not None:
