@@ -160,8 +160,9 @@ def describe_change(row: Mapping[str, Any]) -> str:
             if None not in (old, new) and old != new
         ]
         return ", ".join(told) or "other bytes"
-    error = row["error_old"] if row["change"] == "newly readable" else row["error_new"]
-    return error or ""
+    if row["change"] == "newly readable":
+        return f"before: {row['error_old']}"
+    return row["error_new"] or ""
 
 
 def survey_changes(

@@ -72,7 +72,7 @@ def test_numbers_and_examples(diff):
     assert f"changed: {shard}/edited.png: size {len(A)} to {len(A) + 1}\n" in listed
     assert f"newly failed: {shard}/good.png: empty: " in listed
     assert "/x.png: from t-" in listed
-    assert f"newly readable: {shard}/bad.png: not an image: " in diff("new", "later")[1]
+    assert f"newly readable: {shard}/bad.png: before: not an image: " in diff("new", "later")[1]
 
 
 def test_nothing_differs(diff):

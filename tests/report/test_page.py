@@ -173,7 +173,7 @@ def test_what_changed(tmp_path):
     for words in (
         f"Since {old}: 4 images then, 4 now", "Added 1 of 1", "Gone, or not read yet 1 of 1",
         f"Changed 1 of 1 image_id {make_shard_id(shard)}/b.jpg size {len(JPEG)} to {len(new)}",
-        ", width 64 to 32", "Newly readable 1 of 1", "not an image: ",
+        ", width 64 to 32", "Newly readable 1 of 1", "before: not an image: ",
         "Added, changed, newly readable: 3 of 3",
     ):  # fmt: skip
         assert words in page.text
