@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.collections import map_images as map_images
     from dask_imgread.collections import read_bag as read_bag
     from dask_imgread.collections import read_metadata as read_metadata
+    from dask_imgread.diff import diff_frames as diff_frames
     from dask_imgread.errors import FolderInUseError as FolderInUseError
     from dask_imgread.errors import JobError as JobError
     from dask_imgread.errors import NoWorkersError as NoWorkersError
@@ -44,6 +45,7 @@ _PUBLIC = {  # by the module that they live in
     "cluster.start": ["connect_client", "start_cluster"],
     "cluster.window": ["map_windowed"],
     "collections": ["map_images", "read_bag", "read_metadata"],
+    "diff": ["diff_frames"],
     "errors": [
         *("FolderInUseError", "JobError", "NoWorkersError", "OtherJobError", "ReadError"),
         *("SchemaError", "StorageError"),

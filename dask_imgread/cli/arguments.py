@@ -28,12 +28,14 @@ _EXAMPLES = {  # of each command, after the program's name
     "select": 'select "shards/*.tar" --where "width>=512" --out large --shuffle 1\n'
     "select decoded --failed --out broken\n"
     'select "shards/*.tar" --not-ids takedown.txt --out rewritten',
+    "diff": "diff result result-of-today --out changes.parquet",
     "report": "report result",
 }
 SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
 _STATUSES = """\
 exit status:
-  0 all was read or recorded     1 images failed (verify, --fail-on-error)
+  0 all was read or recorded     1 images failed (verify, --fail-on-error),
+                                   or differ (diff --exit-code)
   2 wrong usage                  3 the job could not finish
   4 the function of apply raised for images"""
 _REQUIRED = {
@@ -181,9 +183,29 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_select(_add_command(commands, "select", "write chosen images as new shards"))
 
+    diff = _add_command(commands, "diff", "say what changed between two jobs' outputs")
+    diff.add_argument("old", metavar="OLD", help="an earlier output of metadata")
+    diff.add_argument("new", metavar="NEW", help="a later one")
+    diff.add_argument("--out", metavar="FILE", help="Parquet file for all changes (default: none)")
+    diff.add_argument(
+        "--exit-code",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="exit with 1 if an image differs (default no)",
+    )
+    _add_pairs(
+        diff,
+        "--storage-option",
+        "option of the file system of OLD, NEW and FILE, where they are remote (default: none)",
+    )
+    _add_log_format(diff)
+
     report = _add_command(commands, "report", "write a page to look at from a job's output")
     report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
     report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
+    report.add_argument(
+        "--since", metavar="OLD", help="an earlier output, to show what changed (default: none)"
+    )
     _add_pairs(
         report,
         "--storage-option",
@@ -364,7 +386,11 @@ def _add_job(
             metavar="N",
             help="merge partitions into files of N rows (default: a file for each)",
         )
-    job.add_argument(
+    _add_log_format(job)
+
+
+def _add_log_format(container: argparse._ActionsContainer) -> None:
+    container.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",

@@ -26,6 +26,7 @@ from dask_imgread.cli.arguments import (
     merge_pairs,
     merge_sidecars,
 )
+from dask_imgread.cli.diff import count_changes, find_changes, format_changes
 from dask_imgread.cli.preview import format_rows, read_samples
 from dask_imgread.cli.select import (
     Choice,
@@ -281,11 +282,26 @@ def select(arguments: argparse.Namespace) -> dict[str, Any]:
         return write_selection(rows, chosen, arguments, client, **options)
 
 
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Print what changed between two jobs' outputs."""
+    with keep_stdout(arguments):
+        survey = find_changes(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(count_changes(survey, arguments)))
+    else:
+        print(format_changes(survey, arguments))
+    return BAD_IMAGES if arguments.exit_code and survey.counts else SUCCESS
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
     storage_options, out_options = read_storage_options(arguments)
     page = write_report(
-        arguments.folder, arguments.out, storage_options=storage_options, out_options=out_options
+        arguments.folder,
+        arguments.out,
+        since=arguments.since,
+        storage_options=storage_options,
+        out_options=out_options,
     )
     print(redact_url(page))
     return SUCCESS
@@ -329,7 +345,7 @@ def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
         return
     rows = [
         ("shards", f"{expected.shards:,}"),
-        ("of the set", format_changes(expected) or "nothing has changed"),
+        ("of the set", count_shards(expected) or "nothing has changed"),
         ("bytes", f"{expected.bytes:,}"),
         ("images", "not known" if expected.images is None else f"about {expected.images:,}"),
         ("partitions", "not known" if expected.partitions is None else f"{expected.partitions:,}"),
@@ -345,7 +361,7 @@ def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
         print(f"  {name:<12} {value}")
 
 
-def format_changes(numbers: Forecast | Summary) -> str:
+def count_shards(numbers: Forecast | Summary) -> str:
     """Return as text how many shards are new, have changed, or are gone; empty if none."""
     kinds = {
         "new": numbers.new_shards,
@@ -365,7 +381,7 @@ def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -
     )
     if not summary.decoded:
         print("only headers were read: pixels were not checked (--decode checks them)")
-    if changes := format_changes(summary):
+    if changes := count_shards(summary):
         print(f"shards: {changes}")
     if summary.new_partitions:
         print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")
@@ -447,5 +463,6 @@ COMMANDS = {
     "apply": run_apply,
     "verify": run_verify,
     "select": run_select,
+    "diff": run_diff,
     "report": run_report,
 }

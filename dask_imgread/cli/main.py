@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, this process's if none is given; return the exit status.
 
     0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
-    image that can't be read; 2 if the command, its paths or its options are wrong; 3 if the
-    job could not finish; 4 if the function of `apply` raised for an image that could be read;
-    130 and 143 after SIGINT and SIGTERM.
+    image that can't be read, or `diff --exit-code` one that differs; 2 if the command, its paths or
+    its options are wrong; 3 if the job could not finish; 4 if the function of `apply` raised for an
+    image that could be read; 130 and 143 after SIGINT and SIGTERM.
     """
     secrets: dict[str, Any] = {}
     arguments = argparse.Namespace(command=None)

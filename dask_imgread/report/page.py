@@ -19,6 +19,7 @@ import numpy as np
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
+from dask_imgread.diff import Survey, describe_change, survey_changes
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.parts import name_records
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
@@ -43,6 +44,7 @@ from dask_imgread.thumbnails import embed_thumbnail
 
 _THREADS = 4  # that load thumbnails
 _IN_CONTEXT = 6  # failures that are shown between their neighbours
+_CHANGED = 6  # images of each kind of change that are shown
 _THUMBNAIL = 220  # pixels
 _HEADERS_ONLY = "only headers were read: pixels were not checked"
 _MAX_PIXELS = 1 << 28
@@ -52,6 +54,7 @@ def write_report(
     out: str | os.PathLike[str],
     path: str | os.PathLike[str] | None = None,
     *,
+    since: str | os.PathLike[str] | None = None,
     storage_options: dict[str, Any] | None = None,
     out_options: dict[str, Any] | None = None,
     samples: int = 24,
@@ -67,11 +70,14 @@ def write_report(
         The folder or URL that the job writes to.
     path
         Where to write the page; ``_report.html`` in ``out`` by default.
+    since
+        The output of an earlier job: the page then begins with what has changed since, as
+        ``diff_frames`` finds it.
     storage_options
-        Options for the shards' file system, and for those of ``out`` and ``path`` unless
+        Options for the shards' file system, and for those of ``out``, ``path`` and ``since`` unless
         ``out_options`` is given.
     out_options
-        Options for the file systems of ``out`` and ``path``, if they differ.
+        Options for the file systems of ``out``, ``path`` and ``since``, if they differ.
     samples
         How many images to show, drawn at random.
 
@@ -89,7 +95,8 @@ def write_report(
     PermissionError, StorageError
         If a store denies access, or can't be reached.
     ValueError
-        If ``samples`` is negative.
+        If ``samples`` is negative; if ``since`` is no job's folder, or it or ``out`` has the rows
+        of a function, not those of images.
 
     Examples
     --------
@@ -119,13 +126,23 @@ def write_report(
     if description["command"] == "apply":
         names = [name_records(name) for name in names]
     parts = [f"{root}/{name}" for name in names]
+    survey = None
+    if since is not None:
+        since = os.path.expanduser(since)
+        survey = survey_changes(since, out, listed=LISTED, storage_options=out_options)
     stats = count_parts(fs, parts, samples)
     inside = [row for row in stats.list_failures() if row.offset > 0]
     neighbours = find_neighbours(fs, parts, inside[:_IN_CONTEXT])
     shown = [*stats.samples.rows, *(row for trio in neighbours for row in trio if row)]
+    changed = _list_changed(survey) if survey else {}
+    shown += [row for rows in changed.values() for row in rows]
     pictures = _load_thumbnails(shown, shard_options)
+    changes = ""
+    if since and survey:
+        done = len(parts) >= description["partitions"]
+        changes = _render_changes(redact_url(since), survey, changed, pictures, done)
     html = _render_page(
-        redact_url(folder.url), description, len(parts), stats, neighbours, pictures
+        redact_url(folder.url), description, len(parts), stats, neighbours, pictures, changes
     )
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
@@ -194,6 +211,7 @@ def _render_page(
     stats: Statistics,
     neighbours: Sequence[Trio],
     pictures: Mapping[str, str],
+    changes: str,
 ) -> str:
     """Return the page's HTML."""
     times = np.array(stats.times).reshape(-1, 3).T
@@ -229,7 +247,7 @@ def _render_page(
         + ("" if decoded else _render_badge(_HEADERS_ONLY, False)),
         made=escape(" · ".join(filter(None, made))),
         cards=_render_cards(description, decoded, parts, stats, times),
-        sections="".join(sections),
+        sections="".join([changes, *sections]),
         bokeh=bokeh,
         script=script,
     )
@@ -274,6 +292,49 @@ def _count_seconds(times: Floats) -> float:
     return float(reached[-1] - began[0] - pauses.sum())
 
 
+def _list_changed(survey: Survey) -> dict[str, list[Row]]:
+    """Return a few images of each kind of change of which there is something to show."""
+    names = ("shard", "offset", "size", "width", "height", "format")
+    return {
+        kind: [
+            Row._make([row["image_id"], *(row[f"{name}_new"] for name in names), "", 0])
+            for row in [row for row in rows if row["error_new"] is None][:_CHANGED]
+        ]
+        for kind, rows in survey.list_first()
+        if kind in ("added", "changed", "newly readable")
+    }
+
+
+def _render_changes(
+    since: str,
+    survey: Survey,
+    changed: Mapping[str, list[Row]],
+    pictures: Mapping[str, str],
+    done: bool,
+) -> str:
+    title = escape(f"Since {since}: {survey.old:,} images then, {survey.new:,} now")
+    if not survey.counts:
+        return _render_section(title, _render_banner("No image differs.", "good"))
+    panels = [
+        _render_panel(
+            kind.capitalize() if done or kind != "gone" else "Gone, or not read yet",
+            f"{len(rows):,} of {survey.counts[kind]:,}",
+            _render_table("", ((row["image_id"], describe_change(row)) for row in rows)),
+        )
+        for kind, rows in survey.list_first()
+    ]
+    tiles = [
+        _render_tile(pictures[row.image_id], row.image_id, kind)
+        for kind, rows in changed.items()
+        for row in rows
+    ]
+    new = sum(survey.counts[kind] for kind in changed)
+    shown = f"{', '.join(changed).capitalize()}: {len(tiles):,} of {new:,}"
+    return _render_section(title, _render_grid("halves", panels)) + _render_section(
+        shown, _render_grid("sheet", tiles)
+    )
+
+
 def _render_failures(
     decoded: bool,
     stats: Statistics,
@@ -289,10 +350,7 @@ def _render_failures(
             )
         return _render_section("Failures", _render_banner(none, "good" if decoded else "warn"))
     listed = stats.list_failures()[:LISTED]
-    lines = "".join(
-        f"<tr>{_render_cell(row.image_id)}{_render_cell(row.error)}</tr>" for row in listed
-    )
-    table = f"<table><tr><th>image_id</th><th>error</th></tr>{lines}</table>"
+    table = _render_table("error", ((row.image_id, row.error) for row in listed))
     causes = [
         _render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
         _render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
@@ -305,6 +363,12 @@ def _render_failures(
         f"Failures between their neighbours, {len(trios):,} of {stats.failed:,}",
         _render_grid("halves", trios),
     )
+
+
+def _render_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of images, and of what there is to say of each."""
+    lines = "".join(f"<tr>{''.join(map(_render_cell, row))}</tr>" for row in rows)
+    return f"<table><tr><th>image_id</th><th>{title}</th></tr>{lines}</table>"
 
 
 def _render_cell(text: str) -> str:

@@ -19,6 +19,7 @@ from dask_imgread.jobs.parts import Footer, ShardRun
 from dask_imgread.report import page as report
 from dask_imgread.report import plots
 from dask_imgread.report.page import write_report
+from dask_imgread.shards.samples import make_shard_id
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
 from tests.helpers.pages import Page
@@ -160,6 +161,31 @@ def test_records_of_apply_are_in_a_folder_of_their_own(tmp_path):
     assert "Images read 6 of 6" in page.text
     assert "None: every image could be read." in page.text
     assert page.count("img") == 6
+
+
+def test_what_changed(tmp_path):
+    before = [("a.jpg", JPEG), ("b.jpg", JPEG), ("c.jpg", JPEG), ("d.jpg", b"text")]
+    new = encode_picture(draw_picture(2, (32, 24)))
+    after = [("a.jpg", JPEG), ("b.jpg", new), ("d.jpg", JPEG), (f"{HOSTILE}.jpg", JPEG)]
+    old = write_job(tmp_path / "<old>", [write_shard(tmp_path / "s.tar", before)])
+    shard, lost = write_shard(tmp_path / "s.tar", after), write_shard(tmp_path / "t.tar", before)
+    out = write_job(tmp_path / "new", [shard, lost], unfinished=1)
+    page = read_report(out, since=old, samples=0)
+    for words in (
+        f"Since {old}: 4 images then, 4 now", "Added 1 of 1", "Gone, or not read yet 1 of 1",
+        f"Changed 1 of 1 image_id {make_shard_id(shard)}/b.jpg size {len(JPEG)} to {len(new)}",
+        ", width 64 to 32", "Newly readable 1 of 1", "before: not an image: ",
+        "Added, changed, newly readable: 3 of 3",
+    ):  # fmt: skip
+        assert words in page.text
+    assert page.members == [f"{HOSTILE}.jpg", "b.jpg", "d.jpg"]
+    assert page.count("img") == 3
+    page = read_report(out, since=Path(out), samples=1)
+    assert "No image differs." in page.text
+    with pytest.raises(ValueError, match="expected, or a job's folder, not"):
+        write_report(out, since=str(tmp_path))
+    with pytest.raises(ValueError, match="a frame of images needs the columns"):
+        write_report(write_job(tmp_path / "apply", [shard], "apply"), since=old)
 
 
 def test_an_unfinished_job(tmp_path):
