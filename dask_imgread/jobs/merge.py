@@ -39,7 +39,7 @@ class Replacement:
     homes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Merge:
     """One part of the dataset that is to be written.
 
@@ -62,6 +62,10 @@ class Merge:
     last: int
     added: tuple[PartName, ...] = ()
     replaced: tuple[Replacement, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return which file it writes."""
+        return PartName(Place.OUT, self.number).file
 
 
 class _Piece(NamedTuple):

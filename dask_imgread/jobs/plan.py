@@ -70,7 +70,7 @@ class ShardState(IntEnum):
     PRUNED = 2  # its rows are removed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Partition:
     """What one task of a job reads, and where it writes the rows.
 
@@ -93,6 +93,10 @@ class Partition:
     shards: tuple[int, ...]
     tokens: tuple[int, ...]
     replaces: bool = False
+
+    def __repr__(self) -> str:
+        """Return which shards it reads, without credentials."""
+        return f"partition {self.name.number}, {self.task!r}"
 
 
 @dataclass(frozen=True)
