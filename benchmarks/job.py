@@ -1,7 +1,9 @@
 """Measure client and scheduler in jobs of many partitions: ``python -m benchmarks.job``.
 
 The reader returns at once, so that planning, scheduling and writing remain. Each job runs in its
-own process, which is both client and scheduler; two workers write.
+own process, which is both client and scheduler; two workers write. With ``--shards 1000000`` it is
+measured how long it takes to plan so many shards that were listed, and to find that none of them
+is new.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.scale import InstantReader
 from dask_imgread import run_job
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.plan import prepare_plan
+from dask_imgread.shards.find import Shard
+from dask_imgread.shards.partition import Division
 from dask_imgread.testing import write_shard
 
 MEMBERS_IN_A_SHARD = 10_000
+DESCRIPTION = {"command": "metadata", "function": None, "code": {}, "options": {}}
 
 
 def make_shards(folder: Path, partitions: int) -> list[str]:
@@ -49,13 +56,44 @@ def measure(partitions: int) -> None:
             before, start = read_peak(), time.perf_counter()
             run_job(shards, f"{folder}/out", client=client, reader=reader, images_per_partition=1)
             seconds, peak = time.perf_counter() - start, read_peak()
-        start = time.perf_counter()
-        run_job(shards, f"{folder}/out", reader=reader, images_per_partition=1)
-        again = time.perf_counter() - start
+            start = time.perf_counter()
+            run_job(shards, f"{folder}/out", reader=reader, images_per_partition=1)
+            again = time.perf_counter() - start
+            shards.append(write_shard(f"{folder}/new.tar", [("0.jpg", b"")]))
+            start = time.perf_counter()
+            run_job(
+                shards,
+                f"{folder}/out",
+                client=client,
+                reader=reader,
+                images_per_partition=1,
+                update=True,
+            )
+            update = time.perf_counter() - start
     print(
         f"{partitions:,} partitions: {peak:.0f} MB at the peak, {before:.0f} MB before; "
         f"{1e3 * seconds / partitions:.1f} ms a partition; "
-        f"{again:.1f} s to find that nothing is left",
+        f"{again:.1f} s to find that nothing is left, {update:.1f} s for an update by one",
+        flush=True,
+    )
+
+
+def measure_planning(count: int) -> None:
+    """Plan a job of ``count`` shards, and plan it again; print memory and times."""
+    shards = [
+        Shard(f"/pictures/shards/{number:07d}.tar", 10**8 + number, f"{10**8 + number}-{number}.5")
+        for number in range(count)
+    ]
+    with TemporaryDirectory() as out:
+        job = (JobFolder(out), shards, DESCRIPTION, Division(), {})
+        times, before = [], read_peak()
+        for _ in range(2):
+            start = time.perf_counter()
+            prepare_plan(*job)
+            times.append(time.perf_counter() - start)
+    print(
+        f"{count:,} shards: {times[0]:.1f} s to plan, {times[1]:.1f} s to find that none is new; "
+        f"{read_peak():.0f} MB at the peak, {before:.0f} MB before",
         flush=True,
     )
 
@@ -69,8 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure each number of partitions in its own process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.job", description=__doc__)
     parser.add_argument("partitions", type=int, nargs="*", default=[1_000, 10_000, 100_000])
-    numbers = parser.parse_args(argv).partitions
-    if len(numbers) == 1:
+    parser.add_argument("--shards", type=int, help="only plan so many")
+    arguments = parser.parse_args(argv)
+    numbers = arguments.partitions
+    if arguments.shards:
+        measure_planning(arguments.shards)
+    elif len(numbers) == 1:
         measure(numbers[0])
     else:
         for number in numbers:

@@ -159,11 +159,11 @@ class Execution:
             If a part is missing that a worker has written.
         """
         folder = self._plan.folder
-        self._save()
-        if self._inventory.find_work():
-            raise JobError(_tell_missing(self._plan))
+        if self.work:
+            self._save()
+            if self._inventory.find_work():
+                raise JobError(_tell_missing(self._plan))
         folder.remove([STAGING])
-        folder.remove_drafts()
         count = self.count()
         self._run |= {
             "ended": time.time(),
@@ -177,6 +177,7 @@ class Execution:
         if self._run not in description["runs"]:  # nothing was left to do
             description["runs"] = [*description["runs"][1 - _MOST_RUNS :], self._run]
         self._plan.finish()
+        folder.tidy(description["tables"].values())
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of this run."""

@@ -26,7 +26,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,9 +64,10 @@ CLEARED = 0  # the format of a folder that is being cleared
 _PART = re.compile(r"part-(\d{7,})\.parquet")
 _STAGED = re.compile(r"(part|again)-(\d{7,})\.rows")
 _OURS = re.compile(
-    r"_(job|claim)\.json|_(parts|schema)\.arrow|_(plan|shards|again)-\d+\.arrow"
+    r"_(job|claim)\.json|_(parts|schema)\.arrow|_(plan|shards|again)(-\d+)?\.arrow"
     r"|_report\.html|_tmp-.*"
 )
+_TABLE = re.compile(r"_(plan|shards|again)-\d+\.arrow")
 _FOLDERS = (IMAGES, STAGING)
 _READERS = 16  # footers read at the same time
 _FOOTERS = 1000  # queued for reading at the same time
@@ -153,7 +154,7 @@ class JobFolder:
 
     def list_parts(self) -> list[str]:
         """Return the names of the dataset's files, in order."""
-        return sorted(name for name, _ in self._list() if _PART.fullmatch(name))
+        return sorted(filter(_PART.fullmatch, self._list_names()))
 
     def read_footers(
         self, names: Iterable[PartName], job_id: str
@@ -198,7 +199,7 @@ class JobFolder:
             If something else is in the folder, which is then left as it is.
         """
         fs, root = self.connect()
-        names = [name for name, _ in self._list()]
+        names = self._list_names()
         has_job = JOB in names  # without it, parts are someone else's
         foreign = sorted(
             name
@@ -226,11 +227,14 @@ class JobFolder:
             with suppress(FileNotFoundError):
                 with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name in _FOLDERS)
 
-    def remove_drafts(self) -> None:
-        """Remove the drafts of files that killed workers did not complete."""
+    def tidy(self, tables: Collection[str]) -> None:
+        """Remove what killed processes left: drafts of files, and tables but those given."""
         for folder in ("", IMAGES, STAGING):
-            drafts = [name for name, _ in self._list(folder) if name.startswith(DRAFT)]
+            names = self._list_names(folder)
+            drafts = [name for name in names if name.startswith(DRAFT)]
             self.remove(f"{folder}/{name}".lstrip("/") for name in drafts)
+            if not folder:
+                self.remove({*filter(_TABLE.fullmatch, names)} - {*tables})
 
     def connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the folder's file system, and its path in it."""
@@ -241,6 +245,13 @@ class JobFolder:
         """Fetch one of the folder's files whole, for Arrow to read."""
         fs, root = self.connect()
         return open_bytes(with_retries(fs.cat_file, self.url, f"{root}/{name}"))
+
+    def _list_names(self, folder: str = "") -> list[str]:
+        fs, root = self.connect()
+        if isinstance(fs, LocalFileSystem):
+            with suppress(FileNotFoundError):
+                return os.listdir(f"{root}/{folder}")
+        return [name for name, _ in self._list(folder)]
 
     def _list(self, folder: str = "") -> Iterator[tuple[str, str]]:
         """Yield the name of each file in the folder, and a text that changes when the file does."""

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -184,8 +185,9 @@ class Plan:
         states: NDArray[np.int8] = self.table["state"].to_numpy()
         return states
 
-    def make_tokens(self) -> NDArray[np.int64]:
-        """Return the token of each shard's content: another one if the function was edited."""
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """The token of each shard's content: another one if the function was edited."""
         revision = self.description["revision"]
         tokens = (make_token(f"{revision}-{version}") for version in self.table["version"])
         return np.fromiter(tokens, np.int64, len(self.table))
@@ -204,7 +206,7 @@ class Plan:
         replaced
             For each row whether its part is there already.
         """
-        tokens, present = self.make_tokens(), self.states == ShardState.PRESENT
+        tokens, present = self.tokens, self.states == ShardState.PRESENT
         table = self.again if place == Place.AGAIN else self.partitions
         start = 0
         for batch in table.to_batches(_ROWS):
@@ -259,15 +261,15 @@ class Plan:
             states[states == ShardState.GONE] = ShardState.PRUNED
         if changed:
             self.partitions = _make_homes(self.partitions, changes.changed)
-            self.modified |= {"shards", "plan"}
+            self._modify("shards", "plan")
         if not np.array_equal(states, self.states):
             self.table["state"] = states
-            self.modified.add("shards")
+            self._modify("shards")
 
     def note_edit(self, code: dict[str, str]) -> None:
         """Note that the function was edited: then no shard's rows are as they should be."""
         self.description |= {"code": code, "revision": self.description["revision"] + 1}
-        self.modified.add("description")
+        self._modify("description")
 
     def add(self, shards: list[Shard]) -> None:
         """Add shards, and the partitions into which they are divided."""
@@ -276,11 +278,15 @@ class Plan:
             self.partitions = pa.concat_tables([self.partitions, more])
             self.table = pd.concat([self.table, _list_shards(shards)], ignore_index=True)
             self.shards += shards
-            self.modified |= {"shards", "plan"}
+            self._modify("shards", "plan")
+
+    def _modify(self, *what: str) -> None:
+        self.modified.update(what)
+        vars(self).pop("tokens", None)  # they are made anew
 
     def read_again(self, numbers: NDArray[np.int64]) -> None:
         """Divide some shards anew, each on its own, unless that was done before."""
-        tokens = self.make_tokens()
+        tokens = self.tokens
         known = self.again.select(["shard", "token"]).to_pandas()
         is_valid = tokens[known["shard"].to_numpy()] == known["token"].to_numpy()
         for number in np.setdiff1d(numbers, known["shard"].to_numpy()[is_valid]).tolist():
@@ -322,10 +328,9 @@ class Plan:
     def finish(self) -> None:
         """Forget what was read again: it is in the dataset."""
         self.again = _AGAIN.empty_table()
-        self.description["tables"] = dict(self.description["tables"])
-        old = self.description["tables"].pop("again", None)
+        tables = self.description["tables"]
+        self.description["tables"] = {name: tables[name] for name in tables if name != "again"}
         self.folder.write_job(self.description)
-        self.folder.remove([old] if old else [])
 
     def _divide(self, shards: list[Shard], first: int) -> pa.Table:
         return _make_table(

@@ -83,7 +83,7 @@ class Inventory:
 
     def __init__(self, plan: Plan, ledger: Ledger, rows_per_file: int | None) -> None:
         self._plan, self._rows_per_file = plan, rows_per_file
-        self._tokens, self._states = plan.make_tokens(), plan.states
+        self._tokens, self._states = plan.tokens, plan.states
         self._out, self._staged, self._again = (_Runs.of(ledger, place) for place in Place)
         self._first, self._count = (
             plan.partitions[name].to_numpy().astype(np.int64) for name in ("first", "count")
