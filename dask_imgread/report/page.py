@@ -21,6 +21,17 @@ from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.parts import name_records
+from dask_imgread.report.elements import (
+    render_badge,
+    render_banner,
+    render_cell,
+    render_grid,
+    render_image,
+    render_panel,
+    render_placeholder,
+    render_section,
+    render_tile,
+)
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
 from dask_imgread.report.statistics import (
     LISTED,
@@ -167,11 +178,7 @@ def _render_thumbnail(source: ByteSource, row: Row, storage_options: dict[str, A
 
 
 def _render_error(error: Exception, storage_options: dict[str, Any]) -> str:
-    return _render_placeholder(hide_secrets(str(error) or type(error).__name__, storage_options))
-
-
-def _render_placeholder(reason: str) -> str:
-    return f'<div class="picture gone"><span>{escape(reason)}</span></div>'
+    return render_placeholder(hide_secrets(str(error) or type(error).__name__, storage_options))
 
 
 def _decode(source: ByteSource, row: Row) -> Pixels:
@@ -208,7 +215,7 @@ def _render_page(
             _render_rate(divs),
         ]
     else:
-        sections = [_render_section("Images", _render_banner("None: no part has a row.", "warn"))]
+        sections = [render_section("Images", render_banner("None: no part has a row.", "warn"))]
     done = parts >= description["partitions"]
     status = (
         "done"
@@ -225,18 +232,14 @@ def _render_page(
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
         title=escape(posixpath.basename(out.rstrip("/"))),
-        status=_render_badge(status, done)
-        + ("" if decoded else _render_badge(_HEADERS_ONLY, False)),
+        status=render_badge(status, done)
+        + ("" if decoded else render_badge(_HEADERS_ONLY, False)),
         made=escape(" · ".join(filter(None, made))),
         cards=_render_cards(description, decoded, parts, stats, times),
         sections="".join(sections),
         bokeh=bokeh,
         script=script,
     )
-
-
-def _render_badge(text: str, good: bool) -> str:
-    return f'<span class="badge {"good" if good else "warn"}">{text}</span>'
 
 
 def _render_cards(
@@ -287,28 +290,24 @@ def _render_failures(
             none = (
                 "None seen in the headers. Decoding finds the broken images that seem fine there."
             )
-        return _render_section("Failures", _render_banner(none, "good" if decoded else "warn"))
+        return render_section("Failures", render_banner(none, "good" if decoded else "warn"))
     listed = stats.list_failures()[:LISTED]
     lines = "".join(
-        f"<tr>{_render_cell(row.image_id)}{_render_cell(row.error)}</tr>" for row in listed
+        f"<tr>{render_cell(row.image_id)}{render_cell(row.error)}</tr>" for row in listed
     )
     table = f"<table><tr><th>image_id</th><th>error</th></tr>{lines}</table>"
     causes = [
-        _render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
-        _render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
+        render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
+        render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
     ]
-    shards = _render_panel("By shard", _format_top(len(stats.shards), "shard"), divs["shards"])
+    shards = render_panel("By shard", _format_top(len(stats.shards), "shard"), divs["shards"])
     trios = [_render_trio(trio, pictures) for trio in neighbours]
-    return _render_section(
-        "Failures", _render_grid("halves", [_render_grid("", causes), shards])
-    ) + _render_section(
+    return render_section(
+        "Failures", render_grid("halves", [render_grid("", causes), shards])
+    ) + render_section(
         f"Failures between their neighbours, {len(trios):,} of {stats.failed:,}",
-        _render_grid("halves", trios),
+        render_grid("halves", trios),
     )
-
-
-def _render_cell(text: str) -> str:
-    return f'<td title="{escape(text)}"><span>{escape(text)}</span></td>'
 
 
 def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
@@ -319,24 +318,19 @@ def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
         f"<span>{escape(detail)}</span></div>"
     )
     tiles = [
-        _render_image(before, pictures) if before else _render_placeholder("none before it"),
-        _render_tile(tile, failed.image_id, f"{failed.size:,} bytes"),
-        _render_image(after, pictures) if after else _render_placeholder("none after it"),
+        render_image(before, pictures) if before else render_placeholder("none before it"),
+        render_tile(tile, failed.image_id, f"{failed.size:,} bytes"),
+        render_image(after, pictures) if after else render_placeholder("none after it"),
     ]
     place = f"at byte {failed.offset:,}"
-    return _render_panel(escape(failed.shard), place, _render_grid("trio", tiles))
+    return render_panel(escape(failed.shard), place, render_grid("trio", tiles))
 
 
 def _render_samples(stats: Statistics, pictures: Mapping[str, str]) -> str:
     rows = sorted(stats.samples.rows, key=lambda row: (row.part, row.offset))
-    tiles = [_render_image(row, pictures) for row in rows]
+    tiles = [render_image(row, pictures) for row in rows]
     title = f"Samples, drawn at random, {len(tiles):,} of {stats.images:,}"
-    return _render_section(title, _render_grid("sheet", tiles))
-
-
-def _render_image(row: Row, pictures: Mapping[str, str]) -> str:
-    note = f"{row.width:,} \u00d7 {row.height:,} · {row.format}"
-    return _render_tile(pictures[row.image_id], row.image_id, note)
+    return render_section(title, render_grid("sheet", tiles))
 
 
 def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
@@ -349,43 +343,17 @@ def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
             format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)
         )
         note = f"all {low}" if low == high else f"{low} to {high}, median about {middle}"
-        panels.append(_render_panel(title, note, divs[name]))
+        panels.append(render_panel(title, note, divs[name]))
     formats = _format_top(len(stats.formats), "format")
-    panels.append(_render_panel("Format", formats, divs["format"]))
-    return _render_section("Sizes and formats", _render_grid("thirds", panels))
+    panels.append(render_panel("Format", formats, divs["format"]))
+    return render_section("Sizes and formats", render_grid("thirds", panels))
 
 
 def _render_rate(divs: Mapping[str, str]) -> str:
     if "rate" not in divs:
         return ""
     note = "read or failed, each part's images spread evenly over the time it took"
-    return _render_section("Throughput", _render_panel("Images per second", note, divs["rate"]))
-
-
-def _render_section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _render_banner(text: str, kind: str) -> str:
-    return f'<p class="banner {kind}">{text}</p>'
-
-
-def _render_grid(kind: str, items: Iterable[str]) -> str:
-    content = "".join(items)
-    return f'<div class="grid {kind}">{content}</div>' if content else ""
-
-
-def _render_panel(title: str, note: str, content: str) -> str:
-    return f'<div class="panel"><h3>{title}</h3><p class="soft">{note}</p>{content}</div>'
-
-
-def _render_tile(picture: str, image_id: str, note: str) -> str:
-    shard, _, name = image_id.partition("/")
-    return (
-        f'<figure title="{escape(image_id)}">{picture}<figcaption><span>{escape(name)}</span>'
-        f'<span class="soft">{escape(shard)}</span><span class="soft">{escape(note)}</span>'
-        "</figcaption></figure>"
-    )
+    return render_section("Throughput", render_panel("Images per second", note, divs["rate"]))
 
 
 def _format_top(count: int, thing: str) -> str:
