@@ -20,7 +20,6 @@ from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.parts import name_records
 from dask_imgread.report.elements import (
     render_badge,
     render_banner,
@@ -32,17 +31,20 @@ from dask_imgread.report.elements import (
     render_section,
     render_tile,
 )
+from dask_imgread.report.parts import Parts, find_parts
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
+from dask_imgread.report.runs import find_news, list_working, render_runs
 from dask_imgread.report.statistics import (
     LISTED,
     MEASURES,
-    Floats,
     Row,
     Statistics,
     Trio,
     count_parts,
     find_neighbours,
+    sort_rows,
 )
+from dask_imgread.report.times import Reading, find_reading
 from dask_imgread.shards.frames import JOB
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource
@@ -125,21 +127,26 @@ def write_report(
             f"no batch job in {redact_url(out)}: no {JOB} there; give the folder that a job "
             "writes to"
         )
-    fs, root = folder.connect()
-    names = folder.list_parts()
-    if description["command"] == "apply":
-        names = [name_records(name) for name in names]
-    parts = [f"{root}/{name}" for name in names]
-    stats = count_parts(fs, parts, samples)
-    inside = [row for row in stats.list_failures() if row.offset > 0]
-    neighbours = find_neighbours(fs, parts, inside[:_IN_CONTEXT])
-    shown = [*stats.samples.rows, *(row for trio in neighbours for row in trio if row)]
+    try:
+        parts, stats, neighbours = _gather(folder, description, samples)
+    except FileNotFoundError:  # the job has merged parts meanwhile, and removed them
+        parts, stats, neighbours = _gather(folder, description, samples)
+    shown = [*stats.samples.rows, *stats.newest.rows]
+    shown += [row for trio in neighbours for row in trio if row]
     pictures = _load_thumbnails(shown, shard_options)
-    html = _render_page(
-        redact_url(folder.url), description, len(parts), stats, neighbours, pictures
-    )
+    html = _render_page(redact_url(folder.url), description, parts, stats, neighbours, pictures)
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
+
+
+def _gather(
+    folder: JobFolder, description: Mapping[str, Any], samples: int
+) -> tuple[Parts, Statistics, list[Trio]]:
+    fs, _ = folder.connect()
+    parts = find_parts(folder, description)
+    stats = count_parts(fs, parts.paths, samples, find_news(description.get("runs", [])))
+    inside = [row for row in stats.list_failures() if row.offset > 0]
+    return parts, stats, find_neighbours(fs, parts.paths, inside[:_IN_CONTEXT])
 
 
 # Thumbnails
@@ -197,31 +204,32 @@ def _decode(source: ByteSource, row: Row) -> Pixels:
 def _render_page(
     out: str,
     description: Mapping[str, Any],
-    parts: int,
+    parts: Parts,
     stats: Statistics,
     neighbours: Sequence[Trio],
     pictures: Mapping[str, str],
 ) -> str:
     """Return the page's HTML."""
-    times = np.array(stats.times).reshape(-1, 3).T
-    times[2:] = times[2:].clip(times[1] + 1e-3)
-    divs, script, bokeh = embed_plots(stats, times)
+    times = np.array(stats.times).reshape(-1, 4).T
+    times[2] = times[2].clip(times[1] + 1e-3)
+    reading = find_reading(description, times, parts.is_staged)
+    runs = description.get("runs", [])
+    working = list_working(runs)
+    divs, script, bokeh = embed_plots(stats, reading.times, [r for r in working if "ended" in r])
     decoded = description.get("options", {}).get("decode", True)
+    about_runs = render_runs(runs, stats.newest.rows, pictures, divs)
     if stats.images or stats.failed:
         sections = [
             _render_failures(decoded, stats, neighbours, pictures, divs),
+            about_runs,
             _render_samples(stats, pictures),
             _render_histograms(stats, divs),
             _render_rate(divs),
         ]
     else:
-        sections = [render_section("Images", render_banner("None: no part has a row.", "warn"))]
-    done = parts >= description["partitions"]
-    status = (
-        "done"
-        if done
-        else f"unfinished: {parts:,} of {description['partitions']:,} partitions done"
-    )
+        none = render_banner("None: no part has a row.", "warn")
+        sections = [render_section("Images", none), about_runs]
+    left = _describe_left(description, parts)
     made = [
         description["command"],
         description.get("function"),
@@ -232,49 +240,57 @@ def _render_page(
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
         title=escape(posixpath.basename(out.rstrip("/"))),
-        status=render_badge(status, done)
+        status=render_badge(f"unfinished: {left}" if left else "done", not left)
         + ("" if decoded else render_badge(_HEADERS_ONLY, False)),
         made=escape(" · ".join(filter(None, made))),
-        cards=_render_cards(description, decoded, parts, stats, times),
+        cards=_render_cards(description, decoded, parts, stats, reading, len(working)),
         sections="".join(sections),
         bokeh=bokeh,
         script=script,
     )
 
 
+def _describe_left(description: Mapping[str, Any], parts: Parts) -> str:
+    """Return in words what is left to do, nothing if the job is done."""
+    partitions, runs = description["partitions"], description.get("runs", [])
+    if parts.is_staged.any():
+        merged = f"{parts.merged:,} of them in the dataset"
+        return f"{parts.read:,} of {partitions:,} partitions read, {merged}"
+    if parts.read < partitions:
+        return f"{parts.read:,} of {partitions:,} partitions done"
+    return "the last run has not ended" if runs and "ended" not in runs[-1] else ""
+
+
 def _render_cards(
-    description: Mapping[str, Any], decoded: bool, parts: int, stats: Statistics, times: Floats
+    description: Mapping[str, Any],
+    decoded: bool,
+    parts: Parts,
+    stats: Statistics,
+    reading: Reading,
+    runs: int,
 ) -> str:
     images, rows = stats.images, stats.images + stats.failed
     cards = [
         ("Images read" if decoded else "Headers read", f"{images:,}", f"of {rows:,}"),
         ("Failed", f"{stats.failed:,}", f"{stats.failed / rows:.2%}" if rows else ""),
         ("Shards", f"{description['shards']:,}", f"{len(stats.shards):,} with failures"),
-        ("Partitions", f"{parts:,}", f"of {description['partitions']:,}"),
+        ("Partitions", f"{parts.read:,}", f"of {description['partitions']:,}"),
     ]
     for title, total, unit in (("Pixels", stats.pixels, "px"), ("Encoded", stats.bytes, "B")):
         mean = f"{format_number(total / images, unit)} an image" if images else ""
         cards.append((title, format_number(total, unit), mean))
-    if times.size:
-        seconds = _count_seconds(times)
-        speed = format_number(times[0].sum() / seconds)
-        began = f"from {format_time(times[1].min())} UTC"
-        cards.append(("Time", str(timedelta(seconds=ceil(seconds))), began))
-        cards.append(("Images per second", speed, f"workers: {len(stats.workers):,}"))
+    if reading:
+        by = f"in {runs:,} runs" if runs > 1 else f"workers: {len(stats.workers):,}"
+        began = f"from {format_time(reading.began)} UTC"
+        cards.append(("Time", str(timedelta(seconds=ceil(reading.seconds))), began))
+        speed = format_number(reading.images / reading.seconds)
+        cards.append(("Images per second", speed, by))
     alarming = "Failed" if stats.failed else None
     return "".join(
         f'<div class="card {"alarm" if title == alarming else ""}">'
         f'<span class="soft">{title}</span><b>{number}</b><span class="soft">{note}</span></div>'
         for title, number, note in cards
     )
-
-
-def _count_seconds(times: Floats) -> float:
-    """Return for how long parts were being read, without the pauses between a job's runs."""
-    _, began, ended = times[:, times[1].argsort()]
-    reached = np.maximum.accumulate(ended)
-    pauses = (began[1:] - reached[:-1]).clip(0)
-    return float(reached[-1] - began[0] - pauses.sum())
 
 
 def _render_failures(
@@ -327,8 +343,7 @@ def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
 
 
 def _render_samples(stats: Statistics, pictures: Mapping[str, str]) -> str:
-    rows = sorted(stats.samples.rows, key=lambda row: (row.part, row.offset))
-    tiles = [render_image(row, pictures) for row in rows]
+    tiles = [render_image(row, pictures) for row in sort_rows(stats.samples.rows)]
     title = f"Samples, drawn at random, {len(tiles):,} of {stats.images:,}"
     return render_section(title, render_grid("sheet", tiles))
 
@@ -352,7 +367,10 @@ def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
 def _render_rate(divs: Mapping[str, str]) -> str:
     if "rate" not in divs:
         return ""
-    note = "read or failed, each part's images spread evenly over the time it took"
+    note = (
+        "read or failed, over the time of reading, without pauses; each part's images are spread "
+        "evenly over the time it took"
+    )
     return render_section("Throughput", render_panel("Images per second", note, divs["rate"]))
 
 
