@@ -19,20 +19,34 @@ import numpy as np
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.header import ImageError, read_header
 from dask_imgread.decoding.pillow import decode_with_pillow
-from dask_imgread.diff import Survey, describe_change, survey_changes
+from dask_imgread.diff import survey_changes
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.parts import name_records
+from dask_imgread.report.changes import list_changed, render_changes
+from dask_imgread.report.elements import (
+    render_badge,
+    render_banner,
+    render_grid,
+    render_image,
+    render_panel,
+    render_placeholder,
+    render_section,
+    render_table,
+    render_tile,
+)
+from dask_imgread.report.parts import Parts, find_parts
 from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
+from dask_imgread.report.runs import find_news, list_working, render_runs
 from dask_imgread.report.statistics import (
     LISTED,
     MEASURES,
-    Floats,
     Row,
     Statistics,
     Trio,
     count_parts,
     find_neighbours,
+    sort_rows,
 )
+from dask_imgread.report.times import Reading, find_reading
 from dask_imgread.shards.frames import JOB
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource
@@ -44,7 +58,6 @@ from dask_imgread.thumbnails import embed_thumbnail
 
 _THREADS = 4  # that load thumbnails
 _IN_CONTEXT = 6  # failures that are shown between their neighbours
-_CHANGED = 6  # images of each kind of change that are shown
 _THUMBNAIL = 220  # pixels
 _HEADERS_ONLY = "only headers were read: pixels were not checked"
 _MAX_PIXELS = 1 << 28
@@ -121,31 +134,38 @@ def write_report(
             f"no batch job in {redact_url(out)}: no {JOB} there; give the folder that a job "
             "writes to"
         )
-    fs, root = folder.connect()
-    names = folder.list_parts()
-    if description["command"] == "apply":
-        names = [name_records(name) for name in names]
-    parts = [f"{root}/{name}" for name in names]
+    try:
+        parts, stats, neighbours = _gather(folder, description, samples)
+    except FileNotFoundError:  # the job has merged parts meanwhile, and removed them
+        parts, stats, neighbours = _gather(folder, description, samples)
     survey = None
     if since is not None:
         since = os.path.expanduser(since)
         survey = survey_changes(since, out, listed=LISTED, storage_options=out_options)
-    stats = count_parts(fs, parts, samples)
-    inside = [row for row in stats.list_failures() if row.offset > 0]
-    neighbours = find_neighbours(fs, parts, inside[:_IN_CONTEXT])
-    shown = [*stats.samples.rows, *(row for trio in neighbours for row in trio if row)]
-    changed = _list_changed(survey) if survey else {}
+    changed = list_changed(survey) if survey else {}
+    shown = [*stats.samples.rows, *stats.newest.rows]
+    shown += [row for trio in neighbours for row in trio if row]
     shown += [row for rows in changed.values() for row in rows]
     pictures = _load_thumbnails(shown, shard_options)
     changes = ""
     if since and survey:
-        done = len(parts) >= description["partitions"]
-        changes = _render_changes(redact_url(since), survey, changed, pictures, done)
+        done = parts.merged >= description["partitions"]
+        changes = render_changes(redact_url(since), survey, changed, pictures, done)
     html = _render_page(
-        redact_url(folder.url), description, len(parts), stats, neighbours, pictures, changes
+        redact_url(folder.url), description, parts, stats, neighbours, pictures, changes
     )
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
+
+
+def _gather(
+    folder: JobFolder, description: Mapping[str, Any], samples: int
+) -> tuple[Parts, Statistics, list[Trio]]:
+    fs, _ = folder.connect()
+    parts = find_parts(folder, description)
+    stats = count_parts(fs, parts.paths, samples, find_news(description.get("runs", [])))
+    inside = [row for row in stats.list_failures() if row.offset > 0]
+    return parts, stats, find_neighbours(fs, parts.paths, inside[:_IN_CONTEXT])
 
 
 # Thumbnails
@@ -184,11 +204,7 @@ def _render_thumbnail(source: ByteSource, row: Row, storage_options: dict[str, A
 
 
 def _render_error(error: Exception, storage_options: dict[str, Any]) -> str:
-    return _render_placeholder(hide_secrets(str(error) or type(error).__name__, storage_options))
-
-
-def _render_placeholder(reason: str) -> str:
-    return f'<div class="picture gone"><span>{escape(reason)}</span></div>'
+    return render_placeholder(hide_secrets(str(error) or type(error).__name__, storage_options))
 
 
 def _decode(source: ByteSource, row: Row) -> Pixels:
@@ -207,32 +223,33 @@ def _decode(source: ByteSource, row: Row) -> Pixels:
 def _render_page(
     out: str,
     description: Mapping[str, Any],
-    parts: int,
+    parts: Parts,
     stats: Statistics,
     neighbours: Sequence[Trio],
     pictures: Mapping[str, str],
     changes: str,
 ) -> str:
     """Return the page's HTML."""
-    times = np.array(stats.times).reshape(-1, 3).T
-    times[2:] = times[2:].clip(times[1] + 1e-3)
-    divs, script, bokeh = embed_plots(stats, times)
+    times = np.array(stats.times).reshape(-1, 4).T
+    times[2] = times[2].clip(times[1] + 1e-3)
+    reading = find_reading(description, times, parts.is_staged)
+    runs = description.get("runs", [])
+    working = list_working(runs)
+    divs, script, bokeh = embed_plots(stats, reading.times, [r for r in working if "ended" in r])
     decoded = description.get("options", {}).get("decode", True)
+    about_runs = render_runs(runs, stats.newest.rows, pictures, divs)
     if stats.images or stats.failed:
         sections = [
             _render_failures(decoded, stats, neighbours, pictures, divs),
+            about_runs,
             _render_samples(stats, pictures),
             _render_histograms(stats, divs),
             _render_rate(divs),
         ]
     else:
-        sections = [_render_section("Images", _render_banner("None: no part has a row.", "warn"))]
-    done = parts >= description["partitions"]
-    status = (
-        "done"
-        if done
-        else f"unfinished: {parts:,} of {description['partitions']:,} partitions done"
-    )
+        none = render_banner("None: no part has a row.", "warn")
+        sections = [render_section("Images", none), about_runs]
+    left = _describe_left(description, parts)
     made = [
         description["command"],
         description.get("function"),
@@ -243,95 +260,56 @@ def _render_page(
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
         title=escape(posixpath.basename(out.rstrip("/"))),
-        status=_render_badge(status, done)
-        + ("" if decoded else _render_badge(_HEADERS_ONLY, False)),
+        status=render_badge(f"unfinished: {left}" if left else "done", not left)
+        + ("" if decoded else render_badge(_HEADERS_ONLY, False)),
         made=escape(" · ".join(filter(None, made))),
-        cards=_render_cards(description, decoded, parts, stats, times),
+        cards=_render_cards(description, decoded, parts, stats, reading, len(working)),
         sections="".join([changes, *sections]),
         bokeh=bokeh,
         script=script,
     )
 
 
-def _render_badge(text: str, good: bool) -> str:
-    return f'<span class="badge {"good" if good else "warn"}">{text}</span>'
+def _describe_left(description: Mapping[str, Any], parts: Parts) -> str:
+    """Return in words what is left to do, nothing if the job is done."""
+    partitions, runs = description["partitions"], description.get("runs", [])
+    if parts.is_staged.any():
+        merged = f"{parts.merged:,} of them in the dataset"
+        return f"{parts.read:,} of {partitions:,} partitions read, {merged}"
+    if parts.read < partitions:
+        return f"{parts.read:,} of {partitions:,} partitions done"
+    return "the last run has not ended" if runs and "ended" not in runs[-1] else ""
 
 
 def _render_cards(
-    description: Mapping[str, Any], decoded: bool, parts: int, stats: Statistics, times: Floats
+    description: Mapping[str, Any],
+    decoded: bool,
+    parts: Parts,
+    stats: Statistics,
+    reading: Reading,
+    runs: int,
 ) -> str:
     images, rows = stats.images, stats.images + stats.failed
     cards = [
         ("Images read" if decoded else "Headers read", f"{images:,}", f"of {rows:,}"),
         ("Failed", f"{stats.failed:,}", f"{stats.failed / rows:.2%}" if rows else ""),
         ("Shards", f"{description['shards']:,}", f"{len(stats.shards):,} with failures"),
-        ("Partitions", f"{parts:,}", f"of {description['partitions']:,}"),
+        ("Partitions", f"{parts.read:,}", f"of {description['partitions']:,}"),
     ]
     for title, total, unit in (("Pixels", stats.pixels, "px"), ("Encoded", stats.bytes, "B")):
         mean = f"{format_number(total / images, unit)} an image" if images else ""
         cards.append((title, format_number(total, unit), mean))
-    if times.size:
-        seconds = _count_seconds(times)
-        speed = format_number(times[0].sum() / seconds)
-        began = f"from {format_time(times[1].min())} UTC"
-        cards.append(("Time", str(timedelta(seconds=ceil(seconds))), began))
-        cards.append(("Images per second", speed, f"workers: {len(stats.workers):,}"))
+    if reading:
+        by = f"in {runs:,} runs" if runs > 1 else f"workers: {len(stats.workers):,}"
+        began = f"from {format_time(reading.began)} UTC"
+        cards.append(("Time", str(timedelta(seconds=ceil(reading.seconds))), began))
+        speed = format_number(reading.images / reading.seconds)
+        cards.append(("Images per second", speed, by))
     alarming = "Failed" if stats.failed else None
     return "".join(
         f'<div class="card {"alarm" if title == alarming else ""}">'
         f'<span class="soft">{title}</span><b>{number}</b><span class="soft">{note}</span></div>'
         for title, number, note in cards
-    )
-
-
-def _count_seconds(times: Floats) -> float:
-    """Return for how long parts were being read, without the pauses between a job's runs."""
-    _, began, ended = times[:, times[1].argsort()]
-    reached = np.maximum.accumulate(ended)
-    pauses = (began[1:] - reached[:-1]).clip(0)
-    return float(reached[-1] - began[0] - pauses.sum())
-
-
-def _list_changed(survey: Survey) -> dict[str, list[Row]]:
-    """Return a few images of each kind of change of which there is something to show."""
-    names = ("shard", "offset", "size", "width", "height", "format")
-    return {
-        kind: [
-            Row._make([row["image_id"], *(row[f"{name}_new"] for name in names), "", 0])
-            for row in [row for row in rows if row["error_new"] is None][:_CHANGED]
-        ]
-        for kind, rows in survey.list_first()
-        if kind in ("added", "changed", "newly readable")
-    }
-
-
-def _render_changes(
-    since: str,
-    survey: Survey,
-    changed: Mapping[str, list[Row]],
-    pictures: Mapping[str, str],
-    done: bool,
-) -> str:
-    title = escape(f"Since {since}: {survey.old:,} images then, {survey.new:,} now")
-    if not survey.counts:
-        return _render_section(title, _render_banner("No image differs.", "good"))
-    panels = [
-        _render_panel(
-            kind.capitalize() if done or kind != "gone" else "Gone, or not read yet",
-            f"{len(rows):,} of {survey.counts[kind]:,}",
-            _render_table("", ((row["image_id"], describe_change(row)) for row in rows)),
-        )
-        for kind, rows in survey.list_first()
-    ]
-    tiles = [
-        _render_tile(pictures[row.image_id], row.image_id, kind)
-        for kind, rows in changed.items()
-        for row in rows
-    ]
-    new = sum(survey.counts[kind] for kind in changed)
-    shown = f"{', '.join(changed).capitalize()}: {len(tiles):,} of {new:,}"
-    return _render_section(title, _render_grid("halves", panels)) + _render_section(
-        shown, _render_grid("sheet", tiles)
     )
 
 
@@ -348,31 +326,21 @@ def _render_failures(
             none = (
                 "None seen in the headers. Decoding finds the broken images that seem fine there."
             )
-        return _render_section("Failures", _render_banner(none, "good" if decoded else "warn"))
+        return render_section("Failures", render_banner(none, "good" if decoded else "warn"))
     listed = stats.list_failures()[:LISTED]
-    table = _render_table("error", ((row.image_id, row.error) for row in listed))
+    table = render_table("error", ((row.image_id, row.error) for row in listed))
     causes = [
-        _render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
-        _render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
+        render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
+        render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
     ]
-    shards = _render_panel("By shard", _format_top(len(stats.shards), "shard"), divs["shards"])
+    shards = render_panel("By shard", _format_top(len(stats.shards), "shard"), divs["shards"])
     trios = [_render_trio(trio, pictures) for trio in neighbours]
-    return _render_section(
-        "Failures", _render_grid("halves", [_render_grid("", causes), shards])
-    ) + _render_section(
+    return render_section(
+        "Failures", render_grid("halves", [render_grid("", causes), shards])
+    ) + render_section(
         f"Failures between their neighbours, {len(trios):,} of {stats.failed:,}",
-        _render_grid("halves", trios),
+        render_grid("halves", trios),
     )
-
-
-def _render_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return a table of images, and of what there is to say of each."""
-    lines = "".join(f"<tr>{''.join(map(_render_cell, row))}</tr>" for row in rows)
-    return f"<table><tr><th>image_id</th><th>{title}</th></tr>{lines}</table>"
-
-
-def _render_cell(text: str) -> str:
-    return f'<td title="{escape(text)}"><span>{escape(text)}</span></td>'
 
 
 def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
@@ -383,24 +351,18 @@ def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
         f"<span>{escape(detail)}</span></div>"
     )
     tiles = [
-        _render_image(before, pictures) if before else _render_placeholder("none before it"),
-        _render_tile(tile, failed.image_id, f"{failed.size:,} bytes"),
-        _render_image(after, pictures) if after else _render_placeholder("none after it"),
+        render_image(before, pictures) if before else render_placeholder("none before it"),
+        render_tile(tile, failed.image_id, f"{failed.size:,} bytes"),
+        render_image(after, pictures) if after else render_placeholder("none after it"),
     ]
     place = f"at byte {failed.offset:,}"
-    return _render_panel(escape(failed.shard), place, _render_grid("trio", tiles))
+    return render_panel(escape(failed.shard), place, render_grid("trio", tiles))
 
 
 def _render_samples(stats: Statistics, pictures: Mapping[str, str]) -> str:
-    rows = sorted(stats.samples.rows, key=lambda row: (row.part, row.offset))
-    tiles = [_render_image(row, pictures) for row in rows]
+    tiles = [render_image(row, pictures) for row in sort_rows(stats.samples.rows)]
     title = f"Samples, drawn at random, {len(tiles):,} of {stats.images:,}"
-    return _render_section(title, _render_grid("sheet", tiles))
-
-
-def _render_image(row: Row, pictures: Mapping[str, str]) -> str:
-    note = f"{row.width:,} \u00d7 {row.height:,} · {row.format}"
-    return _render_tile(pictures[row.image_id], row.image_id, note)
+    return render_section(title, render_grid("sheet", tiles))
 
 
 def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
@@ -413,43 +375,20 @@ def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
             format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)
         )
         note = f"all {low}" if low == high else f"{low} to {high}, median about {middle}"
-        panels.append(_render_panel(title, note, divs[name]))
+        panels.append(render_panel(title, note, divs[name]))
     formats = _format_top(len(stats.formats), "format")
-    panels.append(_render_panel("Format", formats, divs["format"]))
-    return _render_section("Sizes and formats", _render_grid("thirds", panels))
+    panels.append(render_panel("Format", formats, divs["format"]))
+    return render_section("Sizes and formats", render_grid("thirds", panels))
 
 
 def _render_rate(divs: Mapping[str, str]) -> str:
     if "rate" not in divs:
         return ""
-    note = "read or failed, each part's images spread evenly over the time it took"
-    return _render_section("Throughput", _render_panel("Images per second", note, divs["rate"]))
-
-
-def _render_section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _render_banner(text: str, kind: str) -> str:
-    return f'<p class="banner {kind}">{text}</p>'
-
-
-def _render_grid(kind: str, items: Iterable[str]) -> str:
-    content = "".join(items)
-    return f'<div class="grid {kind}">{content}</div>' if content else ""
-
-
-def _render_panel(title: str, note: str, content: str) -> str:
-    return f'<div class="panel"><h3>{title}</h3><p class="soft">{note}</p>{content}</div>'
-
-
-def _render_tile(picture: str, image_id: str, note: str) -> str:
-    shard, _, name = image_id.partition("/")
-    return (
-        f'<figure title="{escape(image_id)}">{picture}<figcaption><span>{escape(name)}</span>'
-        f'<span class="soft">{escape(shard)}</span><span class="soft">{escape(note)}</span>'
-        "</figcaption></figure>"
+    note = (
+        "read or failed, over the time of reading, without pauses; each part's images are spread "
+        "evenly over the time it took"
     )
+    return render_section("Throughput", render_panel("Images per second", note, divs["rate"]))
 
 
 def _format_top(count: int, thing: str) -> str:

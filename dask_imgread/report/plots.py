@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from bokeh.core.properties import value
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.models import (
+    AdaptiveTicker,
+    ColumnDataSource,
+    FixedTicker,
+    HoverTool,
+    NumeralTickFormatter,
+    Range1d,
+)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from bokeh.themes import Theme
@@ -20,6 +27,7 @@ from bokeh.transform import dodge
 from numpy.typing import NDArray
 
 from dask_imgread.report.statistics import MEASURES, Floats, Histogram, Statistics
+from dask_imgread.report.times import Run, close_gaps
 from dask_imgread.texts import shorten
 
 TOP = 20  # causes, shards and formats that are drawn
@@ -55,8 +63,20 @@ _THEME = Theme(
 )
 
 
-def embed_plots(stats: Statistics, times: Floats) -> tuple[dict[str, str], str, str]:
-    """Return HTML: each plot's div by name, the script that draws them, and Bokeh's scripts."""
+def embed_plots(
+    stats: Statistics, times: Floats, runs: Sequence[Run]
+) -> tuple[dict[str, str], str, str]:
+    """Return HTML: each plot's div by name, the script that draws them, and Bokeh's scripts.
+
+    Parameters
+    ----------
+    stats
+        The job's statistics.
+    times
+        Rows: images, began and ended of each part.
+    runs
+        The runs that are drawn over time.
+    """
     plots: dict[str, figure] = {}
     if stats.failed:
         plots["causes"] = _draw_ranking(stats.causes, _RED)
@@ -68,6 +88,9 @@ def embed_plots(stats: Statistics, times: Floats) -> tuple[dict[str, str], str, 
         }
     if times.size:
         plots["rate"] = _draw_rates(times)
+    if len(runs) > 1:
+        plots["growth"] = _draw_growth(runs)
+        plots["pace"] = _draw_pace(runs)
     if not plots:
         return {}, "", ""
     script, divs = components(plots, theme=_THEME)
@@ -151,23 +174,71 @@ def _choose_ticks(low: float, high: float) -> list[float]:
 
 def _draw_rates(times: Floats) -> figure:
     """Draw images per second over time; each part's images are spread over its time."""
-    images, began, ended = times
-    edges = np.linspace(began.min(), ended.max(), _TIME_BINS + 1)
+    images, began, ended, moved = close_gaps(times)
+    edges = np.linspace(0, ended.max(), _TIME_BINS + 1)
     done = [(images * ((edge - began) / (ended - began)).clip(0, 1)).sum() for edge in edges]
     rates = np.diff(done) / np.diff(edges)
+    clock = edges + moved[np.searchsorted(began, edges, "right") - 1]
     labels = [
         f"{format_time(start)}: {format_number(rate)} images/s"
-        for start, rate in zip(edges[:-1], rates, strict=True)
+        for start, rate in zip(clock[:-1], rates, strict=True)
     ]
-    return _draw_bars(
-        edges * 1000,
+    plot = _draw_bars(
+        edges,
         rates,
         labels,
-        x_axis_type="datetime",
-        x_range=Range1d(edges[0] * 1000, edges[-1] * 1000),
-        x_axis_label="time (UTC)",
+        x_range=Range1d(0, edges[-1]),
+        x_axis_label="hours, minutes, seconds",
         y_axis_label="images/s",
     )
+    plot.xaxis.ticker = AdaptiveTicker(base=60, mantissas=[1, 2, 5, 10, 20, 30], min_interval=1)
+    plot.xaxis.formatter = NumeralTickFormatter(format="00:00:00")
+    return plot
+
+
+def _draw_growth(runs: Sequence[Run]) -> figure:
+    """Draw how many images the dataset had after each run."""
+    images = [run["images"] for run in runs]
+    plot, source = _draw_runs(runs, "ended", images, "images")
+    plot.step(x="time", y="number", source=source, mode="after", color=_BLUE, line_width=2)
+    return plot
+
+
+def _draw_pace(runs: Sequence[Run]) -> figure:
+    """Draw how many images each run read per second."""
+    rates = [run["images_per_second"] for run in runs]
+    plot, source = _draw_runs(runs, "began", rates, "images/s")
+    plot.segment(x0="time", x1="time", y0=0, y1="number", source=source, color=_BLUE, line_width=2)
+    return plot
+
+
+def _draw_runs(
+    runs: Sequence[Run], moment: str, numbers: Sequence[float], unit: str
+) -> tuple[figure, ColumnDataSource]:
+    """Draw a point for each run."""
+    source = ColumnDataSource(
+        {
+            "time": [run[moment] * 1000 for run in runs],
+            "number": numbers,
+            "label": [
+                f"{format_time(run[moment])}: {format_number(number)} {unit}"
+                for run, number in zip(runs, numbers, strict=True)
+            ],
+        }
+    )
+    plot = figure(
+        height=220,
+        tools="",
+        y_range=Range1d(0, 1.1 * max(numbers) or 1),
+        x_axis_type="datetime",
+        x_axis_label="time (UTC)",
+        y_axis_label=unit,
+    )
+    points = plot.scatter(x="time", y="number", source=source, color=_BLUE, size=8, hover_alpha=0.6)
+    plot.add_tools(HoverTool(renderers=[points], tooltips="@label", mode="vline"))
+    plot.xgrid.visible = False
+    _format_numbers(plot)
+    return plot, source
 
 
 def _draw_bars(
@@ -183,9 +254,13 @@ def _draw_bars(
     )  # fmt: skip
     plot.add_tools(HoverTool(renderers=[bars], tooltips="@label", mode="vline"))
     plot.xgrid.visible = False
+    _format_numbers(plot)
+    return plot
+
+
+def _format_numbers(plot: figure) -> None:
     plot.yaxis.ticker.desired_num_ticks = 4
     plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[000000]")
-    return plot
 
 
 def format_number(number: float, unit: str = "") -> str:

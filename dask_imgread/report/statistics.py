@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from dask_imgread.storage.files import open_bytes
 from dask_imgread.storage.retries import with_retries
 
 LISTED = 10  # failures that are kept for each cause
+NEWEST = 6  # images that are kept of the newest run
 MEASURES = {  # title and unit of each histogram
     "width": ("Width", "px"),
     "height": ("Height", "px"),
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     format: str
     error: str
     part: int
+    is_new: bool
 
 
 _SCHEMA = pa.schema(
@@ -137,6 +140,7 @@ class Statistics:
     """Statistics of any number of rows, in memory that does not grow with them."""
 
     samples: _RandomSample
+    newest: _RandomSample = field(default_factory=lambda: _RandomSample(NEWEST))
     images: int = 0
     failed: int = 0
     pixels: int = 0
@@ -150,7 +154,7 @@ class Statistics:
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram() for name in MEASURES}
     )
-    # Images, began and ended of each part, one after the other.
+    # Images, began, ended and place of each part, one after the other.
     times: array[float] = field(default_factory=lambda: array("d"))
     workers: set[str] = field(default_factory=set)
 
@@ -163,6 +167,7 @@ class Statistics:
         self.formats += _count_values(good["format"])
         self.shards += _count_values(bad["shard"])
         self.samples.add(good, rng)
+        self.newest.add(good.filter(good["is_new"]), rng)
         causes = pc.replace_substring_regex(bad["error"], "(?s):.*", "")
         for cause, number in _count_values(causes).items():
             self.causes[cause] += number
@@ -176,9 +181,9 @@ class Statistics:
         for histogram, added in zip(self.histograms.values(), values, strict=True):
             histogram.add(added)
 
-    def add_footer(self, footer: Footer) -> None:
+    def add_footer(self, footer: Footer, part: int) -> None:
         """Add when and by which worker a part was written."""
-        self.times.extend((footer.images + footer.failed, footer.began, footer.ended))
+        self.times.extend((footer.images + footer.failed, footer.began, footer.ended, part))
         self.workers.add(footer.worker)
 
     def merge(self, other: Statistics) -> None:
@@ -193,6 +198,7 @@ class Statistics:
         self.times += other.times
         self.workers |= other.workers
         self.samples.merge(other.samples)
+        self.newest.merge(other.newest)
         for name, histogram in self.histograms.items():
             histogram.merge(other.histograms[name])
         for cause, sample in other.failures.items():
@@ -209,8 +215,26 @@ class Statistics:
         return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> Statistics:
-    """Gather the statistics of all parts, with ``samples`` images drawn at random."""
+def count_parts(
+    fs: AbstractFileSystem,
+    parts: Sequence[str],
+    samples: int,
+    since: float = inf,
+) -> Statistics:
+    """Gather the statistics of all parts.
+
+    Parameters
+    ----------
+    fs
+        The parts' file system.
+    parts
+        Their paths, in order.
+    samples
+        How many images to draw at random.
+    since
+        When the newest run began. Of the parts that were written since, the images of the last
+        shard are new: others may be earlier ones, which were merged with them.
+    """
     threads = _THREADS if isinstance(fs, LocalFileSystem) else _REMOTE_THREADS
 
     def read(first: int, stats: Statistics) -> Iterator[pa.Table]:
@@ -220,10 +244,13 @@ def count_parts(fs: AbstractFileSystem, parts: Sequence[str], samples: int) -> S
                     parquet = pq.ParquetFile(file)
                 except pa.ArrowInvalid as error:
                     raise ValueError(f"{parts[number]} is damaged: {error}") from error
-                yield from _read_tables(parquet, number)
-                metadata = parquet.metadata.metadata or {}
-            if FOOTER in metadata:
-                stats.add_footer(Footer.from_metadata(metadata))
+                metadata, old = parquet.metadata.metadata or {}, inf
+                if FOOTER in metadata:
+                    footer = Footer.from_metadata(metadata)
+                    stats.add_footer(footer, number)
+                    if footer.began >= since and footer.runs:
+                        old = parquet.metadata.num_rows - footer.runs[-1].records
+                yield from _read_tables(parquet, number, old)
 
     def count(first: int) -> Statistics:
         stats = Statistics(_RandomSample(samples))
@@ -246,10 +273,15 @@ def _open_part(fs: AbstractFileSystem, path: str) -> pa.NativeFile:
     return open_bytes(with_retries(fs.cat_file, path, path))
 
 
-def _read_tables(parquet: pq.ParquetFile, part: int) -> Iterator[pa.Table]:
+def _read_tables(parquet: pq.ParquetFile, part: int, old: float = inf) -> Iterator[pa.Table]:
+    """Yield the rows of a part, of which the first ``old`` are not new."""
+    first = 0
     for batch in parquet.iter_batches(_ROWS, columns=_SCHEMA.names, use_threads=False):
         rows = pa.Table.from_batches([batch]).select(_SCHEMA.names).cast(_SCHEMA)
-        yield rows.append_column("part", pa.repeat(part, len(rows)))
+        is_new = np.arange(first, first + len(rows)) >= old
+        rows = rows.append_column("part", pa.repeat(part, len(rows)))
+        yield rows.append_column("is_new", pa.array(is_new))
+        first += len(rows)
 
 
 def _join(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -264,6 +296,11 @@ def _join(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             held, total = [], 0
     if held:
         yield pa.concat_tables(held)
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return rows in the order in which they lie in the parts."""
+    return sorted(rows, key=lambda row: (row.part, row.offset))
 
 
 def _list_rows(table: pa.Table) -> list[Row]:

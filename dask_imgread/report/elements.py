@@ -1,0 +1,66 @@
+"""The elements of a report's page, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from html import escape
+
+from dask_imgread.report.statistics import Row
+
+
+def render_badge(text: str, good: bool) -> str:
+    """Return a badge: green if it is good news, else yellow."""
+    return f'<span class="badge {"good" if good else "warn"}">{text}</span>'
+
+
+def render_section(title: str, content: str) -> str:
+    """Return a section with its heading, or nothing if it has no content."""
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def render_banner(text: str, kind: str) -> str:
+    """Return a line across the page, ``good`` or ``warn``."""
+    return f'<p class="banner {kind}">{text}</p>'
+
+
+def render_grid(kind: str, items: Iterable[str]) -> str:
+    """Return a grid of items, or nothing if there are none; the page's style has its kinds."""
+    content = "".join(items)
+    return f'<div class="grid {kind}">{content}</div>' if content else ""
+
+
+def render_panel(title: str, note: str, content: str) -> str:
+    """Return a panel with a title and a note."""
+    return f'<div class="panel"><h3>{title}</h3><p class="soft">{note}</p>{content}</div>'
+
+
+def render_tile(picture: str, image_id: str, note: str) -> str:
+    """Return a picture with the image's name, its shard and a note below it."""
+    shard, _, name = image_id.partition("/")
+    return (
+        f'<figure title="{escape(image_id)}">{picture}<figcaption><span>{escape(name)}</span>'
+        f'<span class="soft">{escape(shard)}</span><span class="soft">{escape(note)}</span>'
+        "</figcaption></figure>"
+    )
+
+
+def render_cell(text: str) -> str:
+    """Return a table's cell, of which a long text is cut short."""
+    return f'<td title="{escape(text)}"><span>{escape(text)}</span></td>'
+
+
+def render_image(row: Row, pictures: Mapping[str, str]) -> str:
+    """Return the tile of an image that was read; ``pictures`` are by image id."""
+    note = f"{row.width:,} \u00d7 {row.height:,} · {row.format}"
+    return render_tile(pictures[row.image_id], row.image_id, note)
+
+
+def render_placeholder(reason: str) -> str:
+    """Return what stands in place of a picture."""
+    return f'<div class="picture gone"><span>{escape(reason)}</span></div>'
+
+
+def render_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of images, and of what there is to say of each."""
+    lines = "".join(f"<tr>{''.join(map(render_cell, row))}</tr>" for row in rows)
+    return f"<table><tr><th>image_id</th><th>{title}</th></tr>{lines}</table>"

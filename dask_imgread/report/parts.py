@@ -1,0 +1,56 @@
+"""The parts that a job has written so far: the dataset's files, and what waits to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.parts import PartName, Place
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a job.
+
+    Parameters
+    ----------
+    paths
+        Their paths, in order; where a function makes the rows, those of the images' records.
+    is_staged
+        For each whether it waits to be merged into the dataset.
+    merged
+        How many partitions the dataset has.
+    """
+
+    paths: list[str]
+    is_staged: NDArray[np.bool_]
+    merged: int
+
+    @property
+    def read(self) -> int:
+        """How many partitions were read."""
+        return self.merged + int(self.is_staged.sum())
+
+
+def find_parts(folder: JobFolder, description: Mapping[str, Any]) -> Parts:
+    """Find the parts of a job; ``description`` is what ``_job.json`` holds."""
+    _, root = folder.connect()
+    known = folder.look_up_parts(description["id"]).runs[["place", "number", "last"]]
+    known = known[known["place"] != Place.AGAIN].drop_duplicates().sort_values(["number", "place"])
+    is_staged = (known["place"] == Place.STAGED).to_numpy()
+    # The last partition that the files up to there have: what was merged stays for a while.
+    reached = known["last"].where(~is_staged, -1).cummax()
+    known = known[~is_staged | (known["number"] > reached).to_numpy()]
+    files = known[known["place"] == Place.OUT]
+    has_records = description["command"] == "apply"
+    names = (PartName(Place(place), n) for place, n, _ in known.itertuples(index=False))
+    return Parts(
+        [f"{root}/{name.records if has_records else name.file}" for name in names],
+        (known["place"] == Place.STAGED).to_numpy(),
+        int((files["last"] - files["number"] + 1).sum()),
+    )
