@@ -1,7 +1,7 @@
 """Decode every image of some shards and write a table of how bright each is.
 
 Runs on all GPUs of the machine, or on its CPU cores where there is none. Killed and called
-again, it goes on where it stopped:
+again, it goes on where it stopped; with --update it also reads shards that have come since:
 
     python examples/batch_job.py "shards/*.tar" --out brightness
 """
@@ -20,11 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
     parser.add_argument("--out", required=True, help="folder or URL for the table")
+    parser.add_argument("--update", action="store_true", help="read what is new or has changed")
     args = parser.parse_args()
 
     reader = ImageReaderStage(num_gpus_per_worker=SHARE, sidecars=False)
     cluster = connect_client(num_gpus_per_worker=SHARE)  # started if anything is left to do
-    summary = run_job(args.shards, args.out, measure, client=cluster, reader=reader, progress=True)
+    summary = run_job(
+        args.shards,
+        args.out,
+        measure,
+        client=cluster,
+        reader=reader,
+        update=args.update,
+        progress=True,
+    )
     rows = pd.read_parquet(args.out, columns=["brightness"])
     print(f"{summary.images} images, mean brightness {rows['brightness'].mean():.1f}")
 

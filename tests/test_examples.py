@@ -5,12 +5,12 @@ Slurm's commands are stood in for by scripts that run the same things on this ma
 
 import argparse
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +26,13 @@ import pytest
 import yaml
 
 from dask_imgread.cli.arguments import make_parser, parse_arguments
+from dask_imgread.jobs.claim import claim_folder
+from dask_imgread.jobs.folder import JobFolder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+CRONTAB = EXAMPLES / "cron" / "crontab"
 SBATCH = EXAMPLES / "slurm" / "job.sbatch"
+SCRONTAB = EXAMPLES / "slurm" / "scrontab"
 BIN = Path(sys.executable).parent
 
 SRUN = """#!/bin/sh
@@ -100,6 +104,33 @@ def load(path):
     return module
 
 
+def copy_shards(shards, folder):
+    folder.mkdir(exist_ok=True)
+    for shard in shards:
+        shutil.copy(shard, folder)
+
+
+def read_times(out):
+    """Return when each part of a job's output was written."""
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+
+
+def check_update(out, before):
+    """Check that one part, of 25 images, came to those that were there, which were left alone."""
+    assert len(before) == 3
+    assert read_times(out).items() >= before.items()
+    assert len(read_times(out)) == 4
+    assert pd.read_parquet(out)["shard"].value_counts().tolist() == [25] * 4
+
+
+def read_entry(crontab):
+    """Return the fields of the only entry, and its command."""
+    lines = crontab.read_text().splitlines()
+    (entry,) = (line for line in lines if line and not re.match(r"#|[A-Z]+=", line))
+    *fields, command = entry.split(maxsplit=5)
+    return fields, command
+
+
 # All of them
 
 
@@ -107,13 +138,13 @@ def test_the_table_lists_every_example():
     table = (EXAMPLES / "README.md").read_text()
     linked = {EXAMPLES / link for link in re.findall(r"\]\(([^)]+)\)", table)}
     there = {p for p in EXAMPLES.rglob("*.*") if "__pycache__" not in p.parts and p.is_file()}
-    there |= {EXAMPLES / "cron" / "crontab", EXAMPLES / "kubernetes" / "Dockerfile"}
+    there |= {CRONTAB, SCRONTAB, EXAMPLES / "kubernetes" / "Dockerfile"}
     assert linked == there - {EXAMPLES / "README.md"}
 
 
 def find_commands():
     """Yield the arguments of each `dask-imgread`, and of the sbatch script that passes them on."""
-    texts = [(EXAMPLES / "README.md").read_text(), SBATCH.read_text()]
+    texts = [path.read_text() for path in (EXAMPLES / "README.md", SBATCH, SCRONTAB)]
     texts.append((EXAMPLES / "brightness.py").read_text())
     for text in texts:
         for command in re.findall(
@@ -128,11 +159,22 @@ def find_commands():
 
 def test_every_command_is_one():
     commands = list(find_commands())
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         options = make_parser().parse_args(command)
         assert options.shards
         assert options.out
+
+
+@pytest.mark.parametrize("crontab", [CRONTAB, SCRONTAB], ids=lambda path: path.name)
+def test_the_time_of_a_nightly_job(crontab):
+    fields, command = read_entry(crontab)
+    for field, (lowest, highest) in zip(
+        fields, [(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)], strict=True
+    ):
+        assert field == "*" or lowest <= int(field) <= highest
+    assert "%" not in command  # cron makes a line's end of it
+    subprocess.run(["sh", "-n", "-c", command], check=True)
 
 
 def test_a_function_for_the_command_line(tmp_path, photo_shards, environment):
@@ -177,6 +219,18 @@ def test_directives():
         assert re.fullmatch(known[name], value), name
 
 
+def find_options(path, mark):
+    lines = re.findall(rf"^#{mark} (.+)$", path.read_text(), re.MULTILINE)
+    return dict(re.findall(r"--([\w-]+)=?(\S*)", " ".join(lines)))
+
+
+def test_a_night_has_the_same_allocation():
+    script, night = find_options(SBATCH, "SBATCH"), find_options(SCRONTAB, "SCRON")
+    del script["requeue"]  # scrontab does not know it
+    script["output"] = f"imgread/{script['output']}"  # relative to the home folder
+    assert night == script
+
+
 def run_sbatch(*arguments, cwd, env):
     """Start the script as Slurm does: in the folder of the submission, its output in a file."""
     subprocess.run(["bash", "-n", SBATCH], check=True)
@@ -186,15 +240,41 @@ def run_sbatch(*arguments, cwd, env):
         )
 
 
-def test_an_allocation(tmp_path, photo_shards, environment):
-    write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL)
-    started = run_sbatch("metadata", *photo_shards, "--out", "out", cwd=tmp_path, env=environment)
-    log = tmp_path / "log"
+def run_night(folder, environment):
+    """Start the entry of scrontab as Slurm does: its command is a script's last line."""
+    home = folder / "imgread"
+    (home / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    (home / ".venv" / "bin" / "activate").touch()
+    shutil.copy(SBATCH, home)
+    script = folder / "night.sh"
+    script.write_text(f"#!/bin/sh\n{read_entry(SCRONTAB)[1]}\n")
+    with (home / "log").open("w") as log:
+        environment = environment | {"HOME": str(folder)}
+        return subprocess.Popen(["sh", script], env=environment, stdout=log, stderr=log)
+
+
+def check_night(started, home, count):
+    log = home / "log"
     assert started.wait(60) == 0, log.read_text()
-    assert "100 images, 0 failed" in log.read_text()
+    assert count in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert len(pd.read_parquet(tmp_path / "out")) == 100
-    assert {path.name for path in tmp_path.iterdir()} == {"bin", "log", "out"}
+
+
+def test_an_allocation(tmp_path, photo_shards, environment):
+    """The first night is started by hand."""
+    write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL)
+    home = tmp_path / "imgread"
+    home.mkdir()
+    copy_shards(photo_shards[:3], home / "shards")
+    _, _, arguments = read_entry(SCRONTAB)[1].partition("job.sbatch ")
+    started = run_sbatch(*arguments.split(), cwd=home, env=environment)
+    check_night(started, home, "75 images, 0 failed")
+    assert {path.name for path in home.iterdir()} == {"log", "result", "shards"}
+
+    before = read_times(home / "result")
+    copy_shards(photo_shards[3:], home / "shards")
+    check_night(run_night(tmp_path, environment), home, "100 images, 0 failed")
+    check_update(home / "result", before)
 
 
 def start_endless(tmp_path, environment):
@@ -221,6 +301,17 @@ def test_an_allocation_whose_time_is_nearly_up(tmp_path, environment, restarts, 
     assert scontrol.exists() == requeued
     assert not requeued or scontrol.read_text() == "requeue 17\n"
     assert not list(tmp_path.glob("imgread-*"))
+
+
+def test_a_night_whose_time_is_nearly_up(tmp_path, environment):
+    """The signal, which is for the shell alone, reaches the script."""
+    write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL, dask=ENDLESS, dask_imgread=ENDLESS)
+    started = run_night(tmp_path, environment)
+    home = tmp_path / "imgread"
+    wait_until(lambda: len(read_started(home)) == 3)
+    started.send_signal(signal.SIGUSR1)
+    assert started.wait(20) == 143
+    assert (home / "scontrol.log").read_text() == "requeue 17\n"
 
 
 def test_an_allocation_that_is_cancelled(tmp_path, environment):
@@ -286,20 +377,29 @@ def test_the_job_of_a_worker(slurm_cluster):
 def test_workers_that_are_jobs(tmp_path, photo_shards, environment):
     write_commands(tmp_path, sbatch=SBATCH_COMMAND, scancel=SCANCEL)
     script = EXAMPLES / "slurm" / "slurm_cluster.py"
-    done = subprocess.run(
-        [sys.executable, script, *photo_shards, "--out", "out", "--jobs", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "100 images, 0 failed" in done.stdout
-    rows = pd.read_parquet(tmp_path / "out")
-    assert len(rows) == 100
-    assert rows["error"].isna().all()
-    assert len((tmp_path / "scancel.log").read_text().split()) == 1
+
+    def run(shards):
+        done = subprocess.run(
+            [sys.executable, script, *shards, "--out", "out", "--update", "--jobs", "1"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, len((tmp_path / "scancel.log").read_text().split())
+
+    printed, jobs = run(photo_shards[:3])
+    assert "75 images, 0 failed" in printed
+    assert jobs == 1
+    before = read_times(tmp_path / "out")
+    for _ in range(2):  # the second time nothing is left to do
+        printed, jobs = run(photo_shards)
+        assert "100 images, 0 failed" in printed
+        assert jobs == 2
+    check_update(tmp_path / "out", before)
+    assert pd.read_parquet(tmp_path / "out")["error"].isna().all()
     wait_until(lambda: not list(find_marked(environment["MARK"])))  # scancel does not wait
 
 
@@ -395,14 +495,8 @@ def test_the_client_on_kubernetes(
 ):
     """Run the pod's command, with shards and a cluster of this machine."""
     (container,) = find_pods()[1][1]["containers"]
-    shell, flag, script = *container["command"], *container["args"]
-    write_commands(tmp_path, python='#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    printed = subprocess.check_output([shell, flag, script], env=environment, text=True)
-    name, shards, *rest = printed.splitlines()
-    assert name == "kube_cluster.py"
-    assert re.fullmatch(r"s3://example-bucket/shards/\d{4}-\d\d-\d\d/\*\.tar", shards)
-    assert re.fullmatch(r"s3://example-bucket/metadata/day=\d{4}-\d\d-\d\d", rest[1])
-
+    assert container["command"] == ["python", "kube_cluster.py"]
+    arguments = [word.replace("s3://example-bucket", str(tmp_path)) for word in container["args"]]
     made = []
 
     def make_cluster(**options):
@@ -410,33 +504,47 @@ def test_the_client_on_kubernetes(
         return contextlib.nullcontext(imgread_gpu_cluster)
 
     monkeypatch.setattr(kube_cluster, "KubeCluster", make_cluster)
-    rest[1] = str(tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", [name, *photo_shards, *rest])
+    monkeypatch.setattr(sys, "argv", ["kube_cluster.py", *arguments])
+    copy_shards(photo_shards[:3], tmp_path / "shards")
     kube_cluster.main()
     assert made[0]["custom_cluster_spec"]["spec"]["worker"]["replicas"] == 8
-    assert "100 images, 0 failed" in capsys.readouterr().out
-    assert len(pd.read_parquet(tmp_path / "out")) == 100
+    assert "75 images, 0 failed" in capsys.readouterr().out
+
+    before = read_times(tmp_path / "metadata")
+    copy_shards(photo_shards[3:], tmp_path / "shards")
+    for _ in range(2):  # the second time nothing is left to do
+        kube_cluster.main()
+        assert "100 images, 0 failed" in capsys.readouterr().out
+    check_update(tmp_path / "metadata", before)
+    assert len(made) == 2
+
+
+def find_final(job):
+    """Return the exit statuses after which a job is not tried again."""
+    (rule,) = (r for r in job["podFailurePolicy"]["rules"] if r["action"] == "FailJob")
+    return rule["onExitCodes"]["values"]
+
+
+def test_a_pod_is_tried_again_while_the_folder_is_in_use(tmp_path, photo_shards, environment):
+    """Its predecessor may have been killed."""
+    copy_shards(photo_shards[:1], tmp_path / "shards")
+    with claim_folder(JobFolder(str(tmp_path / "metadata"))):
+        for job, pod in find_pods():
+            words = pod["containers"][0]["command"] + pod["containers"][0]["args"]
+            words = [word.replace("s3://example-bucket", str(tmp_path)) for word in words]
+            done = subprocess.run(
+                words,
+                cwd=EXAMPLES / "kubernetes",
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert "is in use by process" in done.stderr
+            assert done.returncode not in find_final(job)
 
 
 # cron
-
-
-def read_crontab():
-    """Return the fields of the only entry, and its command."""
-    lines = (EXAMPLES / "cron" / "crontab").read_text().splitlines()
-    (entry,) = (line for line in lines if line and not re.match(r"#|[A-Z]+=", line))
-    *fields, command = entry.split(maxsplit=5)
-    return fields, command
-
-
-def test_the_time_of_the_cron_job():
-    fields, command = read_crontab()
-    for field, (lowest, highest) in zip(
-        fields, [(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)], strict=True
-    ):
-        assert field == "*" or lowest <= int(field) <= highest
-    assert "%" not in command  # cron makes a line's end of it
-    subprocess.run(["sh", "-n", "-c", command], check=True)
 
 
 @pytest.mark.parametrize(("status", "mailed"), [(0, False), (124, False), (1, True), (3, True)])
@@ -449,12 +557,26 @@ def test_cron_mails_of_what_needs_someone(tmp_path, environment, status, mailed)
     assert not mailed or "hot" in mail
 
 
-def test_cron_jobs_do_not_overlap(tmp_path, environment):
-    home = write_home(tmp_path, "#!/bin/sh\necho ran\n")
-    with (home / "nightly.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run_cron(environment | {"HOME": str(tmp_path)}) == "dask-imgread: status 75\n"
-    assert (home / "nightly.jsonl").read_text() == ""
+def test_nights_of_cron(tmp_path, photo_shards, environment):
+    home = write_home(tmp_path, f'#!/bin/sh\nexec {BIN}/dask-imgread "$@"\n')
+    text = (EXAMPLES / "cron" / "nightly.toml").read_text()
+    text = text.replace("s3://example-bucket/", "").replace("retries", "workers = 1\nretries")
+    (home / "nightly.toml").write_text(text)
+    environment |= {"HOME": str(tmp_path)}
+
+    copy_shards(photo_shards[:3], home / "shards")
+    assert run_cron(environment) == ""
+    before = read_times(home / "metadata")
+    copy_shards(photo_shards[3:], home / "shards")
+    assert run_cron(environment) == ""
+    check_update(home / "metadata", before)
+    summary = json.loads((home / "nightly.jsonl").read_text().splitlines()[-1])
+    assert (summary["new_shards"], summary["new_images"], summary["images"]) == (1, 25, 100)
+
+    with claim_folder(JobFolder(str(home / "metadata"))):
+        mail = run_cron(environment)
+    assert mail.startswith("dask-imgread: status 2\n")
+    assert f"metadata is in use by process {os.getpid()} on host " in mail.splitlines()[-1]
 
 
 def write_home(folder, script):
@@ -466,9 +588,9 @@ def write_home(folder, script):
 
 def run_cron(environment):
     """Return what cron would mail."""
-    _, command = read_crontab()
+    _, command = read_entry(CRONTAB)
     done = subprocess.run(
-        ["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=20
+        ["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=60
     )
     return done.stdout + done.stderr
 

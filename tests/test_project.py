@@ -206,15 +206,24 @@ def test_the_batch_script(tmp_path, photo_shards):
     import pandas as pd
 
     script = ROOT / "examples" / "batch_job.py"
-    done = subprocess.run(
-        [sys.executable, script, *photo_shards, "--out", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "100 images, mean brightness" in done.stdout
+
+    def run(shards):
+        done = subprocess.run(
+            [sys.executable, script, *shards, "--out", "out", "--update"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("out/*.parquet")}
+
+    printed, before = run(photo_shards[:3])
+    assert "75 images, mean brightness" in printed
+    printed, after = run(photo_shards)
+    assert "100 images, mean brightness" in printed
+    assert after.items() >= before.items()
+    assert (len(before), len(after)) == (3, 4)
     assert len(pd.read_parquet(tmp_path / "out")) == 100
 
 

@@ -7,9 +7,12 @@ Runs in the pod of cronjob.yaml. Needs the Dask operator in the cluster, and
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dask_kubernetes.operator import KubeCluster, make_cluster_spec
+from distributed import Client
 
 from dask_imgread import ImageReaderStage, run_job
 
@@ -42,10 +45,27 @@ def make_spec(name: str, image: str, workers: int) -> dict[str, Any]:
     return spec
 
 
+@contextmanager
+def start_cluster(spec: dict[str, Any]) -> Iterator[Client]:
+    """Start a cluster, or take it over: if this pod's predecessor was killed, it is still there."""
+    with (
+        KubeCluster(
+            custom_cluster_spec=spec,
+            shutdown_on_close=True,
+            resource_timeout=900,  # to pull the image
+            quiet=True,
+        ) as cluster,
+        cluster.get_client() as client,
+    ):
+        client.wait_for_workers(1)
+        yield client
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", nargs="+", help="URLs that workers can open")
     parser.add_argument("--out", required=True, help="URL for the metadata")
+    parser.add_argument("--update", action="store_true", help="read what is new or has changed")
     parser.add_argument("--image", required=True, help="of scheduler and workers")
     parser.add_argument("--workers", type=int, default=8, help="pods, one GPU each")
     parser.add_argument("--name", default="imgread", help="of the DaskCluster")
@@ -54,18 +74,16 @@ def main() -> None:
     # Raised as an exception, SIGTERM deletes the cluster; process 1 of a pod would ignore it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
-    with (
-        # If this pod's predecessor was killed, its cluster is still there, and is taken over.
-        KubeCluster(
-            custom_cluster_spec=make_spec(args.name, args.image, args.workers),
-            shutdown_on_close=True,
-            resource_timeout=900,  # to pull the image
-            quiet=True,
-        ) as cluster,
-        cluster.get_client() as client,
-    ):
-        client.wait_for_workers(1)
-        summary = run_job(args.shards, args.out, client=client, reader=reader, progress=True)
+    # Started only if anything is left to do, and nobody else is at it.
+    cluster = start_cluster(make_spec(args.name, args.image, args.workers))
+    summary = run_job(
+        args.shards,
+        args.out,
+        client=cluster,
+        reader=reader,
+        update=args.update,
+        progress=True,
+    )
     print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
 
 

@@ -9,14 +9,18 @@ Where login nodes end long processes, let it be a small Slurm job itself:
         'python examples/slurm/slurm_cluster.py "shards/*.tar" --out result --jobs 8'
 
 If the head is killed, its workers end by themselves; started again, it goes on where it
-stopped, with new ones. Needs `pip install dask-jobqueue`.
+stopped, with new ones. With `--update` the same command reads shards that have come since; where
+there are none, no worker is started. Needs `pip install dask-jobqueue`.
 """
 
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dask_jobqueue import SLURMCluster
+from distributed import Client
 
 from dask_imgread import ImageReaderStage, run_job
 
@@ -39,21 +43,35 @@ def make_cluster() -> SLURMCluster:
     )
 
 
+@contextmanager
+def start_workers(jobs: int) -> Iterator[Client]:
+    """Start a cluster, and keep as many workers as jobs."""
+    with make_cluster() as cluster, cluster.get_client() as client:
+        # Unlike scale, adapt submits a new job when the time of one is up.
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
+        client.wait_for_workers(1)
+        yield client
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
     parser.add_argument("--out", required=True, help="folder or URL for the metadata")
+    parser.add_argument("--update", action="store_true", help="read what is new or has changed")
     parser.add_argument("--jobs", type=int, default=8, help="Slurm jobs, one GPU each")
     args = parser.parse_args()
 
     # Raised as an exception, SIGTERM closes the cluster, which cancels its workers' jobs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
-    with make_cluster() as cluster, cluster.get_client() as client:
-        # Unlike scale, adapt submits a new job when the time of one is up.
-        cluster.adapt(minimum_jobs=args.jobs, maximum_jobs=args.jobs)
-        client.wait_for_workers(1)
-        summary = run_job(args.shards, args.out, client=client, reader=reader, progress=True)
+    summary = run_job(
+        args.shards,
+        args.out,
+        client=start_workers(args.jobs),  # if anything is left to do
+        reader=reader,
+        update=args.update,
+        progress=True,
+    )
     print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
 
 
