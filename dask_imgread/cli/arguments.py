@@ -99,7 +99,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     The parser can't require arguments: they may stand in the configuration file.
     """
     for name in _REQUIRED.get(arguments.command, ()):
-        if not getattr(arguments, name) and not (name == "out" and vars(arguments).get("dry_run")):
+        not_needed = name == "out" and arguments.command == "select" and arguments.dry_run
+        if not getattr(arguments, name) and not not_needed:
             raise ValueError(_MISSING[name])
     if arguments.command == "demo" and arguments.images < 1:
         raise ValueError(

@@ -147,8 +147,9 @@ def read_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> dict[st
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
     options = out_options or storage_options
-    if arguments.overwrite or JobFolder(arguments.out, options).read_job() is None:
-        check_readable(shards, storage_options)  # else an earlier run could read them
+    begins = arguments.overwrite or JobFolder(arguments.out, options).read_job() is None
+    if begins and not arguments.dry_run:
+        check_readable(shards, storage_options)
     return {
         "paths": shards,
         "out": arguments.out,
@@ -388,7 +389,7 @@ def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -
         rate = f"{summary.images_per_second:.0f} images/s while reading"
         print(f"{summary.seconds:.1f} s in all, {rate}")
     else:
-        print(f"nothing left to do: all {summary.partitions} partitions are done")
+        print(f"nothing left to read: all {summary.partitions} partitions are done")
     print()
     first, failures = read_samples(JobFolder(out, storage_options))
     print(format_rows(first))

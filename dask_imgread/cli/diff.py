@@ -40,14 +40,9 @@ def find_changes(arguments: argparse.Namespace) -> Survey:
 
 
 def _warn_of_unfinished(folder: str, options: dict[str, Any]) -> None:
-    job = JobFolder(resolve_path(folder), options)
-    partitions = (job.read_job() or {}).get("partitions", 0)
-    done = len(job.list_parts())
-    if done < partitions:
-        logger.warning(
-            "%s is unfinished, and lacks images: %d of %d partitions are done",
-            *(redact_url(folder), done, partitions),
-        )
+    job = JobFolder(resolve_path(folder), options).read_job() or {}
+    if not job.get("finished"):
+        logger.warning("%s is unfinished, and may lack images", redact_url(folder))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dask_imgread.cli.arguments import (
     merge_pairs,
     parse_arguments,
 )
-from dask_imgread.errors import StorageError
+from dask_imgread.errors import FolderInUseError, StorageError
 from dask_imgread.progress import logs_json
 from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.storage.retries import GIVEN_UP
@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 if all was read or recorded; 1 if `verify`, or a job with `--fail-on-error`, found an
     image that can't be read, or `diff --exit-code` one that differs; 2 if the command, its paths or
-    its options are wrong; 3 if the job could not finish; 4 if the function of `apply` raised for an
-    image that could be read; 130 and 143 after SIGINT and SIGTERM.
+    its options are wrong; 3 if the job could not finish, or another process works on its folder; 4
+    if the function of `apply` raised for an image that could be read; 130 and 143 after SIGINT and
+    SIGTERM.
     """
     secrets: dict[str, Any] = {}
     arguments = argparse.Namespace(command=None)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(f"stopped by {stopped.signal.name}{kept}")
         return 128 + stopped.signal
     except Exception as error:
-        wrong = isinstance(error, _WRONG) and not isinstance(error, StorageError)
+        wrong = isinstance(error, _WRONG) and not isinstance(error, StorageError | FolderInUseError)
         logger.debug("%s", type(error).__name__, exc_info=error)
         print_error(hide_secrets(str(error) or repr(error), secrets))
         return WRONG_USAGE if wrong else UNFINISHED

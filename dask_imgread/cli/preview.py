@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.parts import name_records
 from dask_imgread.texts import shorten
 
 _SAMPLED = 100  # parts that are searched for samples
@@ -23,16 +21,13 @@ _LISTED = 3  # values of a list
 
 def read_samples(folder: JobFolder, count: int = 5) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """Return a few rows, and the id and error of a few failures, from the first parts."""
-    description = folder.read_job() or {}
     rows: list[pd.DataFrame] = []
     failures: list[tuple[str, str]] = []
     for name in folder.list_parts()[:_SAMPLED]:
-        table = pq.read_table(folder.open(name))
+        table, records, _ = folder.read_part(name)
         frame = table.slice(0, count).to_pandas()
         rows.append(frame.reset_index(drop=frame.index.names == [None]))
-        if description.get("command") == "apply":
-            table = pq.read_table(folder.open(name_records(name)))
-        failed = table.filter(pc.is_valid(table["error"])).slice(0, count).to_pylist()
+        failed = records.filter(pc.is_valid(records["error"])).slice(0, count).to_pylist()
         failures += [(row["image_id"], row["error"]) for row in failed]
         if sum(map(len, rows)) >= count and len(failures) >= count:
             break

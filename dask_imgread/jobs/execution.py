@@ -6,7 +6,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,8 +16,7 @@ from distributed.scheduler import KilledWorker
 
 from dask_imgread.cluster.window import run_tasks
 from dask_imgread.errors import JobError, OtherJobError, ReadError, SchemaError
-from dask_imgread.jobs.folder import LEDGER
-from dask_imgread.jobs.merge import PartMerger
+from dask_imgread.jobs.merge import Merge, PartMerger
 from dask_imgread.jobs.parts import (
     STAGING,
     Count,
@@ -27,6 +25,7 @@ from dask_imgread.jobs.parts import (
     PartName,
     Place,
     list_parts,
+    make_token,
 )
 from dask_imgread.jobs.plan import Changes, Partition, Plan
 from dask_imgread.jobs.work import Inventory
@@ -57,26 +56,37 @@ class Execution:
     rows_per_file
         The most rows that partitions are merged up to; None if each is a part of the dataset.
     retry_failed
-        Whether what failed is read again.
+        Whether what failed is read again. A retry that was killed goes on in any case.
+    claim
+        The token of the run's claim.
     """
 
     def __init__(
-        self, plan: Plan, changes: Changes, rows_per_file: int | None, retry_failed: bool
+        self,
+        plan: Plan,
+        changes: Changes,
+        rows_per_file: int | None,
+        retry_failed: bool,
+        claim: str,
     ) -> None:
-        self._plan, self._rows_per_file, self._retry_failed = plan, rows_per_file, retry_failed
+        self._plan, self._rows_per_file = plan, rows_per_file
+        self._retries: list[int] = plan.description["retries"]
         self._began, self._rate, self._memory = time.time(), 0.0, 0
         self._written: dict[PartName, Footer] = {}  # since the ledger was saved
         self._read, self._partitions = Count(), 0
         self._known = plan.folder.look_up_parts(plan.job_id)
         self._inventory = self._take_inventory()
         self._saved, self._save_interval = time.monotonic(), _SAVED_EVERY
-        self.work = self._inventory.find_work(retry_failed)
+        self.work = self._inventory.find_work(retry_failed or bool(self._retries))
+        if retry_failed or self._retries:
+            self._retries = [*self._retries, make_token(claim)]
         self._run: dict[str, Any] = {
             "began": self._began,
             "host": socket.gethostname(),
             "new_shards": len(changes.new),
             "changed_shards": len(changes.changed),
             "gone_shards": plan.gone,
+            "pruned_shards": len(self.work.pruned),
         }
 
     def _take_inventory(self) -> Inventory:
@@ -85,8 +95,12 @@ class Execution:
     def begin(self) -> None:
         """Plan what is to be read again, and note in the folder that a run has begun."""
         plan = self._plan
+        if not len(plan.again):  # what a run has left that was killed at its end
+            left = self._known.select(Place.AGAIN)["number"].unique().tolist()
+            plan.folder.remove(PartName(Place.AGAIN, number).file for number in left)
+            self._known = Ledger(self._known.runs[self._known.runs["place"] != Place.AGAIN])
         plan.description |= {
-            "retries": self._retry_failed,  # resumed, it goes on with it
+            "retries": self._retries,
             "runs": [*plan.description["runs"][1 - _MOST_RUNS :], self._run],
         }
         plan.read_again(self.work.again)
@@ -125,6 +139,11 @@ class Execution:
                 shown.update(done + 1, self._read.images, self._read.failed)
             self._rate = shown.measure_rate()
 
+    def prune(self, client: Client, merger: PartMerger, retries: int, hidden: bool) -> None:
+        """Remove rows of shards that are gone, before any of these may come back."""
+        if len(self.work.pruned):
+            self._merge(client, merger, list(self._inventory.find_prunes()), retries, hidden)
+
     def merge(self, client: Client, merger: PartMerger, retries: int, hidden: bool) -> None:
         """Merge what was read into the dataset, where it is not written there at once.
 
@@ -135,14 +154,17 @@ class Execution:
         """
         self._save()
         work = self._inventory.find_work()
-        work = replace(self.work, read=work.read, merges=work.merges)
         if work.read.any() or self._inventory.find_tasks(work).any():
             raise JobError(_tell_missing(self._plan))
-        merges = list(self._inventory.find_merges(work))
+        self._merge(client, merger, list(self._inventory.find_merges(work)), retries, hidden)
+
+    def _merge(
+        self, client: Client, merger: PartMerger, merges: list[Merge], retries: int, hidden: bool
+    ) -> None:
         if not merges:
             return
         count = Count()
-        logger.info("merging what was read into %d files", len(merges))
+        logger.info("writing %d files of the dataset from what was read", len(merges))
         with choose_progress(len(merges), hidden=hidden) as shown:
             merged = self._run_tasks(client, merger, merges, retries=retries)
             for done, (_, (name, footer)) in enumerate(merged):
@@ -158,12 +180,13 @@ class Execution:
         JobError
             If a part is missing that a worker has written.
         """
-        folder = self._plan.folder
+        plan = self._plan
+        description = plan.description
         if self.work:
             self._save()
-            if self._inventory.find_work():
-                raise JobError(_tell_missing(self._plan))
-        folder.remove([STAGING])
+            if not self._inventory.is_complete():
+                raise JobError(_tell_missing(plan))
+        plan.folder.write_ledger(self._known)
         count = self.count()
         self._run |= {
             "ended": time.time(),
@@ -172,12 +195,12 @@ class Execution:
             "images": count.images,
             "failed": count.failed,
         }
-        description = self._plan.description
-        description["retries"] = False
+        description["retries"] = []
         if self._run not in description["runs"]:  # nothing was left to do
             description["runs"] = [*description["runs"][1 - _MOST_RUNS :], self._run]
-        self._plan.finish()
-        folder.tidy(description["tables"].values())
+        plan.finish()
+        plan.folder.remove([STAGING])
+        plan.folder.tidy(description["tables"].values(), self._known, len(plan.partitions))
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of this run."""
@@ -185,7 +208,7 @@ class Execution:
             "new_images": self._read.images,
             "new_failed": self._read.failed,
             "new_partitions": self._partitions,
-            "images_per_second": round(self._rate, 1),
+            "images_per_second": float(f"{self._rate:.4g}"),
         }
 
     def count(self) -> Count:
@@ -239,10 +262,12 @@ class Execution:
         """Keep count in the folder of the parts that were written, so that it can be looked up."""
         began = time.monotonic()
         folder = self._plan.folder
-        known = self._known.replace_parts(Ledger.from_footers(self._written.items()))
-        self._known = known.set_stamps(list_parts(folder.find_parts()))
+        parts = list_parts(folder.find_parts())
+        # Others may have been written, too, of which the client does not know yet.
+        written = Ledger.from_footers(self._written.items()).set_stamps(parts)
+        self._known = self._known.replace_parts(written).keep_parts(parts)
         if self._written:
-            folder.write_table(LEDGER, self._known.to_table())
+            folder.write_ledger(self._known)
         self._written.clear()
         self._inventory = self._take_inventory()
         self._saved = time.monotonic()

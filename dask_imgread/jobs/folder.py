@@ -24,12 +24,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
+import secrets
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -69,6 +71,8 @@ _OURS = re.compile(
 )
 _TABLE = re.compile(r"_(plan|shards|again)-\d+\.arrow")
 _FOLDERS = (IMAGES, STAGING)
+
+logger = logging.getLogger("dask_imgread")
 _READERS = 16  # footers read at the same time
 _FOOTERS = 1000  # queued for reading at the same time
 
@@ -117,20 +121,30 @@ class JobFolder:
         self._write(name, buffer.getvalue())
 
     def write_part(
-        self, name: PartName, rows: pa.Table, records: pa.Table | None, footer: Footer
-    ) -> None:
-        """Write a part in one piece or not at all, in place of the one that has the name.
+        self,
+        name: PartName,
+        rows: pa.Table,
+        records: pa.Table | None,
+        footer: Footer,
+        earlier: Footer | None = None,
+    ) -> Footer:
+        """Write a part in one piece or not at all, in place of an earlier one; return its footer.
 
-        A part and its records must come from one attempt. The records go first: if the worker dies
-        between the two, the part still has to be made.
+        Its footer names its records. So they come from one attempt, even if a worker is killed
+        between the two.
         """
-        metadata = {FOOTER: footer.to_json().encode()}
         if records is not None:
-            self._write(name.records, _to_parquet(records, metadata))
-        self._write(name.file, _to_parquet(rows, metadata))
+            attempt = secrets.randbits(62) + 1
+            content = _to_parquet(records, {FOOTER: footer.to_json().encode()})
+            footer = replace(footer, attempt=attempt, records_size=len(content))
+            self._write(name.name_records(attempt), content)
+        self._write(name.file, _to_parquet(rows, {FOOTER: footer.to_json().encode()}))
+        if earlier is not None and earlier.attempt:
+            self.remove([name.name_records(earlier.attempt)])
+        return footer
 
-    def read_rows(self, name: PartName, records: bool = False) -> tuple[pa.Table, Footer]:
-        """Return the rows of a part, or its images' records, and its footer.
+    def read_part(self, name: PartName) -> tuple[pa.Table, pa.Table, Footer]:
+        """Return the rows of a part, its images' records (the rows, if it has none), its footer.
 
         Raises
         ------
@@ -139,22 +153,32 @@ class JobFolder:
         pyarrow.ArrowInvalid
             If it is damaged.
         """
-        table = pq.read_table(self.open(name.records if records else name.file))
-        return table, Footer.from_metadata(table.schema.metadata)
+        for last in (False, False, True):
+            rows = pq.read_table(self.open(name.file))
+            footer = Footer.from_metadata(rows.schema.metadata)
+            if not footer.attempt:
+                return rows, rows, footer
+            try:
+                return rows, pq.read_table(self.open(name.name_records(footer.attempt))), footer
+            except FileNotFoundError:  # the part was replaced meanwhile
+                if last:
+                    raise
+        raise AssertionError  # for the type checker
 
     def find_parts(self) -> Iterator[tuple[PartName, int]]:
         """Yield the name of each part, and a number that changes when the file does."""
-        for name, stamp in self._list():
+        for name, _, stamp in self._list():
             if match := _PART.fullmatch(name):
                 yield PartName(Place.OUT, int(match[1])), make_token(stamp)
-        for name, stamp in self._list(STAGING):
+        for name, _, stamp in self._list(STAGING):
             if match := _STAGED.fullmatch(name):
                 place = Place.STAGED if match[1] == "part" else Place.AGAIN
                 yield PartName(place, int(match[2])), make_token(stamp)
 
-    def list_parts(self) -> list[str]:
-        """Return the names of the dataset's files, in order."""
-        return sorted(filter(_PART.fullmatch, self._list_names()))
+    def list_parts(self) -> list[PartName]:
+        """Return the parts of the dataset, in order."""
+        matches = map(_PART.fullmatch, self._list_names())
+        return sorted(PartName(Place.OUT, int(match[1])) for match in matches if match)
 
     def read_footers(
         self, names: Iterable[PartName], job_id: str
@@ -176,29 +200,48 @@ class JobFolder:
             return None
 
     def look_up_parts(self, job_id: str) -> Ledger:
-        """Return what the footers of all parts say; those that are known are not read again."""
+        """Return what the footers of all parts say; those that are known are not read again.
+
+        Parts that are damaged, or another job's, are left out.
+        """
         parts = list_parts(self.find_parts())
         try:
             known = Ledger.from_table(self.read_table(LEDGER)).keep_unchanged(parts)
-        except (FileNotFoundError, pa.ArrowInvalid):
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # none, or damaged
             known = Ledger.from_footers([])
         is_new = ~index_parts(parts).isin(index_parts(known.runs))
         names = (
             PartName(Place(place), number)
             for place, number in parts.loc[is_new, ["place", "number"]].itertuples(index=False)
         )
-        read = Ledger.from_footers(self.read_footers(names, job_id))
-        return known.replace_parts(read).set_stamps(parts)
+        read = Ledger.from_footers(self.read_footers(names, job_id)).set_stamps(parts)
+        return self._check_records(known.replace_parts(read))
 
-    def clear(self) -> None:
-        """Remove what a job has written.
+    def write_ledger(self, ledger: Ledger) -> None:
+        """Keep what the footers of the parts say, for ``look_up_parts``."""
+        self.write_table(LEDGER, ledger.to_table())
 
-        Raises
-        ------
-        FileExistsError
-            If something else is in the folder, which is then left as it is.
-        """
-        fs, root = self.connect()
+    def _check_records(self, ledger: Ledger) -> Ledger:
+        """Leave out parts whose records are missing or cut off."""
+        columns = ["place", "number", "attempt", "records_size"]
+        parts = ledger.runs[columns].drop_duplicates()
+        if not parts["attempt"].any():
+            return ledger
+        sizes = {
+            f"{folder}/{name}": size for folder in _FOLDERS for name, size, _ in self._list(folder)
+        }
+        is_whole = []
+        for place, number, attempt, size in parts.itertuples(index=False):
+            name = PartName(Place(place), number)
+            is_whole.append(not attempt or sizes.get(name.name_records(attempt)) == size)
+            if not is_whole[-1]:
+                warn_damaged(
+                    f"{self.url}/{name.file}", "its images' records are missing or cut off"
+                )
+        return ledger.keep_parts(parts[is_whole])
+
+    def check_ours(self) -> None:
+        """Raise FileExistsError if something is in the folder that no job has written."""
         names = self._list_names()
         has_job = JOB in names  # without it, parts are someone else's
         foreign = sorted(
@@ -213,7 +256,19 @@ class JobFolder:
                 f"{redact_url(self.url)} holds what no job has written, such as {foreign[0]}"
                 f"{more}: give another folder"
             )
-        if has_job:
+
+    def clear(self) -> None:
+        """Remove what a job has written.
+
+        Raises
+        ------
+        FileExistsError
+            If something else is in the folder, which is then left as it is.
+        """
+        self.check_ours()
+        fs, root = self.connect()
+        names = self._list_names()
+        if JOB in names:
             # `_job.json` is removed last, and marks the rest as output that is being removed, in
             # case this process is killed meanwhile.
             self.write_job({"format": CLEARED, "id": ""})
@@ -227,14 +282,30 @@ class JobFolder:
             with suppress(FileNotFoundError):
                 with_retries(fs.rm, self.url, f"{root}/{name}", recursive=name in _FOLDERS)
 
-    def tidy(self, tables: Collection[str]) -> None:
-        """Remove what killed processes left: drafts of files, and tables but those given."""
-        for folder in ("", IMAGES, STAGING):
-            names = self._list_names(folder)
-            drafts = [name for name in names if name.startswith(DRAFT)]
-            self.remove(f"{folder}/{name}".lstrip("/") for name in drafts)
-            if not folder:
-                self.remove({*filter(_TABLE.fullmatch, names)} - {*tables})
+    def tidy(self, tables: Collection[str], ledger: Ledger, partitions: int) -> None:
+        """Remove what killed processes left: drafts, old tables, records of no part.
+
+        And what stands where a part may stand, but is none: it is damaged, or another job's.
+        """
+        names = self._list_names()
+        known = {*ledger.select(Place.OUT)["number"].tolist()}
+        for part in self.list_parts():
+            if part.number < partitions and part.number not in known:
+                logger.warning("%s/%s is no part of the job, and is removed", self.url, part.file)
+                self.remove([part.file])
+        self.remove({*filter(_TABLE.fullmatch, names)} - {*tables})
+        self.remove(n for n in names if n.startswith(DRAFT) and CLAIM not in n)
+        self.remove(
+            f"{folder}/{name}"
+            for folder in _FOLDERS
+            for name in self._list_names(folder)
+            if name.startswith(DRAFT)
+        )
+        attempts = ledger.runs[["place", "number", "attempt"]].drop_duplicates()
+        records = {f"{IMAGES}/{name}" for name in self._list_names(IMAGES)}
+        for place, number, attempt in attempts.itertuples(index=False):
+            records.discard(PartName(Place(place), number).name_records(attempt))
+        self.remove(sorted(records))
 
     def connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the folder's file system, and its path in it."""
@@ -251,10 +322,10 @@ class JobFolder:
         if isinstance(fs, LocalFileSystem):
             with suppress(FileNotFoundError):
                 return os.listdir(f"{root}/{folder}")
-        return [name for name, _ in self._list(folder)]
+        return [name for name, *_ in self._list(folder)]
 
-    def _list(self, folder: str = "") -> Iterator[tuple[str, str]]:
-        """Yield the name of each file in the folder, and a text that changes when the file does."""
+    def _list(self, folder: str = "") -> Iterator[tuple[str, int, str]]:
+        """Yield each file's name, its size, and a text that changes when the file does."""
         fs, root = self.connect()
         path = f"{root}/{folder}".rstrip("/")
         if isinstance(fs, LocalFileSystem):  # many times faster without fsspec
@@ -262,7 +333,8 @@ class JobFolder:
                 for entry in entries:
                     with suppress(FileNotFoundError):
                         status = entry.stat()
-                        yield entry.name, f"{status.st_size}-{status.st_mtime_ns}"
+                        stamp = f"{status.st_size}-{status.st_mtime_ns}"
+                        yield entry.name, status.st_size, stamp
             return
         fs.invalidate_cache(path)  # other processes write here
         try:
@@ -272,7 +344,7 @@ class JobFolder:
         for info in found:
             name = info["name"].rstrip("/")
             if name != path:  # some stores list the folder itself, too
-                yield name.rpartition("/")[2], make_version(info)
+                yield name.rpartition("/")[2], info.get("size") or 0, make_version(info)
 
     def _write(self, name: str, content: bytes) -> None:
         fs, root = self.connect()

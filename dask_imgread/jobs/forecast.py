@@ -8,9 +8,10 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dask_imgread.jobs.parts import Ledger, Place
-from dask_imgread.jobs.plan import Changes, Plan
+from dask_imgread.jobs.plan import Changes, Plan, ShardState
 from dask_imgread.jobs.work import Inventory, Work
 from dask_imgread.shards.ahead import BLOCK_BYTES
 from dask_imgread.storage.filesystems import is_local
@@ -25,7 +26,8 @@ class Forecast:
     shards
         How many shards would be read, whole or in part.
     new_shards, changed_shards, gone_shards
-        How many shards are new, have changed, or are gone since the last run.
+        How many shards are new, have changed, or are gone; with ``prune`` the rows of the latter
+        would be removed.
     partitions
         How many partitions would be read; None if that is known only once headers of the shards
         are read.
@@ -60,7 +62,7 @@ def forecast(
     if "id" in plan.description:
         ledger = plan.folder.look_up_parts(plan.job_id)
     inventory = Inventory(plan, ledger, rows_per_file)
-    work = inventory.find_work(retry_failed or plan.description["retries"])
+    work = inventory.find_work(retry_failed or bool(plan.description["retries"]))
     pieces = list(_list_pieces(plan, changes, inventory, work))
     size = sum(size for _, size in pieces)
     images = _estimate_images(plan, ledger, size)
@@ -69,7 +71,7 @@ def forecast(
         shards=len({path for path, _ in pieces}),
         new_shards=len(changes.new),
         changed_shards=len(changes.changed),
-        gone_shards=plan.gone,
+        gone_shards=plan.gone + len(work.pruned),
         partitions=_count_partitions(plan, changes, work),
         bytes=size,
         images=images,
@@ -85,7 +87,10 @@ def _list_pieces(
     """Yield the path of each shard, or piece of one, that is to be read, and its size."""
     starts, stops = (plan.partitions[name].to_numpy() for name in ("start", "stop"))
     is_whole = np.isnan(starts)
-    whole = np.union1d(inventory.list_shards(work.read & is_whole), work.again)
+    whole = np.union1d(
+        inventory.list_shards(work.read & is_whole), _list_again(plan, inventory, work)
+    )
+    whole = whole[plan.states[whole] == ShardState.PRESENT]
     for shard in [*(plan.shards[number] for number in whole), *changes.new]:
         yield shard.path, shard.size or 0
     first = plan.partitions["first"].to_numpy()
@@ -93,6 +98,13 @@ def _list_pieces(
         shard = plan.shards[first[number]]
         stop = (shard.size or 0) if np.isnan(stops[number]) else stops[number]
         yield shard.path, int(stop - starts[number])
+
+
+def _list_again(plan: Plan, inventory: Inventory, work: Work) -> NDArray[np.int64]:
+    """Return the numbers of the shards that are to be read again, and are not yet."""
+    planned = plan.again["shard"].to_numpy()
+    left = planned[inventory.find_tasks(work)]
+    return np.union1d(left, np.setdiff1d(work.again, planned))
 
 
 def _count_partitions(plan: Plan, changes: Changes, work: Work) -> int | None:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_imgread.jobs.parts import Footer, PartName, Place, ShardRun
 from dask_imgread.jobs.writer import PartSink
+from dask_imgread.rows import to_table
+from dask_imgread.tasks import make_frame
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Replacement:
     parts
         The parts with its new rows; none if it was pruned.
     homes
-        The parts of the dataset that have rows of it, in order.
+        The parts of the dataset that have rows of it, in order, and the last one that is to have.
     """
 
     shard: int
@@ -94,50 +97,58 @@ class PartMerger:
         """Write one part; return its name and footer. May be repeated: the result is the same."""
         began = time.time()
         name = PartName(Place.OUT, merge.number)
+        earlier, old = self._read(name) if merge.exists else (None, [])
+        last = -1 if earlier is None else earlier.last
+        # What was added before, by an attempt that was killed later, is not added twice.
+        added = self._read_all(part for part in merge.added if part.number > last)
         replaced = {each.shard for each in merge.replaced}
-        sources = ([name] if merge.exists else []) + list(merge.added)
-        old = list(self._read(sources))
-        pieces = [piece for piece in old if piece.run.shard not in replaced]
+        pieces = [piece for piece in chain(old, added) if piece.run.shard not in replaced]
         for each in merge.replaced:
-            known = [piece.records for piece in old if piece.run.shard == each.shard]
-            new = (piece for piece in self._read(each.parts) if piece.run.shard == each.shard)
+            new = self._read_all(each.parts, each.shard)
             if each.homes[-1:] == (merge.number,):
-                others = self._read(PartName(Place.OUT, home) for home in each.homes[:-1])
-                gone = [piece.records for piece in others if piece.run.shard == each.shard]
-                pieces += [_filter(piece, gone, False, True) for piece in new] if gone else new
+                others = self._read_all(
+                    (PartName(Place.OUT, n) for n in each.homes[:-1]), each.shard
+                )
+                gone = [piece.records for piece in others]
+                pieces += [_filter(piece, gone, False) for piece in new] if gone else new
             else:
-                pieces += [_filter(piece, known, True, False) for piece in new]
+                known = [piece.records for piece in old if piece.run.shard == each.shard]
+                pieces += [_filter(piece, known, True) for piece in new]
         footer = self.sink.write(
             name,
             [piece.rows for piece in pieces],
             [piece.records for piece in pieces],
             [piece.run for piece in pieces],
             began,
-            merge.last,
+            earlier,
+            max(last, merge.last),
         )
         return name, footer
 
-    def _read(self, names: Iterable[PartName]) -> Iterator[_Piece]:
-        """Yield the runs of parts."""
-        folder = self.sink.folder
+    def _read_all(self, names: Iterable[PartName], shard: int | None = None) -> Iterator[_Piece]:
+        """Yield the runs of parts, or those of one shard."""
         for name in names:
-            try:
-                rows, footer = folder.read_rows(name)
-                records = rows
-                if self.sink.keeps_records:
-                    records, _ = folder.read_rows(name, records=True)
-            except FileNotFoundError:
-                if name.place == Place.OUT:  # the home of a piece that was never read
-                    continue
-                raise
-            row = record = 0
-            for run in footer.runs:
-                yield _Piece(run, rows.slice(row, run.rows), records.slice(record, run.records))
-                row, record = row + run.rows, record + run.records
+            for piece in self._read(name)[1]:
+                if shard is None or piece.run.shard == shard:
+                    yield piece
+
+    def _read(self, name: PartName) -> tuple[Footer, list[_Piece]]:
+        """Return a part's footer and its runs."""
+        rows, records, footer = self.sink.folder.read_part(name)
+        if self.sink.keeps_records:
+            records = records.cast(to_table(make_frame([])).schema)
+        rows = rows.cast(self.sink.schema)  # Parquet does not keep every type as it was
+        pieces: list[_Piece] = []
+        row = record = 0
+        for run in footer.runs:
+            part = rows.slice(row, run.rows), records.slice(record, run.records)
+            pieces.append(_Piece(run, *part))
+            row, record = row + run.rows, record + run.records
+        return footer, pieces
 
 
-def _filter(piece: _Piece, records: list[pa.Table], among: bool, last: bool) -> _Piece:
-    """Return the rows and records of images that are, or are not, among others.
+def _filter(piece: _Piece, records: list[pa.Table], among: bool) -> _Piece:
+    """Return the rows and records of images that are among others; or, for the last home, are not.
 
     Rows without ids can't be told apart: all of them go to the last home.
     """
@@ -146,27 +157,26 @@ def _filter(piece: _Piece, records: list[pa.Table], among: bool, last: bool) -> 
 
     def take(table: pa.Table) -> pa.Table:
         if "image_id" not in table.column_names:
-            return table if last else table.slice(0, 0)
+            return table.slice(0, 0) if among else table
         is_among = pc.is_in(_list_ids(table), ids)
         return table.filter(is_among if among else pc.invert(is_among))
 
-    rows, kept = take(piece.rows), take(piece.records)
-    errors = kept["error"]
-    failed = len(kept) - errors.null_count
+    run, kept = piece.run, take(piece.records)
+    counts = np.array(_count_failed(kept))
+    if not among:  # those without a record, which were skipped
+        counts += np.array([run.failed, run.function_failed]) - _count_failed(piece.records)
+    failed, function_failed = counts.tolist()
+    images = len(kept) - _count_failed(kept)[0]
+    rows = take(piece.rows)
+    numbers = (len(rows), len(kept), images, failed, function_failed)
+    return _Piece(ShardRun(run.shard, run.token, *numbers), rows, kept)
+
+
+def _count_failed(records: pa.Table) -> tuple[int, int]:
+    """Return how many images failed, and how many of these in the function."""
+    errors = records["error"]
     of_function = pc.sum(pc.starts_with(errors, "function failed")).as_py() or 0
-    run = piece.run
-    skipped = run.images + run.failed - run.records  # images without a record
-    return _Piece(
-        run._replace(
-            rows=len(rows),
-            records=len(kept),
-            images=len(kept) - failed,
-            failed=failed + (skipped if last else 0),
-            function_failed=of_function,
-        ),
-        rows,
-        kept,
-    )
+    return len(errors) - errors.null_count, of_function
 
 
 def _list_ids(table: pa.Table) -> pa.ChunkedArray:

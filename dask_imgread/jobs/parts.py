@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import NamedTuple, Self
@@ -44,14 +44,13 @@ class PartName(NamedTuple):
         """
         return _FILES[self.place].format(self.number)
 
-    @property
-    def records(self) -> str:
-        """The name of the file with its images' records.
+    def name_records(self, attempt: int) -> str:
+        """Return the name of the file with the images' records that one attempt has written.
 
-        >>> PartName(Place.OUT, 7).records
-        '_images/part-0000007.records'
+        >>> PartName(Place.OUT, 7).name_records(255)
+        '_images/part-0000007-00000000000000ff.records'
         """
-        return _RECORDS[self.place].format(self.number)
+        return _RECORDS[self.place].format(self.number, attempt)
 
 
 IMAGES, STAGING = "_images", "_staged"
@@ -61,9 +60,9 @@ _FILES = {
     Place.AGAIN: STAGING + "/again-{:07d}.rows",
 }
 _RECORDS = {
-    Place.OUT: IMAGES + "/part-{:07d}.records",
-    Place.STAGED: STAGING + "/part-{:07d}.records",
-    Place.AGAIN: STAGING + "/again-{:07d}.records",
+    Place.OUT: IMAGES + "/part-{:07d}-{:016x}.records",
+    Place.STAGED: STAGING + "/part-{:07d}-{:016x}.records",
+    Place.AGAIN: STAGING + "/again-{:07d}-{:016x}.records",
 }
 
 
@@ -107,6 +106,11 @@ class Footer:
     ended: float
     worker: str
     memory: int = 0  # the most that the worker's process has had until then, in bytes
+    claim: int = 0  # the token of the run's claim, as `make_token` returns it
+    is_merged: bool = False  # made of other parts, and not by reading
+    # The number by which its records are named, and their size in bytes; 0 if it has none.
+    attempt: int = 0
+    records_size: int = 0
 
     @property
     def images(self) -> int:
@@ -139,23 +143,18 @@ class Footer:
         return cls(**fields | {"runs": tuple(ShardRun(*run) for run in fields["runs"])})
 
 
-def name_records(file: str) -> str:
-    """Return the name of the file with the images' records, by that of a file of the dataset.
-
-    >>> name_records("part-0000007.parquet")
-    '_images/part-0000007.records'
-    """
-    return f"{IMAGES}/{file.removesuffix('.parquet')}.records"
-
-
 def make_token(text: str) -> int:
     """Return a number of 64 bits that stands for a text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)
 
 
-_PART_COLUMNS = {"place": "int8", "number": "int32", "stamp": "int64", "last": "int32"}
+_PART_COLUMNS = {"place": "int8", "number": "int32", "stamp": "int64"}
 _COLUMNS = _PART_COLUMNS | {
+    "last": "int32",
+    "claim": "int64",
+    "attempt": "int64",
+    "records_size": "int64",
     "shard": "int32",  # -1 in the row of a part that has none
     "token": "int64",
     "rows": "int64",
@@ -174,31 +173,32 @@ class Ledger:
     Parameters
     ----------
     runs
-        One row for each ``ShardRun`` of each part, with ``place``, ``number``, ``last``, and
-        ``stamp``, which changes when the file does.
+        One row for each ``ShardRun`` of each part, with the part's ``place`` and ``number``, what
+        its footer says, and ``stamp``, which changes when the file does.
     """
 
     runs: pd.DataFrame
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
-        """Return one that was kept as a table."""
-        return cls(table.to_pandas())
+        """Return one that was kept as a table.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If it was not.
+        """
+        return cls(table.to_pandas(ignore_metadata=True)[[*_COLUMNS]].astype(_COLUMNS))
 
     @classmethod
     def from_footers(cls, footers: Iterable[tuple[PartName, Footer]]) -> Self:
         """Make one; the stamps are yet to be set."""
         rows = [
-            (*name, 0, footer.last, *run)
+            (*name, 0, footer.last, footer.claim, footer.attempt, footer.records_size, *run)
             for name, footer in footers
             for run in footer.runs or (_NO_RUN,)
         ]
-        columns: Iterable[tuple[int, ...]] = zip(*rows, strict=True) if rows else [()] * 11
-        made = {
-            name: np.array(values, dtype)
-            for (name, dtype), values in zip(_COLUMNS.items(), columns, strict=True)
-        }
-        return cls(pd.DataFrame(made))
+        return cls(_make_frame(rows, _COLUMNS))
 
     def to_table(self) -> pa.Table:
         """Return it as a table."""
@@ -216,6 +216,11 @@ class Ledger:
         stamps = parts["stamp"].to_numpy()[places[same]]
         same[same] = stamps == self.runs["stamp"].to_numpy()[same]
         return Ledger(self.runs[same].reset_index(drop=True))
+
+    def keep_parts(self, parts: pd.DataFrame) -> Ledger:
+        """Return what it says of some parts, whatever their stamps."""
+        there = index_parts(self.runs).isin(index_parts(parts))
+        return Ledger(self.runs[there].reset_index(drop=True))
 
     def set_stamps(self, parts: pd.DataFrame) -> Ledger:
         """Return it with the stamps that parts have now; those that are not there are left out."""
@@ -242,13 +247,19 @@ def index_parts(rows: pd.DataFrame) -> pd.Index:
 def list_parts(found: Iterable[tuple[PartName, int]]) -> pd.DataFrame:
     """Return one row for each part, with its stamp."""
     rows = [(*name, stamp) for name, stamp in found]
-    columns: Iterable[tuple[int, ...]] = zip(*rows, strict=True) if rows else [()] * 3
-    dtypes = list(_PART_COLUMNS.items())[:3]
+    return _make_frame(rows, _PART_COLUMNS)
+
+
+def _make_frame(rows: Sequence[tuple[int, ...]], dtypes: Mapping[str, str]) -> pd.DataFrame:
+    columns: Iterable[tuple[int, ...]] = zip(*rows, strict=True) if rows else [()] * len(dtypes)
     return pd.DataFrame(
-        {name: np.array(v, dtype) for (name, dtype), v in zip(dtypes, columns, strict=True)}
+        {
+            name: np.array(values, dtype)
+            for (name, dtype), values in zip(dtypes.items(), columns, strict=True)
+        }
     )
 
 
-def warn_damaged(path: str, error: Exception) -> None:
-    """Log that a part is damaged."""
-    logger.warning("%s is damaged, and is made again: %s", redact_url(path), error)
+def warn_damaged(path: str, error: object) -> None:
+    """Log that a part is damaged, and is taken for missing."""
+    logger.warning("%s is damaged: %s", redact_url(path), error)

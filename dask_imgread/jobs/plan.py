@@ -123,6 +123,7 @@ class Changes:
             "new": [redact_url(shard.path) for shard in self.new],
             "gone": [paths[number] for number in self.gone],
             "changed": [paths[number] for number in self.changed],
+            "there again": [paths[number] for number in self.back],
         }
         return [_name_shards(what, names) for what, names in found.items() if names]
 
@@ -188,8 +189,8 @@ class Plan:
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
         """The token of each shard's content: another one if the function was edited."""
-        revision = self.description["revision"]
-        tokens = (make_token(f"{revision}-{version}") for version in self.table["version"])
+        of_code = make_token(json.dumps(self.description["code"], sort_keys=True))
+        tokens = (make_token(f"{of_code}-{version}") for version in self.table["version"])
         return np.fromiter(tokens, np.int64, len(self.table))
 
     def iterate_partitions(
@@ -237,6 +238,8 @@ class Plan:
     def compare(self, shards: Sequence[Shard]) -> Changes:
         """Return how the shards that are there now differ from the plan's; keep their URLs."""
         now = _list_shards(shards)
+        is_first = ~now["identity"].duplicated()  # one may be given twice, differently signed
+        now, shards = now[is_first], [s for s, first in zip(shards, is_first, strict=True) if first]
         known = np.flatnonzero(self.states != ShardState.PRUNED)
         places = pd.Index(self.table["identity"].to_numpy()[known]).get_indexer(now["identity"])
         new, old = np.flatnonzero(places < 0), np.flatnonzero(places >= 0)
@@ -268,7 +271,7 @@ class Plan:
 
     def note_edit(self, code: dict[str, str]) -> None:
         """Note that the function was edited: then no shard's rows are as they should be."""
-        self.description |= {"code": code, "revision": self.description["revision"] + 1}
+        self.description["code"] = code
         self._modify("description")
 
     def add(self, shards: list[Shard]) -> None:
@@ -286,16 +289,17 @@ class Plan:
 
     def read_again(self, numbers: NDArray[np.int64]) -> None:
         """Divide some shards anew, each on its own, unless that was done before."""
-        tokens = self.tokens
         known = self.again.select(["shard", "token"]).to_pandas()
-        is_valid = tokens[known["shard"].to_numpy()] == known["token"].to_numpy()
+        is_valid = self.tokens[known["shard"].to_numpy()] == known["token"].to_numpy()
+        tables = [self.again]
         for number in np.setdiff1d(numbers, known["shard"].to_numpy()[is_valid]).tolist():
             pieces = self._divide([self.shards[number]], number).select(list(_PIECE))
-            where = {"shard": number, "token": tokens[number]}
+            where = {"shard": number, "token": self.tokens[number]}
             columns = [pa.array([value] * len(pieces)) for value in where.values()]
             names = [*where, *_PIECE]
-            added = pa.Table.from_arrays([*columns, *pieces.columns], names).cast(_AGAIN)
-            self.again = pa.concat_tables([self.again, added])
+            tables.append(pa.Table.from_arrays([*columns, *pieces.columns], names).cast(_AGAIN))
+        if len(tables) > 1:
+            self.again = pa.concat_tables(tables)
             self.modified.add("again")
 
     def save(self) -> None:
@@ -318,6 +322,7 @@ class Plan:
         self.description |= {
             "tables": before | new,
             "generation": number,
+            "finished": False,
             "partitions": len(self.partitions),
             "shards": len(self.shards),
         }
@@ -330,6 +335,7 @@ class Plan:
         self.again = _AGAIN.empty_table()
         tables = self.description["tables"]
         self.description["tables"] = {name: tables[name] for name in tables if name != "again"}
+        self.description["finished"] = True
         self.folder.write_job(self.description)
 
     def _divide(self, shards: list[Shard], first: int) -> pa.Table:
@@ -411,6 +417,7 @@ def look_up_plan(
     description = _complete(description, division)
     earlier = folder.read_job()
     if earlier is None or overwrite or earlier["format"] == CLEARED:
+        folder.check_ours()
         plan = Plan(folder, description, division, storage_options)
         return plan, plan.compare(shards)
     differences = _compare_options(earlier, description)
@@ -432,7 +439,7 @@ def look_up_plan(
 def _complete(description: dict[str, Any], division: Division) -> dict[str, Any]:
     # As they come back from JSON: with lists in place of tuples.
     options = json.loads(json.dumps(description["options"] | asdict(division)))
-    begun = {"revision": 0, "retries": False, "runs": []}
+    begun: dict[str, Any] = {"retries": [], "runs": []}
     return {"format": FORMAT, **description, "options": options, **begun}
 
 

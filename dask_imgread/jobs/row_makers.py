@@ -160,7 +160,8 @@ class FunctionRows(RowMaker):
             tables = [_conform(to_table(each), schema) for each in rows]
         except (ValueError, TypeError, NotImplementedError) as error:
             raise SchemaError(
-                f"rows of {name_function(self.fn)}: {error}. Give all columns and types with meta"
+                f"rows of {name_function(self.fn)}: {error}. Give all columns and types with meta; "
+                "if the function was edited and has other columns now, overwrite the output"
             ) from None
         return pa.concat_tables([schema.empty_table(), *tables])
 

@@ -46,7 +46,7 @@ class Summary:
     function_failed
         How many of the failed could be read, but made the function raise.
     partitions
-        How many partitions the job has.
+        How many partitions the job has, those of shards that are gone included.
     new_images, new_failed, new_partitions
         The same numbers for this run alone; shards that are read again count as partitions.
     seconds
@@ -128,7 +128,8 @@ def run_job(
     flight at any time.
 
     With ``update`` the same call follows a set that changes. Whoever reads the dataset meanwhile
-    sees each image once, as it was or as it is now.
+    sees each image once, as it was or as it is now. (Of a function whose rows have no ``image_id``
+    that holds only for shards that are not cut into several partitions.)
 
     Parameters
     ----------
@@ -252,7 +253,7 @@ def run_job(
     )
     with claim_folder(job.folder) as claim:
         plan, changes = prepare_plan(*job.plan, overwrite=overwrite, update=update, prune=prune)
-        run = Execution(plan, changes, rows_per_file, retry_failed or plan.description["retries"])
+        run = Execution(plan, changes, rows_per_file, retry_failed, claim.token)
         if run.work:
             with raise_job_errors(), choose_client(client, job.reader) as opened:
                 wait_for_workers(opened)  # what they declare decides what tasks request
@@ -266,9 +267,10 @@ def run_job(
                     job.row_maker.find_schema(finder),
                     job.row_maker.keeps_records,
                 )
-                writer = PartWriter(sink, job.reader, job.row_maker)
+                writer, merger = PartWriter(sink, job.reader, job.row_maker), PartMerger(sink)
+                run.prune(opened, merger, retries, hidden=not progress)
                 run.read(opened, writer, retries, hidden=not progress)
-                run.merge(opened, PartMerger(sink), retries, hidden=not progress)
+                run.merge(opened, merger, retries, hidden=not progress)
         run.finish()
     return Summary(
         **asdict(run.count()),
@@ -420,6 +422,7 @@ def _choose_reader(
     checksum: bool,
 ) -> ImageReaderStage:
     reader = reader or ImageReaderStage(decode=decode, sidecars=decode)
+    relative_to = None if relative_to is None else os.fspath(relative_to)
     given = {"relative_to": relative_to, "sidecars": extensions, "checksum": checksum}
     return reader.with_options(**{name: value for name, value in given.items() if value})
 

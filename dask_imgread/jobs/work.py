@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -60,6 +60,7 @@ class _Runs(NamedTuple):
     rows: Numbers
     images: Numbers
     failed: Numbers
+    claim: Numbers
 
     @classmethod
     def of(cls, ledger: Ledger, place: Place) -> Self:
@@ -102,9 +103,14 @@ class Inventory:
         is_covered = (places >= 0) & (numbers <= np.append(self._lasts, -1)[places])
         self._homes = np.where(is_covered, np.append(self._files, -1)[places], -1)
         self._is_staged = np.isin(numbers, ledger.select(Place.STAGED)["number"]) & ~is_covered
-        self._is_read_again = np.isin(
-            np.arange(len(plan.again)), ledger.select(Place.AGAIN)["number"]
+        # Which tasks of `plan.again` are of shards as they are now, and which of them are done.
+        self._task_shard, token = (
+            plan.again[name].to_numpy().astype(np.int64) for name in ("shard", "token")
         )
+        tasks = np.arange(len(self._task_shard))
+        is_present = self._states[self._task_shard] == ShardState.PRESENT
+        self._is_task = is_present & (token == self._tokens[self._task_shard])
+        self._is_done = np.isin(tasks, self._again.number[self._match(self._again)])
 
     @property
     def is_there(self) -> Mask:
@@ -125,18 +131,34 @@ class Inventory:
             can_read[self._out.number[keeps]] = False
         else:
             can_read &= self._homes < 0
-        read = np.zeros(len(can_read), bool)
-        read[self._partition[stale]] = True
-        read &= can_read
-        again = np.unique(self._shard[stale & ~can_read[self._partition]])
-        retried = np.array([], np.int64)
+        read = self._mark(stale) & can_read
+        changed = np.unique(self._shard[stale & ~can_read[self._partition]])
+        # What a run that was killed has begun to read again is read to the end.
+        begun = np.setdiff1d(self._task_shard[self._is_task], self.list_shards(read))
+        again = np.union1d(changed, begun)
         if retry_failed:
-            more, failed = self._find_failed()
+            more, failed = self._find_failed(again)
             read |= more
-            retried = np.setdiff1d(failed, again)
+            again = np.union1d(again, failed)
         pruned = self._out.shard[self._states[self._out.shard] == ShardState.PRUNED]
         merges = self._rows_per_file is not None and bool((self._homes < 0).any())
-        return Work(read, np.union1d(again, retried), retried, np.unique(pruned), merges)
+        return Work(read, again, np.setdiff1d(again, changed), np.unique(pruned), merges)
+
+    def is_complete(self) -> bool:
+        """Return whether the dataset has everything, though a retry may have been in vain."""
+        work = self.find_work()
+        return not (
+            work.read.any()
+            or work.merges
+            or len(work.pruned)
+            or len(work.again) > len(work.retried)
+        )
+
+    def _mark(self, pairs: Mask) -> Mask:
+        """Return which partitions are among some pairs of a partition and a shard."""
+        marked = np.zeros(len(self._first), bool)
+        marked[self._partition[pairs]] = True
+        return marked
 
     def _is_fresh(self, runs: _Runs, numbers: Numbers) -> Mask:
         """Return whether a part has the rows of a shard as it is now; a number for each pair."""
@@ -147,14 +169,19 @@ class Inventory:
         matches: Mask = runs.token == self._tokens[runs.shard]
         return matches
 
-    def _find_failed(self) -> tuple[Mask, Numbers]:
-        """Return the partitions in which images failed, and shards where these can't be read."""
-        failed = (self._out.failed > 0) & (self._states[self._out.shard] == ShardState.PRESENT)
+    def _find_failed(self, again: Numbers) -> tuple[Mask, Numbers]:
+        """Return the partitions in which images failed, and shards where these can't be read.
+
+        What this retry has read already, before it was killed, is left out.
+        """
+        retries = np.array(self._plan.description["retries"], np.int64)
+        failed = (self._out.failed > 0) & ~np.isin(self._out.claim, retries)
+        failed &= self._states[self._out.shard] == ShardState.PRESENT
         read = np.zeros(len(self._first), bool)
         if self._rows_per_file is None:
             read[self._out.number[failed]] = True
             is_absent = self._states[self._shard] != ShardState.PRESENT
-            read &= ~self._is_home & ~np.isin(np.arange(len(read)), self._partition[is_absent])
+            read &= ~self._is_home & ~self._mark(is_absent | np.isin(self._shard, again))
             failed &= ~read[self._out.number]
         return read, np.unique(self._out.shard[failed])
 
@@ -164,12 +191,12 @@ class Inventory:
 
     def find_tasks(self, work: Work) -> Mask:
         """Return which tasks of ``plan.again`` are to be run."""
-        return self._list_again(work.again) & ~self._is_read_again
-
-    def _list_again(self, shards: Numbers) -> Mask:
-        shard, token = (self._plan.again[name].to_numpy() for name in ("shard", "token"))
-        tasks: Mask = np.isin(shard, shards) & (token == self._tokens[shard])
+        tasks: Mask = np.isin(self._task_shard, work.again) & self._is_task & ~self._is_done
         return tasks
+
+    def find_prunes(self) -> Iterator[Merge]:
+        """Yield parts of the dataset from which rows are to be removed."""
+        yield from self._make_merges(self._find_pruned(self._out, self._out.number), {})
 
     def find_merges(self, work: Work) -> Iterator[Merge]:
         """Yield what is to be merged, once everything has been read."""
@@ -177,33 +204,42 @@ class Inventory:
         homes = np.where(self._homes >= 0, self._homes, np.arange(len(self._homes)))
         for number, members in groups.items():
             homes[members] = number
-        replaced: dict[int, dict[int, Replacement]] = defaultdict(dict)
+        replaced = self._find_pruned(self._staged, homes[self._staged.number])
+        homes_of = _group(self._shard, homes[self._partition])
+        tasks_of = _group(self._task_shard[self._is_task], np.flatnonzero(self._is_task))
+        before, now = (_sum_images(runs) for runs in (self._out, self._again))
+        retried, files = set(work.retried.tolist()), set(self._files.tolist())
         for shard in work.again.tolist():
-            if shard in work.retried and self._loses_images(shard):
+            if shard in retried and self._loses_images(shard, before, now):
                 continue
-            where = tuple(np.unique(homes[self._partition[self._shard == shard]]).tolist())
-            tasks = np.flatnonzero(self._list_again(np.array([shard])))
-            names = tuple(PartName(Place.AGAIN, task) for task in tasks.tolist())
+            where = np.unique(homes_of[shard]).tolist()
+            names = tuple(PartName(Place.AGAIN, task) for task in tasks_of[shard].tolist())
+            there = [home for home in where[:-1] if home in files]
             for home in where:
-                replaced[home][shard] = Replacement(shard, names, where)
-        for runs, numbers in (
-            (self._out, self._out.number),
-            (self._staged, homes[self._staged.number]),
-        ):
-            is_pruned = self._states[runs.shard] == ShardState.PRUNED
-            pairs = zip(numbers[is_pruned].tolist(), runs.shard[is_pruned].tolist(), strict=True)
-            for number, shard in pairs:
-                replaced[number].setdefault(shard, Replacement(shard))
+                replaced[home][shard] = Replacement(shard, names, (*there, where[-1]))
+        yield from self._make_merges(replaced, groups)
+
+    def _find_pruned(self, runs: _Runs, numbers: Numbers) -> dict[int, dict[int, Replacement]]:
+        """Return the shards whose rows are to be removed, by the part; numbers of a part a run."""
+        replaced: dict[int, dict[int, Replacement]] = defaultdict(dict)
+        is_pruned = self._states[runs.shard] == ShardState.PRUNED
+        pairs = zip(numbers[is_pruned].tolist(), runs.shard[is_pruned].tolist(), strict=True)
+        for number, shard in pairs:
+            replaced[number][shard] = Replacement(shard)
+        return replaced
+
+    def _make_merges(
+        self, replaced: dict[int, dict[int, Replacement]], groups: dict[int, list[int]]
+    ) -> Iterator[Merge]:
         lasts = dict(zip(self._files.tolist(), self._lasts.tolist(), strict=True))
         for number in sorted({*replaced, *groups}):
             members = groups.get(number, [])
-            staged = (member for member in members if self._is_staged[member])
             yield Merge(
                 number,
                 number in lasts,
                 members[-1] if members else lasts.get(number, number),
-                tuple(PartName(Place.STAGED, member) for member in staged),
-                tuple(replaced[number].values()),
+                tuple(PartName(Place.STAGED, m) for m in members if self._is_staged[m]),
+                tuple(replaced.get(number, {}).values()),
             )
 
     def _group_partitions(self, rows_per_file: int) -> dict[int, list[int]]:
@@ -223,14 +259,27 @@ class Inventory:
             rows += more
         return groups
 
-    def _loses_images(self, shard: int) -> bool:
+    def _loses_images(self, shard: int, before: Counter[int], now: Counter[int]) -> bool:
         """Return whether fewer images of a shard could be read again than before."""
-        before = int(self._out.images[self._out.shard == shard].sum())
-        is_new = (self._again.shard == shard) & (self._again.token == self._tokens[shard])
-        now = int(self._again.images[is_new].sum())
-        if now < before:
+        if now[shard] < before[shard]:
             logger.warning(
                 "%s: %d images could be read before, and %d now: earlier rows stay",
-                *(self._plan.table["shard"][shard], before, now),
+                *(self._plan.table["shard"][shard], before[shard], now[shard]),
             )
-        return now < before
+        return now[shard] < before[shard]
+
+
+def _group(keys: Numbers, values: Numbers) -> dict[int, Numbers]:
+    """Return the values of each key."""
+    order = np.argsort(keys, kind="stable")
+    found, starts = np.unique(keys[order], return_index=True)
+    pieces = np.split(values[order], starts[1:]) if len(keys) else []
+    return dict(zip(found.tolist(), pieces, strict=True))
+
+
+def _sum_images(runs: _Runs) -> Counter[int]:
+    """Return how many images of each shard were read."""
+    counts: Counter[int] = Counter()
+    for shard, images in zip(runs.shard.tolist(), runs.images.tolist(), strict=True):
+        counts[shard] += images
+    return counts

@@ -14,7 +14,7 @@ from dask_imgread.cluster.worker import find_worker
 from dask_imgread.errors import StorageError
 from dask_imgread.jobs.claim import check_claim
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.parts import Footer, PartName, ShardRun
+from dask_imgread.jobs.parts import Footer, PartName, ShardRun, make_token
 from dask_imgread.jobs.plan import Partition
 from dask_imgread.jobs.row_makers import RowMaker
 from dask_imgread.reading.reader import ImageReaderStage
@@ -57,9 +57,12 @@ class PartSink:
         records: list[pa.Table],
         runs: list[ShardRun],
         began: float,
+        earlier: Footer | None = None,
         last: int | None = None,
     ) -> Footer:
-        """Write a part that holds some tables; return its footer.
+        """Write a part that holds some tables, in place of an earlier one; return its footer.
+
+        If ``last`` is given, it is made of other parts, and has the partitions up to that.
 
         Raises
         ------
@@ -74,16 +77,16 @@ class PartSink:
             began,
             time.time(),
             worker.address if worker is not None else "client",
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            memory=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            claim=make_token(self.claim),
+            is_merged=last is not None,
         )
         kept = None
         if self.keeps_records:
             kept = pa.concat_tables([to_table(make_frame([])), *records])
         check_claim(self.folder, self.claim)
-        self.folder.write_part(
-            name, pa.concat_tables([self.schema.empty_table(), *rows]), kept, footer
-        )
-        return footer
+        whole = pa.concat_tables([self.schema.empty_table(), *rows])
+        return self.folder.write_part(name, whole, kept, footer, earlier)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class PartWriter:
                     *(partition.name.number, earlier.images, images),
                 )
                 return earlier
-        return self.sink.write(partition.name, rows, records, runs, began)
+        return self.sink.write(partition.name, rows, records, runs, began, earlier)
 
 
 def _split(partition: Partition) -> Iterator[tuple[ShardRun, FileGroupTask]]:

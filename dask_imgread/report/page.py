@@ -149,7 +149,7 @@ def write_report(
     pictures = _load_thumbnails(shown, shard_options)
     changes = ""
     if since and survey:
-        done = parts.merged >= description["partitions"]
+        done = description["finished"]
         changes = render_changes(redact_url(since), survey, changed, pictures, done)
     html = _render_page(
         redact_url(folder.url), description, parts, stats, neighbours, pictures, changes
@@ -230,7 +230,7 @@ def _render_page(
     changes: str,
 ) -> str:
     """Return the page's HTML."""
-    times = np.array(stats.times).reshape(-1, 4).T
+    times = np.array(stats.times).reshape(-1, 5).T
     times[2] = times[2].clip(times[1] + 1e-3)
     reading = find_reading(description, times, parts.is_staged)
     runs = description.get("runs", [])
@@ -272,13 +272,15 @@ def _render_page(
 
 def _describe_left(description: Mapping[str, Any], parts: Parts) -> str:
     """Return in words what is left to do, nothing if the job is done."""
-    partitions, runs = description["partitions"], description.get("runs", [])
+    if description["finished"]:
+        return ""
+    partitions = description["partitions"]
     if parts.is_staged.any():
         merged = f"{parts.merged:,} of them in the dataset"
         return f"{parts.read:,} of {partitions:,} partitions read, {merged}"
     if parts.read < partitions:
         return f"{parts.read:,} of {partitions:,} partitions done"
-    return "the last run has not ended" if runs and "ended" not in runs[-1] else ""
+    return "the last run has not ended"
 
 
 def _render_cards(

@@ -40,17 +40,18 @@ class Parts:
 def find_parts(folder: JobFolder, description: Mapping[str, Any]) -> Parts:
     """Find the parts of a job; ``description`` is what ``_job.json`` holds."""
     _, root = folder.connect()
-    known = folder.look_up_parts(description["id"]).runs[["place", "number", "last"]]
+    known = folder.look_up_parts(description["id"]).runs[["place", "number", "last", "attempt"]]
     known = known[known["place"] != Place.AGAIN].drop_duplicates().sort_values(["number", "place"])
     is_staged = (known["place"] == Place.STAGED).to_numpy()
     # The last partition that the files up to there have: what was merged stays for a while.
     reached = known["last"].where(~is_staged, -1).cummax()
     known = known[~is_staged | (known["number"] > reached).to_numpy()]
     files = known[known["place"] == Place.OUT]
-    has_records = description["command"] == "apply"
-    names = (PartName(Place(place), n) for place, n, _ in known.itertuples(index=False))
+    columns = known[["place", "number", "attempt"]].itertuples(index=False)
+    names = ((PartName(Place(place), number), attempt) for place, number, attempt in columns)
+    paths = (name.name_records(attempt) if attempt else name.file for name, attempt in names)
     return Parts(
-        [f"{root}/{name.records if has_records else name.file}" for name in names],
+        [f"{root}/{path}" for path in paths],
         (known["place"] == Place.STAGED).to_numpy(),
         int((files["last"] - files["number"] + 1).sum()),
     )

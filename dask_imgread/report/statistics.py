@@ -183,7 +183,8 @@ class Statistics:
 
     def add_footer(self, footer: Footer, part: int) -> None:
         """Add when and by which worker a part was written."""
-        self.times.extend((footer.images + footer.failed, footer.began, footer.ended, part))
+        images = footer.images + footer.failed
+        self.times.extend((images, footer.began, footer.ended, part, footer.is_merged))
         self.workers.add(footer.worker)
 
     def merge(self, other: Statistics) -> None:

@@ -55,34 +55,23 @@ def find_reading(
 ) -> Reading:
     """Return what was read, and how long that took.
 
-    Parts that were merged from others have the times of the merge. Nothing in them tells; so if
-    some may have been, the figures of the runs that ended are taken instead.
+    Parts that were merged from others have the times of the merge. If there are any, the figures
+    of the runs that ended are taken instead.
 
     Parameters
     ----------
     description
         What ``_job.json`` holds.
     times
-        Rows: images, began, ended and place of each part.
+        Rows: images, began, ended and place of each part, and whether it was merged.
     is_staged
         For each place whether the part waits to be merged: then it is as it was read.
     """
     runs = [run for run in description.get("runs", []) if "ended" in run]
-    if _may_be_merged(description, runs, times):
+    if times[4].any():
         parts = times[:3, is_staged[times[3].astype(int)]]
         return Reading(parts, [run for run in runs if run["images_per_second"]])
     return Reading(times[:3])
-
-
-def _may_be_merged(description: Mapping[str, Any], runs: Sequence[Run], times: Floats) -> bool:
-    if description.get("options", {}).get("rows_per_file"):
-        return True
-    images, began, _, _ = times
-    return any(run["changed_shards"] for run in description.get("runs", [])) or any(
-        # Parts have images that were read before.
-        images[(began >= run["began"]) & (began <= run["ended"])].sum() > count_images(run)
-        for run in runs
-    )
 
 
 def count_images(run: Run) -> int:

@@ -159,7 +159,7 @@ def test_nothing_left_to_do(folder):
     job = ["metadata", *shards, "--out", "out", "--workers", 1]
     first, again = run(*job), run(*job)
     assert first[0] == again[0] == 0
-    assert "nothing left to do: all 2 partitions are done" in again[1]
+    assert "nothing left to read: all 2 partitions are done" in again[1]
     assert "nothing left" not in first[1]
     assert "images/s" not in again[1]
 

@@ -4,17 +4,21 @@ import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import threading
 from pathlib import Path
 
 import dask.dataframe as dd
 import duckdb
+import numpy as np
 import pandas as pd
 import pytest
 
 from dask_imgread import ImageReaderStage, OtherJobError, forecast_job, run_job
 from dask_imgread.cli.main import main
 from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.merge import PartMerger
 from dask_imgread.pictures import draw_picture, encode_picture
 from dask_imgread.testing import make_shards, write_shard
 from tests.helpers.nights import (
@@ -342,3 +346,197 @@ def test_a_forecast_opens_nothing(tmp_path):
     assert (forecast.shards, forecast.bytes, forecast.partitions) == (1, 6, None)
     assert forecast.images is forecast.seconds is forecast.memory is None
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def scene(tmp_path, client):
+    """Shards of which one changes, one goes and one comes; and a job over them."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+
+    def write(name, images, size=8):
+        picture = encode_picture(draw_picture(1, (size, size)))
+        write_shard(shards / f"{name}.tar", [(f"{n}.jpg", picture) for n in images])
+
+    for name in "abc":
+        write(name, range(5))
+    return write, lambda out, **options: run_job(shards, tmp_path / out, client=client, **options)
+
+
+class Killed(BaseException):
+    """Ends the client at a moment of the test's choice."""
+
+
+def kill_at(number, patch):
+    """Let the client die before it writes or removes for the n-th time; return a list of these."""
+    written = []
+
+    def die(write):
+        def write_or_die(*arguments):
+            written.append(write.__name__)
+            if len(written) == number:
+                raise Killed
+            return write(*arguments)
+
+        return write_or_die
+
+    for name in ("write_job", "write_table", "remove"):
+        patch.setattr(JobFolder, name, die(getattr(JobFolder, name)))
+    return written
+
+
+TABLES = {"_parts.arrow", "_schema.arrow"}
+KILLED = [
+    {},
+    {"images_per_partition": 2},
+    {"files_per_partition": 2},
+    {"images_per_partition": 2, "rows_per_file": 6},
+]
+
+
+@pytest.mark.parametrize(
+    ("division", "function"),
+    [*((division, None) for division in KILLED), (KILLED[-1], sum_pixels)],
+    ids=str,
+)
+def test_killed_at_any_of_its_writes(tmp_path, scene, monkeypatch, division, function):
+    """The client's own: tables and description. What workers write is there or not."""
+    write, run = scene
+    reader = ImageReaderStage(device="cpu", verbose=False, decode=function is not None)
+    job = {"fn": function, "reader": reader, **division}
+    run("base", **job)
+    gone = read_all(tmp_path / "base", function)
+    write("a", [7, 0, 3, 9], size=16)
+    (tmp_path / "shards" / "b.tar").unlink()
+    write("d", range(3))
+    run("fresh", **job)
+    pairs = zip(gone, read_all(tmp_path / "fresh", function), strict=True)
+    expected = [keep_gone(*pair, tmp_path / "shards") for pair in pairs]
+    number = writes = 0
+    while writes >= number:  # until it is not killed any more
+        number += 1
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(tmp_path / "base", tmp_path / "out")
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            written = kill_at(number, patch)
+            run("out", update=True, **job)
+        writes = len(written)
+        done = run("out", update=True, **job)
+        for rows, wanted in zip(read_all(tmp_path / "out", function), expected, strict=True):
+            pd.testing.assert_frame_equal(rows, wanted)
+        assert (done.images, done.failed) == (17, 0)
+        left = {re.sub(r"-.*", "", path.name) for path in (tmp_path / "out").iterdir()}
+        assert left <= {"part", "_job.json", "_images", "_plan", "_shards", *TABLES}
+        assert len(list((tmp_path / "out").glob("_plan-*"))) == 1
+    assert number > 5
+
+
+def test_a_merge_may_be_repeated(tmp_path, scene, monkeypatch):
+    """Dask runs a task again if its worker dies after it has written, but before it has told."""
+    write, run = scene
+    job = {"reader": HEADERS, "rows_per_file": 100}
+    run("out", **job)
+    write("d", range(4))
+    call = PartMerger.__call__
+
+    def call_twice(merger, merge):
+        call(merger, merge)
+        return call(merger, merge)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartMerger, "__call__", call_twice)
+        patch.setattr("dask_imgread.jobs.execution.run_tasks", run_here)
+        assert run("out", update=True, **job).images == 19
+    assert read_rows(tmp_path / "out").index.is_unique
+
+
+def run_here(client, fn, items, **options):
+    """What ``run_tasks`` does, in this process."""
+    return ((item, fn(item)) for item in items)
+
+
+def test_a_shard_that_changes_before_its_pieces_were_merged(tmp_path, scene, monkeypatch):
+    write, run = scene
+    job = {"reader": HEADERS, "rows_per_file": 2, "images_per_partition": 2}
+
+    def die(*arguments, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr("dask_imgread.jobs.execution.Execution.merge", die)
+        run("out", **job)
+    write("a", [8, 1, 0, 3, 4, 2, 9])
+    with monkeypatch.context() as patch:  # the files in any order
+        patch.setattr("dask_imgread.jobs.execution.run_tasks", run_backwards)
+        assert run("out", update=True, **job).images == 17
+    assert read_rows(tmp_path / "out").index.is_unique
+
+
+def run_backwards(client, fn, items, **options):
+    return run_here(client, fn, list(items)[::-1], **options)
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1"])
+def test_records_that_are_lost_are_made_again(tmp_path, scene, content):
+    _, run = scene
+    job = {"fn": sum_pixels, "reader": ImageReaderStage(device="cpu", verbose=False)}
+    run("out", **job)
+    records = next((tmp_path / "out" / "_images").glob("part-0000001-*"))
+    records.unlink() if content is None else records.write_bytes(content)
+    assert run("out", **job).new_partitions == 1
+    assert [len(rows) for rows in read_all(tmp_path / "out", sum_pixels)] == [15, 15]
+
+
+def test_what_is_no_part_is_removed(tmp_path, scene):
+    _, run = scene
+    job = {"reader": HEADERS, "rows_per_file": 100}
+    run("out", **job)
+    run("other", reader=HEADERS)
+    shutil.copy(tmp_path / "other" / "part-0000001.parquet", tmp_path / "out")
+    assert len(read_rows(tmp_path / "out")) == 20
+    assert run("out", **job).new_partitions == 0
+    assert len(read_rows(tmp_path / "out")) == 15
+
+
+def test_a_shard_that_was_pruned_comes_back(tmp_path, scene):
+    write, run = scene
+    run("out", reader=HEADERS)
+    (tmp_path / "shards" / "b.tar").unlink()
+    assert run("out", reader=HEADERS, update=True, prune=True).images == 10
+    write("b", range(6))
+    back = run("out", reader=HEADERS, update=True)
+    assert (back.images, back.new_shards) == (16, 1)
+
+
+def test_a_shard_that_was_gone_is_there_again(tmp_path, scene):
+    _, run = scene
+    path, aside = tmp_path / "shards" / "b.tar", tmp_path / "b.tar"
+    run("out", reader=HEADERS)
+    path.rename(aside)
+    assert run("out", reader=HEADERS, update=True).gone_shards == 1
+    aside.rename(path)
+    with pytest.raises(OtherJobError, match=r"1 shard is there again: .*/b\.tar\. Update it"):
+        run("out", reader=HEADERS)
+    back = run("out", reader=HEADERS, update=True)
+    assert (back.images, back.gone_shards, back.new_partitions) == (15, 0, 0)
+
+
+def test_all_types_of_columns_can_be_merged(tmp_path, scene):
+    def measure(batch):
+        count = len(batch)
+        return pd.DataFrame(
+            {
+                "image_id": batch.ids,
+                "kind": pd.Categorical(["x"] * count, categories=["x", "y"]),
+                "time": pd.Series(pd.to_datetime(["2020-01-01"] * count)).astype("datetime64[s]"),
+                "vector": [np.zeros(3, np.float32)] * count,
+                "boxes": [[{"left": 1, "top": 2}]] * count,
+            }
+        ).set_index("image_id")
+
+    _, run = scene
+    reader = ImageReaderStage(device="cpu", verbose=False)
+    run("plain", fn=measure, reader=reader)
+    run("merged", fn=measure, reader=reader, rows_per_file=100)
+    assert len(list((tmp_path / "merged").glob("part-*"))) == 1
+    pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / o) for o in ("plain", "merged")))

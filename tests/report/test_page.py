@@ -9,12 +9,12 @@ from pathlib import Path
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dask_imgread import ImageReaderStage, partition_shards
-from dask_imgread.jobs.parts import Footer, ShardRun
+from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.parts import Footer, PartName, Place, ShardRun
 from dask_imgread.report import page as report
 from dask_imgread.report import plots
 from dask_imgread.report.page import write_report
@@ -33,8 +33,7 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
     """Read shards and write them as a job does, but for the last ``unfinished`` partitions."""
     tasks = partition_shards(paths, **partitioning)
     out = Path(folder) / "out"
-    records = out / "_images" if command == "apply" else out
-    records.mkdir(parents=True)
+    out.mkdir(parents=True)
     job = {
         "format": 4,
         "id": "0",
@@ -42,6 +41,7 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
         "partitions": len(tasks),
         "shards": len(paths),
         "version": "9.9",
+        "finished": not unfinished,
     }
     (out / "_job.json").write_text(json.dumps(job))
     for number, task in enumerate(tasks[: len(tasks) - unfinished]):
@@ -52,13 +52,8 @@ def write_job(folder, paths, command="metadata", unfinished=0, **partitioning):
         began = 1.77e9 + number
         footer = Footer("0", (run,), number, began, began + 2, f"worker-{number % 2}")
         table = pa.Table.from_pandas(rows)
-        metadata = {**table.schema.metadata, b"dask_imgread": footer.to_json().encode()}
-        name = f"part-{number:07d}.parquet"
-        stem = name.replace(".parquet", ".records") if command == "apply" else name
-        pq.write_table(table.replace_schema_metadata(metadata), records / stem)
-        if command == "apply":
-            made = pa.table({"brightness": [0.5]})
-            pq.write_table(made.replace_schema_metadata(metadata), out / name)
+        made = (pa.table({"brightness": [0.5]}), table) if command == "apply" else (table, None)
+        JobFolder(str(out)).write_part(PartName(Place.OUT, number), *made, footer)
     return str(out)
 
 

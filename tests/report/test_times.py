@@ -1,7 +1,6 @@
 """How long a job has read, by its parts and by its runs."""
 
 import numpy as np
-import pytest
 
 from dask_imgread.report.times import close_gaps, find_reading
 
@@ -12,10 +11,10 @@ FIRST = {"began": -2.0, "ended": 7.0, "new_images": 29, "new_failed": 1, "images
 SECOND = {"began": 86399, "ended": 86403, "new_images": 10, "new_failed": 0, "images_per_second": 5}
 
 
-def measure(runs=(), staged=(), **options):
-    runs = [{"changed_shards": 0, **run} for run in runs]
+def measure(runs=(), staged=(), merged=()):
     is_staged = np.isin(range(4), staged)
-    found = find_reading({"options": options, "runs": runs}, TIMES, is_staged)
+    times = np.vstack([TIMES, np.isin(TIMES[3], merged)])
+    found = find_reading({"runs": runs}, times, is_staged)
     return found.images, found.seconds
 
 
@@ -32,21 +31,13 @@ def test_pauses_are_left_out():
     assert (began + moved).tolist() == [0, 1, 3, 86400]
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [
-        [FIRST, SECOND | {"changed_shards": 1}],
-        [FIRST, SECOND | {"new_images": 5, "images_per_second": 2.5}],  # 5 were there before
-    ],
-)
-def test_parts_that_were_merged_have_the_times_of_the_merge(runs):
-    assert measure(runs)[1] == 30 / 4 + 2.0
+def test_parts_that_were_merged_have_the_times_of_the_merge():
+    assert measure([FIRST, SECOND], merged=[1])[1] == 30 / 4 + 2.0
 
 
 def test_parts_that_wait_to_be_merged_are_as_they_were_read():
-    assert measure([FIRST, SECOND], rows_per_file=50) == (40, 30 / 4 + 10 / 5)
-    assert measure([FIRST, {"began": 86399}], staged=[3], rows_per_file=50) == (40, 30 / 4 + 2.0)
-    assert measure([{"began": 0}], staged=[0, 2, 3], rows_per_file=50) == (30, 8.0)
+    assert measure([FIRST, SECOND], merged=range(4)) == (40, 30 / 4 + 10 / 5)
+    assert measure([FIRST, {"began": 86399}], staged=[3], merged=range(3)) == (40, 30 / 4 + 2.0)
     nothing = SECOND | {"new_images": 0, "images_per_second": 0.0}
-    assert measure([FIRST, nothing], rows_per_file=50) == (30, 30 / 4)
-    assert measure([{"began": 0}], rows_per_file=50) == (0, 0)
+    assert measure([FIRST, nothing], merged=range(4)) == (30, 30 / 4)
+    assert measure([{"began": 0}], merged=range(4)) == (0, 0)
