@@ -40,6 +40,13 @@ class Forecast:
     seconds, memory
         How long it would take at the rate of the last run, and how much memory a worker had in it,
         in bytes; None if no run has ended yet.
+
+    Examples
+    --------
+    >>> from dask_imgread import forecast_job
+    >>> from dask_imgread.testing import make_shards
+    >>> forecast_job(make_shards("shards", shards=3, images_per_shard=2), "out").partitions
+    3
     """
 
     shards: int
