@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.scale import InstantReader
 from dask_imgread import run_job
 from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.jobs.plan import prepare_plan
+from dask_imgread.jobs.plan import Inputs, prepare_plan
 from dask_imgread.shards.find import Shard
 from dask_imgread.shards.partition import Division
 from dask_imgread.testing import write_shard
@@ -85,11 +85,11 @@ def measure_planning(count: int) -> None:
         for number in range(count)
     ]
     with TemporaryDirectory() as out:
-        job = (JobFolder(out), shards, DESCRIPTION, Division(), {})
+        inputs = Inputs(JobFolder(out), shards, DESCRIPTION, Division(), {})
         times, before = [], read_peak()
         for _ in range(2):
             start = time.perf_counter()
-            prepare_plan(*job)
+            prepare_plan(inputs)
             times.append(time.perf_counter() - start)
     print(
         f"{count:,} shards: {times[0]:.1f} s to plan, {times[1]:.1f} s to find that none is new; "

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dask_imgread.jobs.parts import Ledger, Place
-from dask_imgread.jobs.plan import Changes, Plan, ShardState
+from dask_imgread.jobs.plan import Changes, Plan
+from dask_imgread.jobs.tables import ShardState
 from dask_imgread.jobs.work import Inventory, Work
 from dask_imgread.shards.ahead import BLOCK_BYTES
 from dask_imgread.storage.filesystems import is_local

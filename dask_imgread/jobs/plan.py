@@ -6,69 +6,41 @@ Shards and partitions are numbered as they come, and keep their numbers: an upda
 from __future__ import annotations
 
 import json
-import logging
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dask_imgread.errors import OtherJobError
 from dask_imgread.jobs.code import describe_edits
 from dask_imgread.jobs.folder import CLEARED, JobFolder
 from dask_imgread.jobs.parts import PartName, Place, make_token
+from dask_imgread.jobs.tables import (
+    AGAIN,
+    PIECE,
+    PLAN,
+    SHARDS,
+    ShardState,
+    list_shards,
+    make_homes,
+    make_table,
+    to_frame,
+)
 from dask_imgread.shards.find import Shard
 from dask_imgread.shards.partition import Division, divide_shards
 from dask_imgread.shards.samples import ShardIndex
-from dask_imgread.storage.redaction import drop_signature, redact_url
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import FileGroupTask
 
 FORMAT = 4  # of the folder; a folder of another format is refused
-_PIECE: dict[str, pa.DataType] = {
-    "start": pa.int64(),  # null: whole shards
-    "stop": pa.int64(),
-    "index": pa.large_string(),  # ShardIndex as JSON, if the task has one
-}
-_PLAN = pa.schema(
-    {
-        "first": pa.int32(),  # the number of the first shard
-        "count": pa.int32(),
-        "is_home": pa.bool_(),  # its part gets rows of a shard that is read again as a whole
-    }
-    | _PIECE
-)
-_AGAIN = pa.schema({"shard": pa.int32(), "token": pa.int64()} | _PIECE)
-_SHARDS = pa.schema(
-    {
-        "shard": pa.string(),  # without secrets
-        "identity": pa.int64(),  # of the URL as it is
-        "size": pa.int64(),
-        "version": pa.string(),
-        "state": pa.int8(),
-    }
-)
-_LOGGED_EVERY = 10  # seconds
 _ROWS = 10_000  # converted to Python objects at the same time
-_CHARACTERS = 1 << 26  # of indexes, likewise
 _SHOWN = 3  # shards named in a difference
-
-logger = logging.getLogger("dask_imgread")
-
-
-class ShardState(IntEnum):
-    """Whether a shard is there."""
-
-    PRESENT = 0
-    GONE = 1  # its rows are kept
-    PRUNED = 2  # its rows are removed
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,9 +137,9 @@ class Plan:
     division: Division
     storage_options: dict[str, Any] = field(repr=False)
     shards: list[Shard] = field(repr=False, default_factory=list)
-    table: pd.DataFrame = field(repr=False, default_factory=lambda: _to_frame(_SHARDS))
-    partitions: pa.Table = field(repr=False, default_factory=_PLAN.empty_table)
-    again: pa.Table = field(repr=False, default_factory=_AGAIN.empty_table)
+    table: pd.DataFrame = field(repr=False, default_factory=lambda: to_frame(SHARDS))
+    partitions: pa.Table = field(repr=False, default_factory=PLAN.empty_table)
+    again: pa.Table = field(repr=False, default_factory=AGAIN.empty_table)
     modified: set[str] = field(default_factory=set, init=False)
 
     @property
@@ -237,7 +209,7 @@ class Plan:
 
     def compare(self, shards: Sequence[Shard]) -> Changes:
         """Return how the shards that are there now differ from the plan's; keep their URLs."""
-        now = _list_shards(shards)
+        now = list_shards(shards)
         is_first = ~now["identity"].duplicated()  # one may be given twice, differently signed
         now, shards = now[is_first], [s for s, first in zip(shards, is_first, strict=True) if first]
         known = np.flatnonzero(self.states != ShardState.PRUNED)
@@ -263,7 +235,7 @@ class Plan:
         if prune:
             states[states == ShardState.GONE] = ShardState.PRUNED
         if changed:
-            self.partitions = _make_homes(self.partitions, changes.changed)
+            self.partitions = make_homes(self.partitions, changes.changed)
             self._modify("shards", "plan")
         if not np.array_equal(states, self.states):
             self.table["state"] = states
@@ -279,7 +251,7 @@ class Plan:
         if shards:
             more = self._divide(shards, len(self.shards))
             self.partitions = pa.concat_tables([self.partitions, more])
-            self.table = pd.concat([self.table, _list_shards(shards)], ignore_index=True)
+            self.table = pd.concat([self.table, list_shards(shards)], ignore_index=True)
             self.shards += shards
             self._modify("shards", "plan")
 
@@ -293,11 +265,11 @@ class Plan:
         is_valid = self.tokens[known["shard"].to_numpy()] == known["token"].to_numpy()
         tables = [self.again]
         for number in np.setdiff1d(numbers, known["shard"].to_numpy()[is_valid]).tolist():
-            pieces = self._divide([self.shards[number]], number).select(list(_PIECE))
+            pieces = self._divide([self.shards[number]], number).select(list(PIECE))
             where = {"shard": number, "token": self.tokens[number]}
             columns = [pa.array([value] * len(pieces)) for value in where.values()]
-            names = [*where, *_PIECE]
-            tables.append(pa.Table.from_arrays([*columns, *pieces.columns], names).cast(_AGAIN))
+            names = [*where, *PIECE]
+            tables.append(pa.Table.from_arrays([*columns, *pieces.columns], names).cast(AGAIN))
         if len(tables) > 1:
             self.again = pa.concat_tables(tables)
             self.modified.add("again")
@@ -310,7 +282,7 @@ class Plan:
         if not self.modified:
             return
         made = {
-            "shards": lambda: pa.Table.from_pandas(self.table, _SHARDS, preserve_index=False),
+            "shards": lambda: pa.Table.from_pandas(self.table, SHARDS, preserve_index=False),
             "plan": lambda: self.partitions,
             "again": lambda: self.again,
         }
@@ -332,30 +304,19 @@ class Plan:
 
     def finish(self) -> None:
         """Forget what was read again: it is in the dataset."""
-        self.again = _AGAIN.empty_table()
+        self.again = AGAIN.empty_table()
         tables = self.description["tables"]
         self.description["tables"] = {name: tables[name] for name in tables if name != "again"}
         self.description["finished"] = True
         self.folder.write_job(self.description)
 
     def _divide(self, shards: list[Shard], first: int) -> pa.Table:
-        return _make_table(
-            divide_shards(shards, self.division, self.storage_options), shards, first
-        )
+        return make_table(divide_shards(shards, self.division, self.storage_options), shards, first)
 
 
-def prepare_plan(
-    folder: JobFolder,
-    shards: list[Shard],
-    description: dict[str, Any],
-    division: Division,
-    storage_options: dict[str, Any],
-    *,
-    overwrite: bool = False,
-    update: bool = False,
-    prune: bool = False,
-) -> tuple[Plan, Changes]:
-    """Return the plan that a job has in its folder, or make and write one; and what is new in it.
+@dataclass(frozen=True)
+class Inputs:
+    """What a job is made of.
 
     Parameters
     ----------
@@ -369,7 +330,25 @@ def prepare_plan(
         How the shards are divided. To cut them by their images, the headers of all shards are
         read; only once, as the plan is kept.
     storage_options
-        Options for the shards' file system.
+        Options for the shards' file system. Left out of ``repr``: they may hold credentials.
+    """
+
+    folder: JobFolder
+    shards: list[Shard]
+    description: dict[str, Any]
+    division: Division
+    storage_options: dict[str, Any] = field(repr=False)
+
+
+def prepare_plan(
+    inputs: Inputs, *, overwrite: bool = False, update: bool = False, prune: bool = False
+) -> tuple[Plan, Changes]:
+    """Return the plan that a job has in its folder, or make and write one; and what is new in it.
+
+    Parameters
+    ----------
+    inputs
+        What is to be planned.
     overwrite
         Remove the output of any earlier job, this one's too.
     update
@@ -384,47 +363,30 @@ def prepare_plan(
     FileExistsError
         If it holds something that no job has written.
     """
-    plan, changes = look_up_plan(
-        folder,
-        shards,
-        description,
-        division,
-        storage_options,
-        overwrite=overwrite,
-        update=update,
-        prune=prune,
-    )
+    plan, changes = look_up_plan(inputs, overwrite=overwrite, update=update, prune=prune)
     plan.add(changes.new)
     if "id" not in plan.description:
-        folder.clear()  # only now: planning can take long, and fail
+        plan.folder.clear()  # only now: planning can take long, and fail
         plan.description["id"] = uuid.uuid4().hex
     plan.save()
     return plan, changes
 
 
 def look_up_plan(
-    folder: JobFolder,
-    shards: list[Shard],
-    description: dict[str, Any],
-    division: Division,
-    storage_options: dict[str, Any],
-    *,
-    overwrite: bool = False,
-    update: bool = False,
-    prune: bool = False,
+    inputs: Inputs, *, overwrite: bool = False, update: bool = False, prune: bool = False
 ) -> tuple[Plan, Changes]:
     """Return what ``prepare_plan`` does, without partitions of new shards; nothing is written."""
-    description = _complete(description, division)
+    folder, description = inputs.folder, _complete(inputs.description, inputs.division)
     earlier = folder.read_job()
     if earlier is None or overwrite or earlier["format"] == CLEARED:
         folder.check_ours()
-        plan = Plan(folder, description, division, storage_options)
-        return plan, plan.compare(shards)
+        plan = Plan(folder, description, inputs.division, inputs.storage_options)
+        return plan, plan.compare(inputs.shards)
     differences = _compare_options(earlier, description)
     if differences:
         raise _refuse(folder, differences)
-    plan = _load_plan(folder, earlier, division, storage_options)
-    changes = plan.compare(shards)
+    plan = _load_plan(inputs, earlier)
+    changes = plan.compare(inputs.shards)
     edits = describe_edits(earlier["code"], description["code"])
     differences = [*edits, *changes.describe(plan.table["shard"].tolist())]
     if differences and not update:
@@ -451,95 +413,25 @@ def _refuse(folder: JobFolder, differences: list[str], can_update: bool = False)
     )
 
 
-def _load_plan(
-    folder: JobFolder,
-    description: dict[str, Any],
-    division: Division,
-    storage_options: dict[str, Any],
-) -> Plan:
-    tables = {name: folder.read_table(file) for name, file in description["tables"].items()}
-    table = _to_frame(tables["shards"])
+def _load_plan(inputs: Inputs, description: dict[str, Any]) -> Plan:
+    names = description["tables"]
+    tables = {name: inputs.folder.read_table(file) for name, file in names.items()}
+    table = to_frame(tables["shards"])
     columns = (table[name].tolist() for name in ("shard", "size", "version"))
     shards = [
         Shard(path, None if pd.isna(size) else size, version)
         for path, size, version in zip(*columns, strict=True)
     ]
-    again = tables.get("again", _AGAIN.empty_table())
     return Plan(
-        folder, description, division, storage_options, shards, table, tables["plan"], again
+        inputs.folder,
+        description,
+        inputs.division,
+        inputs.storage_options,
+        shards,
+        table,
+        tables["plan"],
+        tables.get("again", AGAIN.empty_table()),
     )
-
-
-def _to_frame(table: pa.Table | pa.Schema) -> pd.DataFrame:
-    if isinstance(table, pa.Schema):
-        table = table.empty_table()
-    nullable = {pa.int64(): pd.Int64Dtype()}
-    frame = table.to_pandas(types_mapper=lambda kind: nullable.get(kind))
-    return frame.astype({"identity": np.int64})
-
-
-def _list_shards(shards: Iterable[Shard]) -> pd.DataFrame:
-    """Return one row for each shard, without the secrets in its URL."""
-    shards = list(shards)
-    return pd.DataFrame(
-        {
-            "shard": pd.Series([redact_url(shard.path) for shard in shards], dtype=object),
-            "identity": np.array([make_token(drop_signature(s.path)) for s in shards], np.int64),
-            "size": pd.array([shard.size for shard in shards], pd.Int64Dtype()),
-            "version": pd.Series([shard.version for shard in shards], dtype=object),
-            "state": np.full(len(shards), ShardState.PRESENT, np.int8),
-        }
-    )
-
-
-def _make_homes(partitions: pa.Table, changed: NDArray[np.int64]) -> pa.Table:
-    """Note which partitions were pieces of shards that have changed: the pieces are no longer."""
-    moved = pc.and_(
-        pc.is_valid(partitions["start"]),
-        pc.is_in(partitions["first"], pa.array(changed, pa.int32())),
-    )
-    if not pc.any(moved).as_py():
-        return partitions
-    columns = {"is_home": pc.or_(partitions["is_home"], moved)}
-    columns |= {name: pc.if_else(moved, None, partitions[name]) for name in _PIECE}
-    for name, column in columns.items():
-        partitions = partitions.set_column(_PLAN.get_field_index(name), name, column)
-    return partitions.cast(_PLAN)
-
-
-def _make_table(tasks: Iterator[FileGroupTask], shards: list[Shard], number: int = 0) -> pa.Table:
-    """Return one row for each task, which refers to its shards by number.
-
-    Parameters
-    ----------
-    tasks
-        The tasks, in the order of the shards.
-    shards
-        The shards.
-    number
-        That of the first shard.
-    """
-    batches: list[pa.RecordBatch] = []
-    rows: list[dict[str, Any]] = []
-    first = characters = 0
-    logged = time.monotonic()
-    for task in tasks:
-        while shards[first].path != task.data[0]:  # tasks and shards are in the same order
-            first += 1
-        start, stop = task.byte_range or (None, None)
-        index = task.index and task.index.to_json()
-        row = {"first": number + first, "count": len(task.data), "is_home": False}
-        rows.append(row | {"start": start, "stop": stop, "index": index})
-        characters += len(index or "")
-        if len(rows) == _ROWS or characters > _CHARACTERS:
-            batches.append(pa.RecordBatch.from_pylist(rows, _PLAN))
-            rows.clear()
-            characters = 0
-        if time.monotonic() - logged > _LOGGED_EVERY:
-            logged = time.monotonic()
-            logger.info("planning: %d of %d shards read", first, len(shards))
-    batches.append(pa.RecordBatch.from_pylist(rows, _PLAN))
-    return pa.Table.from_batches(batches, _PLAN)
 
 
 def _compare_options(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from dask_imgread.jobs.execution import Execution
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.forecast import Forecast, forecast
 from dask_imgread.jobs.merge import PartMerger
-from dask_imgread.jobs.plan import look_up_plan, prepare_plan
+from dask_imgread.jobs.plan import Inputs, look_up_plan, prepare_plan
 from dask_imgread.jobs.row_makers import FunctionRows, MetadataRows, RowMaker
 from dask_imgread.jobs.schema import SchemaFinder, read_meta
 from dask_imgread.jobs.writer import PartSink, PartWriter
@@ -252,7 +252,7 @@ def run_job(
         **partitioning,
     )
     with claim_folder(job.folder) as claim:
-        plan, changes = prepare_plan(*job.plan, overwrite=overwrite, update=update, prune=prune)
+        plan, changes = prepare_plan(job.inputs, overwrite=overwrite, update=update, prune=prune)
         run = Execution(plan, changes, rows_per_file, retry_failed, claim.token)
         if run.work:
             with raise_job_errors(), choose_client(client, job.reader) as opened:
@@ -322,7 +322,7 @@ def forecast_job(
     if prune and not update:
         raise ValueError("prune removes rows of shards that are gone: only with update=True")
     job = _Job.of(paths, out, fn, **options)
-    plan, changes = look_up_plan(*job.plan, overwrite=overwrite, update=update, prune=prune)
+    plan, changes = look_up_plan(job.inputs, overwrite=overwrite, update=update, prune=prune)
     return forecast(plan, changes, job.rows_per_file, retry_failed)
 
 
@@ -386,12 +386,10 @@ class _Job:
         return cls(folder, shards, reader, row_maker, division, options, rows_per_file)
 
     @property
-    def plan(
-        self,
-    ) -> tuple[JobFolder, list[Shard], dict[str, Any], Division, dict[str, Any]]:
-        """The arguments of ``prepare_plan``."""
+    def inputs(self) -> Inputs:
+        """What is to be planned."""
         description = describe_job(self.reader, self.row_maker, self.rows_per_file)
-        return self.folder, self.shards, description, self.division, self.storage_options
+        return Inputs(self.folder, self.shards, description, self.division, self.storage_options)
 
 
 def connect_for_reader(reader: ImageReaderStage, **options: Any) -> AbstractContextManager[Client]:

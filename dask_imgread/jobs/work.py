@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dask_imgread.jobs.merge import Merge, Replacement
 from dask_imgread.jobs.parts import Ledger, PartName, Place
-from dask_imgread.jobs.plan import Plan, ShardState
+from dask_imgread.jobs.plan import Plan
+from dask_imgread.jobs.tables import ShardState
 
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
