@@ -104,11 +104,14 @@ class Decoder:
                 images = fn.resize(images, resize_shorter=float(decoder_options.resize))
             elif decoder_options.resize is not None:
                 images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
+            elif decoder_options.min_side is not None:
+                images = fn.resize(images, size=fn.external_source(name="size"))
             # In the graph, since `as_cpu()` would hold the GIL while it copies.
             self._pipeline.set_outputs(images if decoder_options.on_device else images.cpu())
         with _set_environment(_ENVIRONMENT[decoder_options.device]):
             self._pipeline.build()
         self._buffers: list[np.ndarray] = []
+        self._reduces = decoder_options.min_side is not None
         if decoder_options.device == "gpu":
             self._warm_up()
 
@@ -120,17 +123,20 @@ class Decoder:
         valid ones fail, too.
         """
         try:
-            self.start([_make_warmup_jpeg()] * self._pipeline.max_batch_size)
+            count = self._pipeline.max_batch_size
+            self.start([_make_warmup_jpeg()] * count, [(64, 64)] * count)
             self.finish()
         except DALI_ERRORS as error:
             if classify_error(error).kind == "memory":
                 raise
             raise DeviceError(f"the GPU does not decode: {extract_message(error)}") from error
 
-    def start(self, contents: Sequence[Content]) -> None:
-        """Start to decode a batch."""
+    def start(self, contents: Sequence[Content], sizes: Sequence[tuple[int, int]]) -> None:
+        """Start to decode a batch; ``sizes`` are what ``min_side`` reduces the images to."""
         self._buffers = [np.frombuffer(content, np.uint8) for content in contents]
         self._pipeline.feed_input("encoded", self._buffers)
+        if self._reduces:
+            self._pipeline.feed_input("size", np.array(sizes, np.float32))
         self._pipeline.schedule_run()
 
     def finish(self) -> Any:
@@ -280,7 +286,10 @@ class DaliDecoding:
 
     def _start(self, images: Sequence[Encoded]) -> Decoder:
         decoder = DECODERS.take(self._decoder_options)
-        decoder.start([image.content for image in images])
+        decoder.start(
+            [image.content for image in images],
+            [self._decoder_options.choose_size(*image.header.stored_size) for image in images],
+        )
         return decoder
 
     @staticmethod
