@@ -20,12 +20,12 @@ from dask_imgread.hashes import (
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.tasks import CHECKSUM, COLUMNS, ImageBatch, ImageObject, make_frame, make_index
 
-# With half of it, more hashes differ from those of the whole pictures than the docstring says;
-# with twice as much, a picture of 0.2 megapixels takes a third longer.
-MIN_SIDE = 64
+# Pixels of the shorter side. With 64, nearly 1 % of the hashes differ from the exact ones in more
+# than 2 bits; with 128, a picture of 0.2 megapixels takes a third longer.
+MIN_SIDE = 80
 
 _GRID = 64  # pixels in a row, and rows, that stand for a picture
-_SHARP_SIDE = 64  # pixels; no more than MIN_SIDE, so that scaled pictures are not enlarged
+_SHARP_SIDE = 64  # pixels, no more than MIN_SIDE: what was reduced is not enlarged
 _LUMA = 256  # levels
 
 # Levels of 0 to 255. JPEG at low quality, and the rounding of its colours, change a picture of one
@@ -128,9 +128,13 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
     Notes
     -----
     Hashes of scaled pictures are mostly equal to those of whole ones. Of 1,400 crops of
-    photographs of 0.1 to 0.3 megapixels, 99.6 % had a ``phash`` and 99.6 % a ``dhash`` within 2
-    bits of the exact one, and all within 4. The other columns come from what was decoded; averaged
-    pixels vary less, so ``spread`` and ``entropy`` are slightly lower than of whole pictures.
+    photographs, of 250 to 640 pixels a side, a quarter of them enlarged threefold, 99.8 % had a
+    ``phash`` within 2 bits of the exact one, 99.6 % a ``dhash``, and all within 4. Of 300 drawn
+    pictures all had such a ``phash``, and 92 % such a ``dhash``, all within 6: where a picture is
+    even, it depends on rounding which of two pixels is brighter.
+
+    The measures are those of the pixels that were decoded. Pixels that are means of others vary
+    less than these, so the ``spread`` and ``entropy`` of scaled pictures are slightly lower.
 
     Examples
     --------
@@ -152,7 +156,8 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
         "phash": compute_phashes([sample.for_phash for sample in samples]),
         "dhash": compute_dhashes([sample.for_dhash for sample in samples]),
         **_measure_luma(histograms),
-        "colourfulness": _measure_colourfulness(grids),
+        # One by one, in the processor's cache: this is faster than all together.
+        "colourfulness": [_measure_colourfulness(grid) for grid in grids.swapaxes(0, 1)],
         "sharpness": _measure_sharpness(np.stack([sample.grey for sample in samples])),
         **_find_flags(grids, histograms),
     }
@@ -184,13 +189,16 @@ class _Sample(NamedTuple):
 def _take_sample(image: ImageObject) -> _Sample:
     grey = image.to_pil().convert("L")
     pixels: Any = image.image_data
+    # Moving whole pixels is twice as fast as moving three channels.
+    rows = np.ascontiguousarray(pixels).view("V3")[..., 0].take(_spread_out(grey.height), 0)
+    grid = rows.take(_spread_out(grey.width), 1).view(np.uint8)
     side = (_SHARP_SIDE, _SHARP_SIDE)
     box = _find_box(image, grey.size)
     return _Sample(
         shrink_for_phash(grey, box),
         shrink_for_dhash(grey, box),
         np.asarray(grey.resize(side, Image.Resampling.BOX, box)),
-        pixels[_spread_out(grey.height)][:, _spread_out(grey.width)],
+        grid.reshape(_GRID, _GRID, 3),
         grey.histogram(),
     )
 
@@ -243,12 +251,13 @@ def _find_percentile(histograms: NDArray[np.int64], share: float) -> NDArray[np.
     return level
 
 
-def _measure_colourfulness(grids: Pixels) -> NDArray[np.floating]:
-    red, green, blue = grids.reshape(3, -1, _GRID**2).astype(np.float32)
+def _measure_colourfulness(grid: Pixels) -> float:
+    red, green, blue = grid.reshape(3, -1).astype(np.float32)
     opponents = np.stack([red - green, (red + green) / 2 - blue])
-    spreads, means = (np.linalg.norm(f(opponents, axis=2), axis=0) for f in (np.std, np.mean))
-    colourfulness: NDArray[np.floating] = spreads + 0.3 * means
-    return colourfulness
+    means = opponents.mean(axis=1)
+    opponents -= means[:, None]
+    variance = np.vdot(opponents, opponents) / red.size
+    return float(np.sqrt(variance) + 0.3 * np.linalg.norm(means))
 
 
 def _measure_sharpness(greys: Pixels) -> NDArray[np.floating]:
