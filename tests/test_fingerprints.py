@@ -135,13 +135,13 @@ def test_the_cosine_transform_is_scipys():
 @pytest.fixture(scope="module")
 def crops(photographs):
     """Crops of photographs, as they are and enlarged, as JPEG."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(0)
     contents = []
-    for n, photo in zip(range(280), itertools.cycle(photographs), strict=False):
+    for n, photo in zip(range(700), itertools.cycle(photographs), strict=False):
         width, height = (int(rng.integers(250, min(640, side) + 1)) for side in photo.size)
         left, top = rng.integers(0, 1 + np.subtract(photo.size, (width, height)))
         crop = photo.crop((left, top, left + width, top + height))
-        if n % 4 == 0:
+        if n % 8 == 0:
             crop = crop.resize((3 * width + 1, 3 * height + 2), Image.Resampling.LANCZOS)
         contents.append(encode(crop, "JPEG", quality=90))
     return contents
@@ -156,11 +156,11 @@ def test_scaled_pictures_have_nearly_the_hashes_of_whole_ones(tmp_path, crops):
         print(f"{name}: {(bits > 2).mean():.2%} differ in more than 2 bits, {bits.max()} at most")
         assert np.mean(bits <= 2) >= 0.99
         assert 0 < bits.max() <= 6
-    for name, most in (("brightness", 1), ("spread", 4), ("contrast", 0.05), ("entropy", 0.3)):
+    for name, most in (("brightness", 1.5), ("spread", 8), ("contrast", 0.1), ("entropy", 0.2)):
         assert (whole[name] - scaled[name]).abs().max() < most, name
-    assert (whole.sharpness / scaled.sharpness).between(0.7, 1.4).all()
+    assert (whole.sharpness / scaled.sharpness).between(0.7, 1.5).all()
     ratio = whole.colourfulness / scaled.colourfulness
-    assert ratio.between(0.85, 1.2).all()
+    assert ratio.between(0.9, 1.1).all()
     for name in ("blank", "grey", "flat_tail", "border", "sha256", "width", "height"):
         assert (whole[name] == scaled[name]).all(), name
 
