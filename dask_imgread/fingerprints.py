@@ -20,8 +20,8 @@ from dask_imgread.hashes import (
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.tasks import CHECKSUM, COLUMNS, ImageBatch, ImageObject, make_frame, make_index
 
-# Pixels of the shorter side. With 128 as many hashes of photographs differ from the exact ones in more
-# than 2 bits; only with 192 are they fewer, and then most pictures of 0.2 megapixels stay whole.
+# Pixels of the shorter side. With 128 as many hashes of photographs differ from the exact ones in
+# more than 2 bits; only with 192 do fewer, and then most pictures of 0.2 megapixels stay whole.
 MIN_SIDE = 64
 
 _GRID = 64  # pixels in a row, and rows, that stand for a picture
@@ -127,11 +127,11 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
 
     Notes
     -----
-    Hashes of scaled pictures are mostly equal to those of whole ones. Of 3,500 crops of photographs,
-    of 250 to 640 pixels a side, some of them enlarged threefold, 99.5 % had a ``phash`` within 2
-    bits of the exact one, and as many a ``dhash``; all were within 6. Of 300 drawn pictures 99.7 %
-    had such a ``phash``, and 90 % such a ``dhash``, all within 6: where a picture is even, rounding
-    decides which of two pixels is brighter.
+    Hashes of scaled pictures are mostly equal to those of whole ones. Of 3,500 crops of
+    photographs, of 250 to 640 pixels a side, some of them enlarged threefold, 99.5 % had a
+    ``phash`` within 2 bits of the exact one, and as many a ``dhash``; all were within 6. Of 300
+    drawn pictures 99.7 % had such a ``phash``, and 90 % such a ``dhash``, all within 6: where a
+    picture is even, rounding decides which of two pixels is brighter.
 
     The measures are those of the pixels that were decoded. Pixels that are means of others vary
     less than these, so that ``spread`` and ``contrast`` are lower by some 3 % in scaled pictures.

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dask_imgread.buffers import SharedBuffer
 from dask_imgread.decoding import stderr
-from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Header, Pixels
+from dask_imgread.decoding.contract import SCALES, Content, DecoderOptions, Encoded, Header, Pixels
 from dask_imgread.decoding.faults import classify_error, extract_message
 from dask_imgread.decoding.geometry import apply_orientation
 from dask_imgread.decoding.threads import map_in_threads
@@ -105,13 +105,12 @@ class Decoder:
             elif decoder_options.resize is not None:
                 images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
             elif decoder_options.min_side is not None:
-                images = fn.resize(images, size=fn.external_source(name="size"))
+                images = fn.resize(images, size=_reduce_sides(images, decoder_options.min_side))
             # In the graph, since `as_cpu()` would hold the GIL while it copies.
             self._pipeline.set_outputs(images if decoder_options.on_device else images.cpu())
         with _set_environment(_ENVIRONMENT[decoder_options.device]):
             self._pipeline.build()
         self._buffers: list[np.ndarray] = []
-        self._reduces = decoder_options.min_side is not None
         if decoder_options.device == "gpu":
             self._warm_up()
 
@@ -123,20 +122,17 @@ class Decoder:
         valid ones fail, too.
         """
         try:
-            count = self._pipeline.max_batch_size
-            self.start([_make_warmup_jpeg()] * count, [(64, 64)] * count)
+            self.start([_make_warmup_jpeg()] * self._pipeline.max_batch_size)
             self.finish()
         except DALI_ERRORS as error:
             if classify_error(error).kind == "memory":
                 raise
             raise DeviceError(f"the GPU does not decode: {extract_message(error)}") from error
 
-    def start(self, contents: Sequence[Content], sizes: Sequence[tuple[int, int]]) -> None:
-        """Start to decode a batch; ``sizes`` are what ``min_side`` reduces the images to."""
+    def start(self, contents: Sequence[Content]) -> None:
+        """Start to decode a batch."""
         self._buffers = [np.frombuffer(content, np.uint8) for content in contents]
         self._pipeline.feed_input("encoded", self._buffers)
-        if self._reduces:
-            self._pipeline.feed_input("size", np.array(sizes, np.float32))
         self._pipeline.schedule_run()
 
     def finish(self) -> Any:
@@ -152,6 +148,19 @@ class Decoder:
         (images,) = self._pipeline.outputs()
         self._buffers = []
         return images
+
+
+def _reduce_sides(images: Any, min_side: int) -> Any:
+    """Return the node of a pipeline with the sizes that ``DecoderOptions.choose_size`` chooses."""
+    from nvidia.dali import fn, types
+    from nvidia.dali import math as dali_math
+
+    sides = images.shape()[:2]  # on the host
+    short = dali_math.min(sides[0], sides[1])
+    scale = 1
+    for larger in SCALES:  # 1 + 4 + 2 + 1 is 8, 1 + 2 + 1 is 4
+        scale = scale + (short >= larger * min_side) * (larger // 2)
+    return fn.cast((sides + scale - 1) // scale, dtype=types.FLOAT)
 
 
 @functools.cache
@@ -286,10 +295,7 @@ class DaliDecoding:
 
     def _start(self, images: Sequence[Encoded]) -> Decoder:
         decoder = DECODERS.take(self._decoder_options)
-        decoder.start(
-            [image.content for image in images],
-            [self._decoder_options.choose_size(*image.header.stored_size) for image in images],
-        )
+        decoder.start([image.content for image in images])
         return decoder
 
     @staticmethod
