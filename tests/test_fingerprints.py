@@ -3,6 +3,7 @@
 import io
 import itertools
 
+import imagehash
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,8 +27,6 @@ from dask_imgread.hashes import _transform
 from dask_imgread.tasks import COLUMNS
 from dask_imgread.testing import draw_picture, make_shards, write_shard
 from tests.helpers.images import encode
-
-imagehash = pytest.importorskip("imagehash")
 
 WHOLE = fingerprint.reader.with_options(device="cpu", min_side=None, verbose=False)
 SCALED = fingerprint.reader.with_options(device="cpu", verbose=False)
