@@ -63,7 +63,8 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
 
     A function for ``map_images`` and ``run_job``, to be given with its reader, which decodes large
     JPEGs at 1/2, 1/4 or 1/8: ``map_images(fingerprint, shards, reader=fingerprint.reader)``. Then
-    it takes little more time than decoding, or much less. The rows are such as ``load_images``,
+    pictures of 0.2 megapixels take 1.5 times as long as if they were only decoded, at full size,
+    and those of 3 or 12 megapixels 0.8 times as long. The rows are such as ``load_images``,
     ``write_shards`` and ``map_images`` take. A reader of your own needs ``checksum=True`` for
     ``sha256``; one without ``min_side`` decodes whole pictures, of which the hashes are exact:
     ``fingerprint.reader.with_options(min_side=None)``.
