@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.errors import ReadError as ReadError
     from dask_imgread.errors import SchemaError as SchemaError
     from dask_imgread.errors import StorageError as StorageError
+    from dask_imgread.fingerprints import fingerprint as fingerprint
     from dask_imgread.jobs.forecast import Forecast as Forecast
     from dask_imgread.jobs.run import Summary as Summary
     from dask_imgread.jobs.run import forecast_job as forecast_job
@@ -50,6 +51,7 @@ _PUBLIC = {  # by the module that they live in
         *("FolderInUseError", "JobError", "NoWorkersError", "OtherJobError", "ReadError"),
         *("SchemaError", "StorageError"),
     ],
+    "fingerprints": ["fingerprint"],
     "jobs.forecast": ["Forecast"],
     "jobs.run": ["Summary", "forecast_job", "run_job"],
     "reading.reader": ["ImageReaderStage"],

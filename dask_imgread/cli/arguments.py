@@ -24,6 +24,7 @@ _EXAMPLES = {  # of each command, after the program's name
     "metadata shards/ --out decoded --decode --blocksize 64MB\n"
     "metadata shards/ --out captions --sidecar txt=caption --sidecar json=url,similarity:float64",
     "apply": 'apply brightness:measure "shards/*.tar" --out brightness --workers 4',
+    "fingerprint": 'fingerprint "shards/*.tar" --out fingerprints',
     "verify": 'verify "shards/{00000..00099}.tar" --out bad.parquet',
     "select": 'select "shards/*.tar" --where "width>=512" --out large --shuffle 1\n'
     "select decoded --failed --out broken\n"
@@ -41,6 +42,7 @@ exit status:
 _REQUIRED = {
     "metadata": ("shards", "out"),
     "apply": ("function", "shards", "out"),
+    "fingerprint": ("shards", "out"),
     "verify": ("shards",),
     "select": ("shards", "out"),
 }
@@ -113,10 +115,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         )
     if arguments.command == "select":
         _check_selection(arguments)
-    if arguments.command == "metadata" and arguments.resize is not None and not arguments.decode:
-        raise ValueError(
-            "--resize is for pixels, and only headers are read: add --decode, or leave --resize out"
-        )
+    for name in ("resize", "min_side"):
+        given = getattr(arguments, name, None) is not None
+        if arguments.command == "metadata" and given and not arguments.decode:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is for pixels, and only headers are read: add --decode, or leave {flag} "
+                "out"
+            )
 
 
 def _check_selection(arguments: argparse.Namespace) -> None:
@@ -173,6 +179,23 @@ def make_parser() -> argparse.ArgumentParser:
     _add_job(apply)
     _add_reader(apply.add_argument_group("reader"), READER_HELP)
     _add_cluster(apply)
+
+    fingerprint = _add_command(
+        commands, "fingerprint", "write hashes and measures of the images, to find duplicates by"
+    )
+    _add_shards(fingerprint)
+    fingerprint.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode whole pictures; hashes of scaled ones differ by a few bits (default no)",
+    )
+    _add_job(fingerprint)
+    _add_reader(
+        fingerprint.add_argument_group("reader"),
+        (name for name in READER_HELP if name not in _FIXED_FOR_FINGERPRINTS),
+    )
+    _add_cluster(fingerprint)
 
     verify = _add_command(commands, "verify", "decode everything and say what is broken")
     _add_shards(verify)
@@ -529,11 +552,14 @@ READER_HELP = {
     "resize": "resize images, such as to 256 or 224x224",
     "decoder": "auto is the fastest for each format, dali is DALI on a CPU too",
     "scaled_decoding": "begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
+    "min_side": "reduce images to 1/8, 1/4 or 1/2, not below this length of the shorter side",
     "relative_to": "make ids from the shards' paths below it, not from whole paths",
     "isolate": "decode each image in a child process, which a broken one may crash",
     "sidecars": "read the samples' other members too",
     "checksum": "compute the SHA-256 of each image's encoded bytes",
 }
+# What a fingerprint needs of the reader.
+_FIXED_FOR_FINGERPRINTS = ("sidecars", "checksum", "resize", "scaled_decoding", "min_side")
 NOT_OFFERED = {  # the reader's other options, and why they are not on this list
     "decode": "only metadata has it, with a default of its own; apply and verify always decode",
     "verbose": "the progress shows what these log lines would",

@@ -37,6 +37,7 @@ from dask_imgread.cli.select import (
 )
 from dask_imgread.cluster.start import connect_client
 from dask_imgread.collections import read_metadata
+from dask_imgread.fingerprints import MIN_SIDE, fingerprint
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.forecast import Forecast
 from dask_imgread.jobs.run import Summary, connect_for_reader, forecast_job, run_job
@@ -100,6 +101,13 @@ def run_metadata(arguments: argparse.Namespace) -> int:
 def run_apply(arguments: argparse.Namespace) -> int:
     """Write what a function makes of shards' images."""
     return run_or_forecast(arguments, lambda: load_function(arguments.function))
+
+
+def run_fingerprint(arguments: argparse.Namespace) -> int:
+    """Write hashes and measures of shards' images."""
+    arguments.sidecars, arguments.checksum = False, True
+    arguments.min_side = None if arguments.exact else MIN_SIDE
+    return run_or_forecast(arguments, lambda: fingerprint)
 
 
 def run_or_forecast(
@@ -462,6 +470,7 @@ COMMANDS = {
     "demo": run_demo,
     "metadata": run_metadata,
     "apply": run_apply,
+    "fingerprint": run_fingerprint,
     "verify": run_verify,
     "select": run_select,
     "diff": run_diff,

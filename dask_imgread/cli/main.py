@@ -27,7 +27,8 @@ from dask_imgread.storage.retries import GIVEN_UP
 
 logger = logging.getLogger("dask_imgread")
 
-_JOBS = ("metadata", "apply", "select")  # the commands that resume where they stopped
+# The commands that resume where they stopped.
+_JOBS = ("metadata", "apply", "fingerprint", "select")
 _WRONG = (  # what is raised for wrong arguments, paths and functions
     *(ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError),
     PermissionError,

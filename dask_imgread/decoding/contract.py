@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 Pixels: TypeAlias = NDArray[np.uint8]
 Content: TypeAlias = bytes | memoryview  # of an encoded file
 
+# libjpeg-turbo has fast code for these; other eighths are slower than full size.
+SCALES = (8, 4, 2)
+
 
 class DecoderOptions(NamedTuple):
     """What a decoder is built with. Decoders with equal options are interchangeable."""
@@ -21,6 +24,7 @@ class DecoderOptions(NamedTuple):
     output: str = "host"  # or "device": the arrays stay where they were decoded
     decoder: str = "auto"  # or "dali": DALI on a CPU too
     scaled_decoding: bool = True
+    min_side: int | None = None  # reduce by one of SCALES to no less than that
 
     @property
     def on_device(self) -> bool:
@@ -30,7 +34,8 @@ class DecoderOptions(NamedTuple):
     def choose_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the output height and width of an upright image of this size."""
         if self.resize is None:
-            return height, width
+            scale = self.choose_scale(height, width)
+            return -(-height // scale), -(-width // scale)
         if isinstance(self.resize, tuple):
             return self.resize
         short = min(height, width)
@@ -39,6 +44,13 @@ class DecoderOptions(NamedTuple):
             (2 * side * self.resize + short) // (2 * short) for side in (height, width)
         )
         return rows, columns
+
+    def choose_scale(self, height: int, width: int) -> int:
+        """Return by what an image of this size is to be divided for ``min_side``; 1 without it."""
+        if self.min_side is None:
+            return 1
+        short = min(height, width)
+        return next((scale for scale in SCALES if short >= scale * self.min_side), 1)
 
 
 class Header(NamedTuple):
@@ -91,9 +103,9 @@ class Encoded(NamedTuple):
         by image.
         """
         height, width = self.header.height, self.header.width
-        if decoder_options.resize is None:
-            return 3 * height * width
         rows, columns = decoder_options.choose_size(height, width)
+        if (rows, columns) == (height, width) and decoder_options.resize is None:
+            return 3 * height * width
         before = 3 * height * width if self.backend.startswith("dali") else len(self.content)
         return max(3 * rows * columns, before)
 

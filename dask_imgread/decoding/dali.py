@@ -23,7 +23,7 @@ from PIL import Image
 
 from dask_imgread.buffers import SharedBuffer
 from dask_imgread.decoding import stderr
-from dask_imgread.decoding.contract import Content, DecoderOptions, Encoded, Header, Pixels
+from dask_imgread.decoding.contract import SCALES, Content, DecoderOptions, Encoded, Header, Pixels
 from dask_imgread.decoding.faults import classify_error, extract_message
 from dask_imgread.decoding.geometry import apply_orientation
 from dask_imgread.decoding.threads import map_in_threads
@@ -104,6 +104,8 @@ class Decoder:
                 images = fn.resize(images, resize_shorter=float(decoder_options.resize))
             elif decoder_options.resize is not None:
                 images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
+            elif decoder_options.min_side is not None:
+                images = fn.resize(images, size=_reduce_sides(images, decoder_options.min_side))
             # In the graph, since `as_cpu()` would hold the GIL while it copies.
             self._pipeline.set_outputs(images if decoder_options.on_device else images.cpu())
         with _set_environment(_ENVIRONMENT[decoder_options.device]):
@@ -146,6 +148,19 @@ class Decoder:
         (images,) = self._pipeline.outputs()
         self._buffers = []
         return images
+
+
+def _reduce_sides(images: Any, min_side: int) -> Any:
+    """Return the node of a pipeline with the sizes that ``DecoderOptions.choose_size`` chooses."""
+    from nvidia.dali import fn, types
+    from nvidia.dali import math as dali_math
+
+    sides = images.shape()[:2]  # on the host
+    short = dali_math.min(sides[0], sides[1])
+    scale = 1
+    for larger in SCALES:  # 1 + 4 + 2 + 1 is 8, 1 + 2 + 1 is 4
+        scale = scale + (short >= larger * min_side) * (larger // 2)
+    return fn.cast((sides + scale - 1) // scale, dtype=types.FLOAT)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from dask_imgread.decoding.contract import (
     Pixels,
 )
 from dask_imgread.decoding.dali import DECODERS, DaliDecoding, can_apply_orientation
-from dask_imgread.decoding.geometry import resize
+from dask_imgread.decoding.geometry import reduce, resize
 from dask_imgread.decoding.header import ImageError, to_image_error
 from dask_imgread.decoding.libjpeg_turbo import decode_jpeg
 from dask_imgread.decoding.parsers import is_intact, is_plain_jpeg
@@ -127,6 +127,9 @@ def _decode(image: Encoded, decoder_options: DecoderOptions, out: Pixels) -> Dec
         pixels = decode_with_pillow(image.content, image.header)
         if decoder_options.resize is not None:
             pixels = resize(pixels, decoder_options.choose_size(*pixels.shape[:2]))
+        scale = decoder_options.choose_scale(*pixels.shape[:2])
+        if scale > 1:
+            pixels = reduce(pixels, scale)
         if out.shape != pixels.shape:
             out = np.empty(pixels.shape, np.uint8)
         np.copyto(out, pixels)

@@ -1,4 +1,4 @@
-"""Apply an EXIF orientation to pixels, and resize them."""
+"""Apply an EXIF orientation to pixels, resize and reduce them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def resize(
     height, width = size
     image = Image.fromarray(pixels)
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def reduce(pixels: Pixels, scale: int) -> Pixels:
+    """Replace squares of ``scale`` x ``scale`` pixels by their means, as a JPEG decoded at 1/8 has.
+
+    The last row and column are the means of what is left. The result is read-only.
+    """
+    return np.asarray(Image.fromarray(pixels).reduce(scale))

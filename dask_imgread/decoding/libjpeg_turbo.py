@@ -9,11 +9,9 @@ from __future__ import annotations
 import simplejpeg
 
 from dask_imgread.buffers import BUFFERS
-from dask_imgread.decoding.contract import Content, DecoderOptions, Header, Pixels
+from dask_imgread.decoding.contract import SCALES, Content, DecoderOptions, Header, Pixels
 from dask_imgread.decoding.geometry import apply_orientation, resize
 
-# libjpeg-turbo has fast code for these; other eighths are slower than full size.
-_SCALES = (8, 4, 2)
 # A scaled decoding must stay this much larger than the target size. If it is only slightly larger,
 # the resize that follows smooths too little, and the error grows from 46 dB to 35.
 _MIN_OVERSIZE = 5 / 3
@@ -41,11 +39,11 @@ def decode_jpeg(
         If libjpeg-turbo refuses the file, or warns about it.
     """
     height, width = header.stored_size
+    scale = decoder_options.choose_scale(height, width)
     if decoder_options.resize is None and header.orientation == 1:
-        _decode(content, 1, out)
+        _decode(content, scale, out)
         return
     target = out.shape[:2] if header.orientation < 5 else out.shape[1::-1]
-    scale = 1
     if decoder_options.resize is not None and decoder_options.scaled_decoding:
         scale = _choose_scale((height, width), target)
     rows, columns = -(-height // scale), -(-width // scale)
@@ -60,7 +58,7 @@ def decode_jpeg(
 def _choose_scale(size: tuple[int, int], target: tuple[int, ...]) -> int:
     """Return the largest divisor that leaves enough pixels to resize to the target size."""
     ratio = min(side / target_side for side, target_side in zip(size, target, strict=True))
-    return next((scale for scale in _SCALES if ratio >= scale * _MIN_OVERSIZE), 1)
+    return next((scale for scale in SCALES if ratio >= scale * _MIN_OVERSIZE), 1)
 
 
 def _decode(content: Content, scale: int, out: Pixels) -> None:

@@ -33,6 +33,7 @@ class ReaderOptions:
     output: Literal["host", "device"] = "host"
     decoder: Literal["auto", "dali"] = "auto"
     scaled_decoding: bool = True
+    min_side: int | None = None
     isolate: bool = False
     relative_to: str | None = None
     read_ahead: int = READ_AHEAD
@@ -57,6 +58,10 @@ class ReaderOptions:
             raise ValueError(
                 f"resize must be a length, (height, width) or None, not {self.resize!r}"
             )
+        if self.min_side is not None and self.min_side < 1:
+            raise ValueError(f"min_side must be at least 1 or None, not {self.min_side!r}")
+        if self.min_side is not None and self.resize is not None:
+            raise ValueError("resize and min_side can't be given together: leave one out")
         if not isinstance(self.sidecars, bool):
             if isinstance(self.sidecars, str) or not isinstance(self.sidecars, Collection):
                 raise ValueError(

@@ -93,8 +93,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     max_batch_bytes
         Maximum size of a batch's decoded images and sidecars, unless one image alone is larger.
         On a GPU two batches exist at a time: one is decoded while the one before is in use. With
-        ``resize``, an image that is decoded and resized by itself, as JPEG is on a CPU, counts
-        with its resized or its encoded size, whichever is larger.
+        ``resize`` or ``min_side``, an image that is decoded and resized by itself, as JPEG is on a
+        CPU, counts with its resized or its encoded size, whichever is larger.
     resize
         Resize each image after decoding, on the same device: an int is the length of the
         shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
@@ -107,6 +107,11 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         size, the smallest that is at least 5/3 of the target. A 12-megapixel image takes a third
         of the time; its pixels differ slightly from those resized from full size
         (docs/decoding.md has the numbers). False decodes at full size.
+    min_side
+        Reduce each image to 1/8, 1/4 or 1/2 of its size, the smallest of which the shorter side is
+        at least so long; leave an image alone if none is. On a CPU a JPEG is decoded at that scale,
+        and not resampled: this is the fastest way to pixels that need not be of one size, as for
+        ``fingerprint``. Not together with ``resize``.
     isolate
         Decode each image by itself in a child process, so that an image that crashes its decoder
         costs only itself, and is recorded as ``kills its decoder``. Slower; meant for shards
@@ -311,6 +316,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             self.output,
             self.decoder,
             self.scaled_decoding,
+            self.min_side,
         )
 
     def _read_shard(

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
@@ -123,6 +124,73 @@ def test_pictures_of_every_size_are_resized(tmp_path, decoder):
             expected = resize_exactly(content, image.image_data.shape[:2])
             difference = np.abs(image.image_data.astype(int) - expected)
             assert difference.mean() < 12, (image.width, image.height, resize)
+
+
+def reduce_exactly(content, scale):
+    return np.asarray(Image.fromarray(read_with_pillow(content)).reduce(scale))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "bmp"])
+@pytest.mark.parametrize("options", [{}, {"decoder": "dali"}, {"isolate": True}])
+def test_pictures_are_reduced_to_min_side(tmp_path, photographs, extension, options):
+    """To the smallest scale that leaves so much, whatever decodes them."""
+    sides = {63: 1, 127: 1, 128: 2, 255: 2, 256: 4, 511: 4, 512: 8, 777: 8}
+    pictures = [photographs[1].resize((side + 30, side)) for side in sides]
+    pictures += [picture.transpose(Image.Transpose.ROTATE_90) for picture in pictures]
+    codec = {"jpg": "JPEG", "webp": "WEBP"}.get(extension, extension.upper())
+    contents = [encode(p, codec, **{"quality": 95} if codec == "JPEG" else {}) for p in pictures]
+    images = read(tmp_path, contents, min_side=64, **options)
+    for image, content, scale in zip(images, contents, [*sides.values()] * 2, strict=True):
+        expected = reduce_exactly(content, scale)
+        assert image.image_data.shape == expected.shape
+        if scale == 1:
+            np.testing.assert_array_equal(image.image_data, expected)
+        # What DALI reduces overlaps: it is as much softer as other filters are.
+        assert measure_psnr(image.image_data, expected) > 28
+        assert (image.height, image.width) == read_with_pillow(content).shape[:2]
+
+
+@both_decoders
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_reduced_upright(tmp_path, orientation, decoder, photographs):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photographs[1].resize((450, 301)), "JPEG", quality=95, exif=exif)
+    (image,) = read(tmp_path, [content], min_side=75, decoder=decoder)
+    expected = reduce_exactly(content, 4)
+    assert image.image_data.shape == expected.shape
+    # Where it is mirrored, the last pixels, of fewer than four, are at the other end.
+    assert measure_psnr(image.image_data, expected) > 22
+
+
+def test_a_jpeg_is_decoded_at_the_scale_alone(tmp_path, photographs):
+    content = encode(photographs[0].resize((800, 640)), "JPEG", quality=95, subsampling=0)
+    for min_side, scale in ((80, 8), (81, 4), (160, 4), (320, 2), (321, 1)):
+        (image,) = read(tmp_path, [content], min_side=min_side)
+        assert image.backend == "libjpeg-turbo"
+        drafted = simplejpeg.decode_jpeg(
+            content,
+            "RGB",
+            min_height=640 // scale,
+            min_width=800 // scale,
+            min_factor=scale,
+        )
+        np.testing.assert_array_equal(image.image_data, drafted)
+
+
+def test_min_side_reduces_the_memory_of_a_batch(tmp_path):
+    content = encode_picture(draw_picture(1, (2000, 1000)))
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", content) for n in range(30)])
+    limit = 30 * max(125 * 250 * 3, len(content))
+    reader = ImageReaderStage(device="cpu", min_side=100, max_batch_bytes=limit)
+    assert [b.num_items for b in reader.process(FileGroupTask(data=[shard]))] == [30]
+
+
+def test_min_side_is_checked():
+    with pytest.raises(ValueError, match="min_side must be at least 1"):
+        ImageReaderStage(min_side=0)
+    with pytest.raises(ValueError, match="resize and min_side can't be given together"):
+        ImageReaderStage(min_side=64, resize=64)
 
 
 def test_the_memory_of_what_comes_out_cuts_a_batch(tmp_path):

@@ -162,12 +162,12 @@ def test_rgb_without_ycbcr(photographs, tmp_path):
     assert find_unlike(good, members) == {}
 
 
-@pytest.mark.parametrize("resize", [100, (96, 128)])
-def test_resize(photo_shards, tmp_path, resize):
+@pytest.mark.parametrize("options", [{"resize": 100}, {"resize": (96, 128)}, {"min_side": 20}])
+def test_resize(photo_shards, tmp_path, options):
     """As DALI does it on a CPU."""
     members = {n: c for n, c in members_of(photo_shards[0]).items() if n.endswith("jpg")}
-    good, _ = read(members, tmp_path, resize=resize)
-    expected, _ = read(members, tmp_path, resize=resize, device="cpu", decoder="dali")
+    good, _ = read(members, tmp_path, **options)
+    expected, _ = read(members, tmp_path, **options, device="cpu", decoder="dali")
     assert find_differences(good, {n: i.image_data for n, i in expected.items()}) == {}
 
 

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_imgread.jobs import code
@@ -470,6 +470,7 @@ def test_no_value_is_shown(load):
     ]
 
 
+@settings(deadline=None)
 @given(values, values)
 def test_values_are_told_apart(one, another):
     was, now = digest_code(make_closure(one)), digest_code(make_closure(another))
@@ -482,6 +483,7 @@ def sorted_alike(one, another):
     return one == another and "{" in repr(one)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), st.text()))
 def test_sets_and_dicts_have_no_order(items):
     turned = dict(reversed(items.items()))
