@@ -10,7 +10,7 @@ import pandas as pd
 from distributed import warn
 from pandas.api.types import is_float_dtype, is_integer_dtype
 
-from dask_imgread.hamming import divide_bits, group_near, join_links, look_up
+from dask_imgread.hamming import divide_bits, group_near, join_links
 from dask_imgread.shards.frames import index_by_id, is_lazy, require_frame
 from dask_imgread.tasks import CHECKSUM, COLUMNS
 
@@ -205,7 +205,8 @@ def _label(rows: pd.DataFrame, links: pd.DataFrame | np.ndarray | None) -> pd.Da
         return rows
     hashes, roots = links.to_numpy().T if isinstance(links, pd.DataFrame) else links
     labels = rows["_label"].to_numpy()
-    places, linked = look_up(hashes, labels)
+    places = np.searchsorted(hashes, labels).clip(max=len(hashes) - 1)
+    linked = hashes[places] == labels
     return rows.assign(_label=np.where(linked, roots[places], labels))
 
 
@@ -236,7 +237,7 @@ def _copy(rows: pd.DataFrame, distance: int) -> pd.DataFrame:
 def _link_parts(copies: pd.DataFrame, distance: int) -> pd.DataFrame:
     links = [np.empty((2, 0), np.uint64)]
     for number, part in enumerate(divide_bits(distance + 1)):
-        hashes = copies["hash"][copies["number"] == number].unique()
+        hashes = np.unique(copies["hash"][copies["number"] == number].to_numpy(np.uint64))
         links.append(group_near(hashes, distance, equal=part))
     return _make_links(np.hstack(links))
 

@@ -29,13 +29,8 @@ def divide_bits(parts: int, taken: int = 0) -> list[int]:
 
 
 def find_pairs(
-    hashes: np.ndarray,
-    distance: int,
-    *,
-    equal: int = 0,
-    levels: int = _LEVELS,
-    window: int | None = _WINDOW,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    hashes: np.ndarray, distance: int, *, equal: int = 0, window: int | None = _WINDOW
+) -> Iterator[np.ndarray]:
     """Yield all pairs of hashes that differ in so many bits at most, some at a time.
 
     Of ``distance + 1`` parts of the bits, one must be equal. So only hashes that are equal in one
@@ -45,57 +40,67 @@ def find_pairs(
     Parameters
     ----------
     hashes
-        Of type uint64, all different.
+        Of type uint64, all different, in order.
     distance
         The most bits.
     equal
-        Bits that must be equal.
-    levels
-        How often buckets are divided further.
+        Bits that are equal; of other pairs only some are found.
     window
-        How many hashes each is compared with in a bucket that is not divided any more: those that
-        are next to it in numerical order. None for all.
+        How many hashes each is compared with where too many are alike: those that are next to it
+        in numerical order. None for all.
+
+    Yields
+    ------
+    numpy.ndarray
+        Two rows: the numbers of the hashes.
 
     Warns
     -----
     UserWarning
         If not all were compared.
     """
+    numbers = np.arange(len(hashes))
+    return _find_pairs(hashes, numbers, distance, equal, _LEVELS, window or len(hashes))
+
+
+def _find_pairs(
+    hashes: np.ndarray, numbers: np.ndarray, distance: int, equal: int, levels: int, window: int
+) -> Iterator[np.ndarray]:
     keys = hashes & np.uint64(equal)
     order = np.argsort(keys) if levels else np.lexsort((hashes, keys))
-    hashes, keys = hashes[order], keys[order]
+    hashes, numbers, keys = hashes[order], numbers[order], keys[order]
     sizes = np.diff(np.flatnonzero(np.diff(keys, prepend=~keys[:1])), append=len(keys))
     if levels:
         divided = sizes > _FEW * (distance + 1)
         rest = np.repeat(~divided, sizes)
-        for some in _cut(hashes[~rest], sizes[divided]):
+        for some in _cut(np.flatnonzero(~rest), sizes[divided]):
             for part in divide_bits(distance + 1, equal):
-                yield from find_pairs(
-                    some, distance, equal=equal | part, levels=levels - 1, window=window
+                yield from _find_pairs(
+                    hashes[some], numbers[some], distance, equal | part, levels - 1, window
                 )
-        hashes, sizes = hashes[rest], sizes[~divided]
-    elif window is not None and (sizes > window + 1).any():
+        hashes, numbers, sizes = hashes[rest], numbers[rest], sizes[~divided]
+    elif (sizes > window + 1).any():
         _warn_of_crowds(hashes, sizes, window)
-    yield from _compare(hashes, sizes, distance, window or len(hashes))
+    yield from _compare(hashes, numbers, sizes, distance, window)
 
 
-def _cut(hashes: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the hashes of several whole buckets, as many as are sorted fast."""
+def _cut(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the places of several whole buckets, as many as are sorted fast."""
     ends = np.cumsum(sizes)
     last = np.flatnonzero(np.diff(ends // _CACHED, append=-1))
     for start, stop in pairwise([0, *ends[last]]):
-        yield hashes[start:stop]
+        yield places[start:stop]
 
 
 def _compare(
-    hashes: np.ndarray, sizes: np.ndarray, distance: int, window: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    hashes: np.ndarray, numbers: np.ndarray, sizes: np.ndarray, distance: int, window: int
+) -> Iterator[np.ndarray]:
     """Yield the near ones among hashes that lie together in buckets of these sizes."""
     sizes = np.repeat(sizes, sizes)
     order = np.argsort(sizes, kind="stable")
     # With the largest buckets last, at each step the rest of the array is compared with itself,
     # shifted. Beyond the end of a bucket that is in vain, but faster than to pick hashes.
-    hashes, sizes = hashes[order], sizes[order]
+    hashes, numbers, sizes = hashes[order], numbers[order], sizes[order]
     for start in range(0, len(hashes), _CACHED):
         stop = start + _CACHED
         most = int(sizes[start:stop][-1])
@@ -103,9 +108,9 @@ def _compare(
             first = max(start, int(np.searchsorted(sizes, step, "right")))
             right = hashes[first + step : stop + step]
             left = hashes[first : first + len(right)]
-            near = np.bitwise_count(left ^ right) <= distance
-            if near.any():
-                yield left[near], right[near]
+            near = np.flatnonzero(np.bitwise_count(left ^ right) <= distance) + first
+            if len(near):
+                yield numbers[[near, near + step]]
 
 
 def _warn_of_crowds(hashes: np.ndarray, sizes: np.ndarray, window: int) -> None:
@@ -130,14 +135,18 @@ def group_near(hashes: np.ndarray, distance: int, *, equal: int = 0) -> np.ndarr
     numpy.ndarray
         Two rows, as ``join_links`` returns them.
     """
-    links, count = [np.empty((2, 0), np.uint64)], 0
-    for pair in find_pairs(hashes, distance, equal=equal):
-        links.append(np.stack(pair))
-        count += len(pair[0])
-        if count > 2 * len(hashes):  # where all are near to each other, pairs would fill the memory
-            links = [join_links(np.hstack(links))]
-            count = links[0].shape[1]
-    return join_links(np.hstack(links))
+    roots, links, count = np.arange(len(hashes)), list[np.ndarray](), 0
+    for ends in find_pairs(hashes, distance, equal=equal):
+        # Where all are near to each other, nearly all pairs link what is linked already.
+        links.append(ends[:, np.not_equal(*roots[ends])])
+        count += links[-1].shape[1]
+        if count > len(hashes):
+            _join(roots, np.hstack(links))
+            links, count = [], 0
+    if links:
+        _join(roots, np.hstack(links))
+    linked = np.bincount(roots)[roots] > 1
+    return np.stack([hashes[linked], hashes[roots[linked]]])
 
 
 def join_links(links: np.ndarray) -> np.ndarray:
@@ -146,19 +155,19 @@ def join_links(links: np.ndarray) -> np.ndarray:
     >>> join_links(np.array([[5, 2, 8], [3, 3, 9]], np.uint64)).tolist()
     [[2, 3, 5, 8, 9], [2, 2, 2, 8, 8]]
     """
-    hashes, numbers = np.unique(links, return_inverse=True)
-    roots, ends = np.arange(len(hashes)), numbers.reshape(2, -1)
+    hashes, ends = np.unique(links, return_inverse=True)
+    roots = np.arange(len(hashes))
+    _join(roots, ends.reshape(2, -1))
+    return np.stack([hashes, hashes[roots]])
+
+
+def _join(roots: np.ndarray, ends: np.ndarray) -> None:
+    """Give all that links join the same root, which is the smallest number among them."""
     while True:
-        ends = roots[ends]
-        ends = np.sort(ends[:, ends[0] != ends[1]], axis=0)
+        ends = np.sort(roots[ends], axis=0)
+        ends = ends[:, ends[0] != ends[1]]
         if not ends.size:
-            return np.stack([hashes, hashes[roots]])
+            return
         np.minimum.at(roots, ends[1], ends[0])
         while not np.array_equal(nearer := roots[roots], roots):
-            roots = nearer
-
-
-def look_up(hashes: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where hashes would lie among others, which are in order and not none; which do."""
-    places = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
-    return places, hashes[places] == wanted
+            roots[:] = nearer

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dask_imgread.duplicates import check_column, check_distance, convert_hashes
-from dask_imgread.hamming import find_pairs, look_up
+from dask_imgread.hamming import find_pairs
 from dask_imgread.shards.frames import index_by_id, is_lazy, require_frame
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import redact_url
@@ -202,13 +202,12 @@ def _find_nearest(
     hashes: np.ndarray, listed: np.ndarray, distance: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return which one on a list is nearest to each hash, and in how many bits; -1 if none is."""
-    both = np.intersect1d(hashes, listed)
+    union, both = np.union1d(hashes, listed), np.intersect1d(hashes, listed)
+    is_ours, is_listed = np.isin(union, hashes), np.isin(union, listed)
     found = [np.stack([both, both])]
-    if distance and len(hashes):
-        for pair in find_pairs(np.union1d(hashes, listed), distance, window=None):
-            for ends in (np.stack(pair), np.stack(pair[::-1])):
-                wanted = look_up(hashes, ends[0])[1] & look_up(listed, ends[1])[1]
-                found.append(ends[:, wanted])
+    for pair in find_pairs(union, distance, window=None) if distance else ():
+        ends = np.hstack([pair, pair[::-1]])
+        found.append(union[ends[:, is_ours[ends[0]] & is_listed[ends[1]]]])
     ours, theirs = np.hstack(found)
     bits = np.bitwise_count(ours ^ theirs)
     order = np.lexsort((theirs, bits, ours))
