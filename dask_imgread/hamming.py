@@ -10,7 +10,7 @@ from distributed import warn
 
 _BITS = 64
 # A bucket is divided further if it has more hashes, for each part, than can be compared faster.
-_FEW = 32
+_FEW = 64
 _CACHED = 1 << 15  # hashes that are compared while they are in the processor's cache
 _LEVELS = 3  # of buckets in buckets
 _WINDOW = 1_000  # of how many others each hash in a bucket that can't be divided is compared with
@@ -29,7 +29,7 @@ def divide_bits(parts: int, taken: int = 0) -> list[int]:
 
 
 def find_pairs(
-    hashes: np.ndarray, distance: int, *, equal: int = 0, window: int | None = _WINDOW
+    hashes: np.ndarray, distance: int, *, equal: int = 0, window: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield all pairs of hashes that differ in so many bits at most, some at a time.
 
@@ -44,10 +44,10 @@ def find_pairs(
     distance
         The most bits.
     equal
-        Bits that are equal; of other pairs only some are found.
+        Bits that must be equal.
     window
         How many hashes each is compared with where too many are alike: those that are next to it
-        in numerical order. None for all.
+        in numerical order; all if not given.
 
     Yields
     ------
@@ -60,7 +60,8 @@ def find_pairs(
         If not all were compared.
     """
     numbers = np.arange(len(hashes))
-    return _find_pairs(hashes, numbers, distance, equal, _LEVELS, window or len(hashes))
+    levels = _LEVELS - bool(equal)  # which takes the place of the first division
+    return _find_pairs(hashes, numbers, distance, equal, levels, window or len(hashes))
 
 
 def _find_pairs(
@@ -81,7 +82,8 @@ def _find_pairs(
         hashes, numbers, sizes = hashes[rest], numbers[rest], sizes[~divided]
     elif (sizes > window + 1).any():
         _warn_of_crowds(hashes, sizes, window)
-    yield from _compare(hashes, numbers, sizes, distance, window)
+    for ends, others in _compare(hashes, numbers, sizes, distance, window):
+        yield ends[:, others & np.uint64(equal) == 0]
 
 
 def _cut(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
@@ -94,8 +96,11 @@ def _cut(places: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 def _compare(
     hashes: np.ndarray, numbers: np.ndarray, sizes: np.ndarray, distance: int, window: int
-) -> Iterator[np.ndarray]:
-    """Yield the near ones among hashes that lie together in buckets of these sizes."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the near ones among hashes that lie together in buckets of these sizes.
+
+    Some of them are of two buckets. With their numbers come the bits that differ.
+    """
     sizes = np.repeat(sizes, sizes)
     order = np.argsort(sizes, kind="stable")
     # With the largest buckets last, at each step the rest of the array is compared with itself,
@@ -107,10 +112,10 @@ def _compare(
         for step in range(1, min(most - 1, window) + 1):
             first = max(start, int(np.searchsorted(sizes, step, "right")))
             right = hashes[first + step : stop + step]
-            left = hashes[first : first + len(right)]
-            near = np.flatnonzero(np.bitwise_count(left ^ right) <= distance) + first
+            bits = hashes[first : first + len(right)] ^ right
+            near = np.flatnonzero(np.bitwise_count(bits) <= distance)
             if len(near):
-                yield numbers[[near, near + step]]
+                yield numbers[[near + first, near + first + step]], bits[near]
 
 
 def _warn_of_crowds(hashes: np.ndarray, sizes: np.ndarray, window: int) -> None:
@@ -136,7 +141,7 @@ def group_near(hashes: np.ndarray, distance: int, *, equal: int = 0) -> np.ndarr
         Two rows, as ``join_links`` returns them.
     """
     roots, links, count = np.arange(len(hashes)), list[np.ndarray](), 0
-    for ends in find_pairs(hashes, distance, equal=equal):
+    for ends in find_pairs(hashes, distance, equal=equal, window=_WINDOW):
         # Where all are near to each other, nearly all pairs link what is linked already.
         links.append(ends[:, np.not_equal(*roots[ends])])
         count += links[-1].shape[1]

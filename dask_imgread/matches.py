@@ -205,7 +205,7 @@ def _find_nearest(
     union, both = np.union1d(hashes, listed), np.intersect1d(hashes, listed)
     is_ours, is_listed = np.isin(union, hashes), np.isin(union, listed)
     found = [np.stack([both, both])]
-    for pair in find_pairs(union, distance, window=None) if distance else ():
+    for pair in find_pairs(union, distance) if distance else ():
         ends = np.hstack([pair, pair[::-1]])
         found.append(union[ends[:, is_ours[ends[0]] & is_listed[ends[1]]]])
     ours, theirs = np.hstack(found)

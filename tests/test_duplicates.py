@@ -255,6 +255,23 @@ def test_planted_copies_on_a_cluster(client):
     assert len(find_duplicates(rest, "phash")) == 0
 
 
+def test_more_alike_than_are_compared(monkeypatch):
+    """What is not found does not depend on partitions either."""
+    monkeypatch.setattr("dask_imgread.hamming._LEVELS", 1)
+    rng = np.random.default_rng(3)
+    for name, value in {"_WINDOW": 3, "_FEW": 1}.items():
+        monkeypatch.setattr(f"dask_imgread.hamming.{name}", value)
+    rows = make_rows([{"phash": value} for value in rng.integers(0, 1 << 14, 500).tolist()])
+    with pytest.warns(UserWarning, match="different hashes are much alike"):
+        found = find_duplicates(rows, "phash", distance=1)
+    lazy = find_duplicates(dd.from_pandas(rows, 7), "phash", distance=1)
+    with pytest.warns(UserWarning, match="different hashes are much alike"):
+        computed = lazy.compute(scheduler="sync")
+    pd.testing.assert_frame_equal(computed.sort_index(), found.sort_index())
+    exact = find_duplicates(rows, "phash", distance=0)
+    assert len(exact) < len(found)
+
+
 def hash_pixels(batch):
     """Return the mean colour of each image as a hash of few bits."""
     means = [int(image.image_data.mean()) for image in batch]

@@ -72,6 +72,13 @@ def test_groups(hashes, distance):
     )
 
 
+@settings(max_examples=50, deadline=None)
+@given(HASHES, st.integers(0, 16), st.sampled_from([1, 0xFF00, 1 << 63]))
+def test_some_bits_must_be_equal(hashes, distance, equal):
+    wanted = {pair for pair in compare_all(hashes, distance) if not (pair[0] ^ pair[1]) & equal}
+    assert list_pairs(hashes, distance, equal=equal) == wanted
+
+
 def test_long_chains():
     order = np.random.default_rng(1).permutation(10_000).astype(np.uint64)
     hashes, roots = join_links(np.stack([order[1:], order[:-1]]))
@@ -108,4 +115,4 @@ def test_more_alike_than_are_compared(monkeypatch):
     with pytest.warns(UserWarning, match=r"256 different hashes .* 256 near 0{16}: .* 100 "):
         some = list_pairs(hashes, 2, window=100)
     assert some == {pair for pair in compare_all(hashes, 2) if pair[1] - pair[0] <= 100}
-    assert list_pairs(hashes, 2, window=None) == compare_all(hashes, 2)
+    assert list_pairs(hashes, 2) == compare_all(hashes, 2)
