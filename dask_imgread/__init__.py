@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.collections import read_bag as read_bag
     from dask_imgread.collections import read_metadata as read_metadata
     from dask_imgread.diff import diff_frames as diff_frames
+    from dask_imgread.duplicates import find_duplicates as find_duplicates
     from dask_imgread.errors import FolderInUseError as FolderInUseError
     from dask_imgread.errors import JobError as JobError
     from dask_imgread.errors import NoWorkersError as NoWorkersError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # the second list of the public names, for type checkers
     from dask_imgread.jobs.run import Summary as Summary
     from dask_imgread.jobs.run import forecast_job as forecast_job
     from dask_imgread.jobs.run import run_job as run_job
+    from dask_imgread.matches import match_hashes as match_hashes
     from dask_imgread.reading.reader import ImageReaderStage as ImageReaderStage
     from dask_imgread.report.contact_sheet import show as show
     from dask_imgread.report.page import write_report as write_report
@@ -47,6 +49,7 @@ _PUBLIC = {  # by the module that they live in
     "cluster.window": ["map_windowed"],
     "collections": ["map_images", "read_bag", "read_metadata"],
     "diff": ["diff_frames"],
+    "duplicates": ["find_duplicates"],
     "errors": [
         *("FolderInUseError", "JobError", "NoWorkersError", "OtherJobError", "ReadError"),
         *("SchemaError", "StorageError"),
@@ -54,6 +57,7 @@ _PUBLIC = {  # by the module that they live in
     "fingerprints": ["fingerprint"],
     "jobs.forecast": ["Forecast"],
     "jobs.run": ["Summary", "forecast_job", "run_job"],
+    "matches": ["match_hashes"],
     "reading.reader": ["ImageReaderStage"],
     "report.contact_sheet": ["show"],
     "report.page": ["write_report"],

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.duplicates import main as measure_duplicates
 from benchmarks.gpu import main as measure_gpu
 from benchmarks.gpu import read_gpu
 from benchmarks.remote import main as measure_remote
@@ -34,6 +35,11 @@ def test_a_tiny_run_of_every_measure(tmp_path, capfd, quick_start):
     printed = capfd.readouterr().out
     assert all(row["what"] in printed for row in table["rows"])
     assert "dask" in table["about"]["versions"]
+
+
+def test_duplicates_among_few_rows(capfd):
+    assert measure_duplicates(["2000"]) == 0
+    assert capfd.readouterr().out.startswith("2,000 rows: 1")
 
 
 def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd, quick_start):

@@ -329,7 +329,7 @@ def test_the_command(tmp_path, photographs, monkeypatch, capsys):
         assert main(command) == 0
         assert "12 images, 1 failed" in capsys.readouterr().out
         assert main(command) == 0
-        assert "nothing left to do" in capsys.readouterr().out
+        assert "nothing left to read" in capsys.readouterr().out
         whole.append(pd.read_parquet(tmp_path / name))
     scaled, exact = whole
     assert len(scaled) == len(exact) == 12

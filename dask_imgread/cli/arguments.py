@@ -30,6 +30,8 @@ _EXAMPLES = {  # of each command, after the program's name
     "select decoded --failed --out broken\n"
     'select "shards/*.tar" --not-ids takedown.txt --out rewritten',
     "diff": "diff result result-of-today --out changes.parquet",
+    "duplicates": "duplicates result --out drop.txt\n"
+    "duplicates hashes --by phash --distance 6 --out duplicates.parquet",
     "report": "report result",
 }
 SUCCESS, BAD_IMAGES, WRONG_USAGE, UNFINISHED, FUNCTION_FAILED = range(5)
@@ -223,6 +225,39 @@ def make_parser() -> argparse.ArgumentParser:
         "option of the file system of OLD, NEW and FILE, where they are remote (default: none)",
     )
     _add_log_format(diff)
+
+    duplicates = _add_command(commands, "duplicates", "find equal or similar images")
+    duplicates.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
+    duplicates.add_argument(
+        "--by",
+        metavar="COLUMN",
+        default="sha256",
+        help="digests, or 64-bit hashes such as phash or dhash (default sha256)",
+    )
+    duplicates.add_argument(
+        "--distance",
+        type=int,
+        default=4,
+        metavar="BITS",
+        help="in how many bits hashes of the same group differ (default 4)",
+    )
+    duplicates.add_argument(
+        "--prefer",
+        metavar="COLUMN",
+        help="keep the image that has most of it (default: of the most pixels)",
+    )
+    duplicates.add_argument(
+        "--out",
+        metavar="FILE",
+        help="Parquet file for all duplicates, or a text file, FILE.txt, for the ids of all but "
+        "one of each group, as select --not-ids takes it (default: none)",
+    )
+    _add_pairs(
+        duplicates,
+        "--storage-option",
+        "option of the file system of DIR and FILE, where they are remote (default: none)",
+    )
+    _add_log_format(duplicates)
 
     report = _add_command(commands, "report", "write a page to look at from a job's output")
     report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")

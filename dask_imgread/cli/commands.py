@@ -27,6 +27,7 @@ from dask_imgread.cli.arguments import (
     merge_sidecars,
 )
 from dask_imgread.cli.diff import count_changes, find_changes, format_changes
+from dask_imgread.cli.duplicates import count_groups, find_groups, format_groups
 from dask_imgread.cli.preview import format_rows, read_samples
 from dask_imgread.cli.select import (
     Choice,
@@ -302,6 +303,17 @@ def run_diff(arguments: argparse.Namespace) -> int:
     return BAD_IMAGES if arguments.exit_code and survey.counts else SUCCESS
 
 
+def run_duplicates(arguments: argparse.Namespace) -> int:
+    """Print which images of a job's output are duplicates."""
+    with keep_stdout(arguments):
+        found = find_groups(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(count_groups(*found, arguments)))
+    else:
+        print(format_groups(*found, arguments))
+    return SUCCESS
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
     storage_options, out_options = read_storage_options(arguments)
@@ -474,5 +486,6 @@ COMMANDS = {
     "verify": run_verify,
     "select": run_select,
     "diff": run_diff,
+    "duplicates": run_duplicates,
     "report": run_report,
 }

@@ -31,7 +31,7 @@ def find_changes(arguments: argparse.Namespace) -> Survey:
     options = merge_pairs(arguments.storage_option)
     old, new = (os.path.expanduser(folder) for folder in (arguments.old, arguments.new))
     for folder in (old, new):
-        _warn_of_unfinished(folder, options)
+        warn_of_unfinished(folder, options)
     how: dict[str, Any] = {"listed": _LISTED, "storage_options": options}
     if arguments.out is None:
         return survey_changes(old, new, **how)
@@ -39,7 +39,8 @@ def find_changes(arguments: argparse.Namespace) -> Survey:
         return survey_changes(old, new, write=write, **how)
 
 
-def _warn_of_unfinished(folder: str, options: dict[str, Any]) -> None:
+def warn_of_unfinished(folder: str, options: dict[str, Any]) -> None:
+    """Say if a job's folder may not have all rows yet."""
     job = JobFolder(resolve_path(folder), options).read_job() or {}
     if not job.get("finished"):
         logger.warning("%s is unfinished, and may lack images", redact_url(folder))
