@@ -74,7 +74,7 @@ class Execution:
         self._began, self._rate, self._memory = time.time(), 0.0, 0
         self._written: dict[PartName, Footer] = {}  # since the ledger was saved
         self._read, self._partitions = Count(), 0
-        self._known = plan.folder.look_up_parts(plan.job_id)
+        self._known, self._is_new = plan.folder.look_up_parts(plan.job_id)
         self._inventory = self._take_inventory()
         self._saved, self._save_interval = time.monotonic(), _SAVED_EVERY
         self.work = self._inventory.find_work(retry_failed or bool(self._retries))
@@ -186,7 +186,8 @@ class Execution:
             self._save()
             if not self._inventory.is_complete():
                 raise JobError(_tell_missing(plan))
-        plan.folder.write_ledger(self._known)
+        elif self._is_new:
+            plan.folder.write_ledger(self._known)
         count = self.count()
         self._run |= {
             "ended": time.time(),

@@ -199,10 +199,11 @@ class JobFolder:
         except FileNotFoundError:
             return None
 
-    def look_up_parts(self, job_id: str) -> Ledger:
-        """Return what the footers of all parts say; those that are known are not read again.
+    def look_up_parts(self, job_id: str) -> tuple[Ledger, bool]:
+        """Return what the footers of all parts say, and whether any had to be read for that.
 
-        Parts that are damaged, or another job's, are left out.
+        Those that are known are not read again. Parts that are damaged, or another job's, are left
+        out.
         """
         parts = list_parts(self.find_parts())
         try:
@@ -214,8 +215,10 @@ class JobFolder:
             PartName(Place(place), number)
             for place, number in parts.loc[is_new, ["place", "number"]].itertuples(index=False)
         )
-        read = Ledger.from_footers(self.read_footers(names, job_id)).set_stamps(parts)
-        return self._check_records(known.replace_parts(read))
+        if is_new.any():
+            read = Ledger.from_footers(self.read_footers(names, job_id)).set_stamps(parts)
+            known = known.replace_parts(read)
+        return self._check_records(known), bool(is_new.any())
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Keep what the footers of the parts say, for ``look_up_parts``."""
@@ -288,11 +291,12 @@ class JobFolder:
         And what stands where a part may stand, but is none: it is damaged, or another job's.
         """
         names = self._list_names()
-        known = {*ledger.select(Place.OUT)["number"].tolist()}
-        for part in self.list_parts():
-            if part.number < partitions and part.number not in known:
-                logger.warning("%s/%s is no part of the job, and is removed", self.url, part.file)
-                self.remove([part.file])
+        found = {int(match[1]) for match in map(_PART.fullmatch, names) if match}
+        for number in sorted(found - {*ledger.select(Place.OUT)["number"].tolist()}):
+            if number < partitions:
+                file = PartName(Place.OUT, number).file
+                logger.warning("%s/%s is no part of the job, and is removed", self.url, file)
+                self.remove([file])
         self.remove({*filter(_TABLE.fullmatch, names)} - {*tables})
         self.remove(n for n in names if n.startswith(DRAFT) and CLAIM not in n)
         self.remove(
@@ -301,9 +305,9 @@ class JobFolder:
             for name in self._list_names(folder)
             if name.startswith(DRAFT)
         )
-        attempts = ledger.runs[["place", "number", "attempt"]].drop_duplicates()
         records = {f"{IMAGES}/{name}" for name in self._list_names(IMAGES)}
-        for place, number, attempt in attempts.itertuples(index=False):
+        attempts = ledger.runs[["place", "number", "attempt"]].drop_duplicates()
+        for place, number, attempt in attempts.itertuples(index=False) if records else ():
             records.discard(PartName(Place(place), number).name_records(attempt))
         self.remove(sorted(records))
 

@@ -68,7 +68,7 @@ def forecast(
     """Return what a job would do whose plan was looked up."""
     ledger = Ledger.from_footers([])
     if "id" in plan.description:
-        ledger = plan.folder.look_up_parts(plan.job_id)
+        ledger, _ = plan.folder.look_up_parts(plan.job_id)
     inventory = Inventory(plan, ledger, rows_per_file)
     work = inventory.find_work(retry_failed or bool(plan.description["retries"]))
     pieces = list(_list_pieces(plan, changes, inventory, work))

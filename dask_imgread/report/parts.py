@@ -40,7 +40,8 @@ class Parts:
 def find_parts(folder: JobFolder, description: Mapping[str, Any]) -> Parts:
     """Find the parts of a job; ``description`` is what ``_job.json`` holds."""
     _, root = folder.connect()
-    known = folder.look_up_parts(description["id"]).runs[["place", "number", "last", "attempt"]]
+    ledger, _ = folder.look_up_parts(description["id"])
+    known = ledger.runs[["place", "number", "last", "attempt"]]
     known = known[known["place"] != Place.AGAIN].drop_duplicates().sort_values(["number", "place"])
     is_staged = (known["place"] == Place.STAGED).to_numpy()
     # The last partition that the files up to there have: what was merged stays for a while.
