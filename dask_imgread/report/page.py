@@ -90,8 +90,8 @@ def write_report(
 
     The page is one self-contained file. It may be written while the job is still running, and
     then shows what the job has written so far. If the rows have the columns of ``fingerprint``, it
-    also shows what these have measured, and the biggest groups of duplicates: to find these may
-    take a minute or two if there are 2,000,000 rows; if there are more, they are not looked for.
+    also shows what these have measured, and the biggest groups of duplicates: to find these takes
+    most of a minute if there are 2,000,000 rows; if there are more, they are not looked for.
 
     Parameters
     ----------

@@ -136,13 +136,13 @@ class Histogram:
 
     def bins(self) -> tuple[Floats, NDArray[np.int64]]:
         """Return edges and counts of at most ``_MAX_DRAWN_BINS`` bins, as fine as that allows."""
-        used = np.flatnonzero(self.counts)
+        low, high = np.flatnonzero(self.counts)[[0, -1]]
         if self.limit:
-            used[0] = 0  # the axis begins there, or a narrow range would seem to be a wide one
+            low = 0  # the axis begins there, or a narrow range would seem to be a wide one
         width = 1
-        while (used[-1] // width) - (used[0] // width) >= _MAX_DRAWN_BINS:
+        while high // width - low // width >= _MAX_DRAWN_BINS:
             width *= 2
-        first, last = used[0] // width, used[-1] // width + 1
+        first, last = low // width, high // width + 1
         counts = self.counts.reshape(-1, width).sum(axis=1)[first:last]
         return self._place(np.arange(first, last + 1) * width), counts
 
