@@ -137,8 +137,8 @@ class Histogram:
     def bins(self) -> tuple[Floats, NDArray[np.int64]]:
         """Return edges and counts of at most ``_MAX_DRAWN_BINS`` bins, as fine as that allows."""
         low, high = np.flatnonzero(self.counts)[[0, -1]]
-        if self.limit:
-            low = 0  # the axis begins there, or a narrow range would seem to be a wide one
+        if self.limit:  # not less than a part of the axis, or a narrow range would seem wide
+            low, high = 0, max(high, _BINS // 16)
         width = 1
         while high // width - low // width >= _MAX_DRAWN_BINS:
             width *= 2

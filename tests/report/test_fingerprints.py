@@ -226,3 +226,9 @@ def test_a_histogram_with_a_linear_axis():
     edges, counts = narrow.bins()
     assert edges[0] == 0
     assert counts.tolist() == [0] * (len(counts) - 1) + [1]
+    zero = Histogram(8)
+    zero.add(np.zeros(3))
+    edges, counts = zero.bins()
+    assert (zero.low, zero.median(), zero.high) == (0, 0, 0)
+    assert edges[-1] > 0.5
+    assert counts.tolist() == [3] + [0] * (len(counts) - 1)
