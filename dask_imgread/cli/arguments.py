@@ -260,7 +260,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_log_format(duplicates)
 
     report = _add_command(commands, "report", "write a page to look at from a job's output")
-    report.add_argument("folder", metavar="DIR", help="the output of metadata or apply")
+    report.add_argument(
+        "folder", metavar="DIR", help="the output of metadata, apply or fingerprint"
+    )
     report.add_argument("--out", metavar="FILE", help="the page (default DIR/_report.html)")
     report.add_argument(
         "--since", metavar="OLD", help="an earlier output, to show what changed (default: none)"

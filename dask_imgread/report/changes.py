@@ -24,7 +24,7 @@ def list_changed(survey: Survey) -> dict[str, list[Row]]:
     names = ("shard", "offset", "size", "width", "height", "format")
     return {
         kind: [
-            Row._make([row["image_id"], *(row[f"{name}_new"] for name in names), "", 0, False])
+            Row(row["image_id"], *(row[f"{name}_new"] for name in names))
             for row in [row for row in rows if row["error_new"] is None][:_CHANGED]
         ]
         for kind, rows in survey.list_first()

@@ -34,6 +34,14 @@ def render_panel(title: str, note: str, content: str) -> str:
     return f'<div class="panel"><h3>{title}</h3><p class="soft">{note}</p>{content}</div>'
 
 
+def render_card(title: str, number: str, note: str, alarm: bool = False) -> str:
+    """Return a card that shows a number."""
+    return (
+        f'<div class="card {"alarm" if alarm else ""}">'
+        f'<span class="soft">{title}</span><b>{number}</b><span class="soft">{note}</span></div>'
+    )
+
+
 def render_tile(picture: str, image_id: str, note: str) -> str:
     """Return a picture with the image's name, its shard and a note below it."""
     shard, _, name = image_id.partition("/")

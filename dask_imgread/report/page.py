@@ -25,6 +25,7 @@ from dask_imgread.report.changes import list_changed, render_changes
 from dask_imgread.report.elements import (
     render_badge,
     render_banner,
+    render_card,
     render_grid,
     render_image,
     render_panel,
@@ -33,8 +34,21 @@ from dask_imgread.report.elements import (
     render_table,
     render_tile,
 )
+from dask_imgread.report.fingerprints import (
+    Fingerprints,
+    list_measures,
+    list_pictured,
+    render_fingerprints,
+    survey_fingerprints,
+)
 from dask_imgread.report.parts import Parts, find_parts
-from dask_imgread.report.plots import TOP, embed_plots, format_number, format_time
+from dask_imgread.report.plots import (
+    TOP,
+    describe_range,
+    embed_plots,
+    format_number,
+    format_time,
+)
 from dask_imgread.report.runs import find_news, list_working, render_runs
 from dask_imgread.report.statistics import (
     LISTED,
@@ -75,7 +89,9 @@ def write_report(
     """Write an HTML page with the statistics, plots, failures and sample images of a batch job.
 
     The page is one self-contained file. It may be written while the job is still running, and
-    then shows what the job has written so far.
+    then shows what the job has written so far. If the rows have the columns of ``fingerprint``, it
+    also shows what these have measured, and the biggest groups of duplicates: to find these takes
+    most of a minute if there are 2,000,000 rows; if there are more, they are not looked for.
 
     Parameters
     ----------
@@ -135,9 +151,9 @@ def write_report(
             "writes to"
         )
     try:
-        parts, stats, neighbours = _gather(folder, description, samples)
+        parts, stats, neighbours, fingerprints = _gather(folder, description, samples)
     except FileNotFoundError:  # the job has merged parts meanwhile, and removed them
-        parts, stats, neighbours = _gather(folder, description, samples)
+        parts, stats, neighbours, fingerprints = _gather(folder, description, samples)
     survey = None
     if since is not None:
         since = os.path.expanduser(since)
@@ -146,26 +162,29 @@ def write_report(
     shown = [*stats.samples.rows, *stats.newest.rows]
     shown += [row for trio in neighbours for row in trio if row]
     shown += [row for rows in changed.values() for row in rows]
+    shown += list_pictured(fingerprints)
     pictures = _load_thumbnails(shown, shard_options)
     changes = ""
     if since and survey:
         done = description["finished"]
         changes = render_changes(redact_url(since), survey, changed, pictures, done)
     html = _render_page(
-        redact_url(folder.url), description, parts, stats, neighbours, pictures, changes
-    )
+        redact_url(folder.url), description, parts, stats, neighbours, fingerprints, pictures,
+        changes,
+    )  # fmt: skip
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
 
 
 def _gather(
     folder: JobFolder, description: Mapping[str, Any], samples: int
-) -> tuple[Parts, Statistics, list[Trio]]:
+) -> tuple[Parts, Statistics, list[Trio], Fingerprints | None]:
     fs, _ = folder.connect()
     parts = find_parts(folder, description)
     stats = count_parts(fs, parts.paths, samples, find_news(description.get("runs", [])))
     inside = [row for row in stats.list_failures() if row.offset > 0]
-    return parts, stats, find_neighbours(fs, parts.paths, inside[:_IN_CONTEXT])
+    neighbours = find_neighbours(fs, parts.paths, inside[:_IN_CONTEXT])
+    return parts, stats, neighbours, survey_fingerprints(folder, parts)
 
 
 # Thumbnails
@@ -226,6 +245,7 @@ def _render_page(
     parts: Parts,
     stats: Statistics,
     neighbours: Sequence[Trio],
+    fingerprints: Fingerprints | None,
     pictures: Mapping[str, str],
     changes: str,
 ) -> str:
@@ -235,7 +255,9 @@ def _render_page(
     reading = find_reading(description, times, parts.is_staged)
     runs = description.get("runs", [])
     working = list_working(runs)
-    divs, script, bokeh = embed_plots(stats, reading.times, [r for r in working if "ended" in r])
+    ended = [run for run in working if "ended" in run]
+    measures = list_measures(fingerprints)
+    divs, script, bokeh = embed_plots(stats, reading.times, ended, measures)
     decoded = description.get("options", {}).get("decode", True)
     about_runs = render_runs(runs, stats.newest.rows, pictures, divs)
     if stats.images or stats.failed:
@@ -244,6 +266,7 @@ def _render_page(
             about_runs,
             _render_samples(stats, pictures),
             _render_histograms(stats, divs),
+            render_fingerprints(fingerprints, pictures, divs),
             _render_rate(divs),
         ]
     else:
@@ -308,11 +331,7 @@ def _render_cards(
         speed = format_number(reading.images / reading.seconds)
         cards.append(("Images per second", speed, by))
     alarming = "Failed" if stats.failed else None
-    return "".join(
-        f'<div class="card {"alarm" if title == alarming else ""}">'
-        f'<span class="soft">{title}</span><b>{number}</b><span class="soft">{note}</span></div>'
-        for title, number, note in cards
-    )
+    return "".join(render_card(*card, alarm=card[0] == alarming) for card in cards)
 
 
 def _render_failures(
@@ -372,11 +391,7 @@ def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
         return ""
     panels = []
     for name, (title, unit) in MEASURES.items():
-        histogram = stats.histograms[name]
-        low, middle, high = (
-            format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)
-        )
-        note = f"all {low}" if low == high else f"{low} to {high}, median about {middle}"
+        note = describe_range(stats.histograms[name], unit)
         panels.append(render_panel(title, note, divs[name]))
     formats = _format_top(len(stats.formats), "format")
     panels.append(render_panel("Format", formats, divs["format"]))

@@ -21,6 +21,8 @@ class Parts:
     ----------
     paths
         Their paths, in order; where a function makes the rows, those of the images' records.
+    rows
+        The paths of their rows, in order, where a function makes these; else the same as ``paths``.
     is_staged
         For each whether it waits to be merged into the dataset.
     merged
@@ -28,6 +30,7 @@ class Parts:
     """
 
     paths: list[str]
+    rows: list[str]
     is_staged: NDArray[np.bool_]
     merged: int
 
@@ -49,10 +52,11 @@ def find_parts(folder: JobFolder, description: Mapping[str, Any]) -> Parts:
     known = known[~is_staged | (known["number"] > reached).to_numpy()]
     files = known[known["place"] == Place.OUT]
     columns = known[["place", "number", "attempt"]].itertuples(index=False)
-    names = ((PartName(Place(place), number), attempt) for place, number, attempt in columns)
+    names = [(PartName(Place(place), number), attempt) for place, number, attempt in columns]
     paths = (name.name_records(attempt) if attempt else name.file for name, attempt in names)
     return Parts(
         [f"{root}/{path}" for path in paths],
+        [f"{root}/{name.file}" for name, _ in names],
         (known["place"] == Place.STAGED).to_numpy(),
         int((files["last"] - files["number"] + 1).sum()),
     )

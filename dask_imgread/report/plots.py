@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from math import ceil, floor, log10
@@ -64,7 +64,10 @@ _THEME = Theme(
 
 
 def embed_plots(
-    stats: Statistics, times: Floats, runs: Sequence[Run]
+    stats: Statistics,
+    times: Floats,
+    runs: Sequence[Run],
+    measures: Mapping[str, tuple[Histogram, str, str]],
 ) -> tuple[dict[str, str], str, str]:
     """Return HTML: each plot's div by name, the script that draws them, and Bokeh's scripts.
 
@@ -76,6 +79,8 @@ def embed_plots(
         Rows: images, began and ended of each part.
     runs
         The runs that are drawn over time.
+    measures
+        Further histograms by name, each with its title and unit.
     """
     plots: dict[str, figure] = {}
     if stats.failed:
@@ -86,6 +91,7 @@ def embed_plots(
         plots |= {
             name: _draw_histogram(stats.histograms[name], *MEASURES[name]) for name in MEASURES
         }
+    plots |= {name: _draw_histogram(*measure) for name, measure in measures.items()}
     if times.size:
         plots["rate"] = _draw_rates(times)
     if len(runs) > 1:
@@ -136,19 +142,17 @@ def _draw_histogram(histogram: Histogram, title: str, unit: str) -> figure:
     labels = [
         f"{span}: {count:,} images" for span, count in zip(spans, counts.tolist(), strict=True)
     ]
-    margin = max(1.05, (2 * edges[0] / edges[-1]) ** 0.5)  # so that the axis spans an octave
-    low, high = edges[0] / margin, edges[-1] * margin
     name = title.lower()
-    plot = _draw_bars(
-        edges,
-        counts,
-        labels,
-        x_axis_type="log",
-        x_range=Range1d(low, high),
-        x_axis_label=f"{name} ({unit})" if unit else name,
-        y_axis_label="images",
-    )
+    axes = {"x_axis_label": f"{name} ({unit})" if unit else name, "y_axis_label": "images"}
+    low, high = edges[0], edges[-1]
+    if not histogram.limit:
+        margin = max(1.05, (2 * low / high) ** 0.5)  # so that the axis spans an octave
+        low, high = low / margin, high * margin
+        axes["x_axis_type"] = "log"
+    plot = _draw_bars(edges, counts, labels, x_range=Range1d(low, high), **axes)
     plot.yaxis.ticker.min_interval = 1
+    if histogram.limit:
+        return plot
     ticks = _choose_ticks(low, high)
     plot.xaxis.ticker = FixedTicker(ticks=ticks)
     plot.xaxis.major_label_overrides = {tick: format_number(tick) for tick in ticks}
@@ -277,6 +281,14 @@ def format_number(number: float, unit: str = "") -> str:
         number, prefix = number / 1000**power, "kMGTPE"[power - 1]
     digits = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
     return f"{digits} {prefix}{unit}".rstrip()
+
+
+def describe_range(histogram: Histogram, unit: str) -> str:
+    """Return between which numbers those of a histogram are, and their median."""
+    low, middle, high = (
+        format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)
+    )
+    return f"all {low}" if low == high else f"{low} to {high}, median about {middle}"
 
 
 def format_time(seconds: float) -> str:

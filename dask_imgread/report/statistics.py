@@ -6,11 +6,12 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import inf
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +37,8 @@ MEASURES = {  # title and unit of each histogram
 
 _THREADS, _REMOTE_THREADS = 4, 32  # that read parts; those that read a remote store mostly wait
 _ROWS = 1 << 14  # held by each thread
-_OCTAVES = range(-20, 44)  # of the histograms: from 1 pixel, as megapixels, to 17 TB, as bytes
-_BINS_PER_OCTAVE = 16
+_BINS = 1 << 10  # of a histogram
+_OCTAVES = range(-20, 44)  # of a logarithmic one: from 1 pixel, as megapixels, to 17 TB, as bytes
 _MAX_DRAWN_BINS = 48
 
 Floats = NDArray[np.float64]
@@ -53,9 +54,9 @@ class Row(NamedTuple):
     width: int
     height: int
     format: str
-    error: str
-    part: int
-    is_new: bool
+    error: str = ""
+    part: int = 0
+    is_new: bool = False
 
 
 _SCHEMA = pa.schema(
@@ -75,21 +76,22 @@ _get_offset = attrgetter("offset")
 
 
 @dataclass
-class _RandomSample:
-    """A random sample: the rows with the lowest random numbers, so that samples can be merged."""
+class Lowest:
+    """The rows with the lowest numbers: a random sample, if these are random; can be merged."""
 
     size: int
     numbers: list[float] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
-    def add(self, rows: pa.Table, rng: np.random.Generator) -> None:
-        numbers = rng.random(len(rows))
-        limit = self.numbers[-1] if self.numbers and len(self.numbers) == self.size else 1.0
+    def add(self, rows: pa.Table, numbers: Floats) -> None:
+        """Add rows with their numbers."""
+        limit = self.numbers[-1] if self.numbers and len(self.numbers) == self.size else inf
         low = np.flatnonzero(numbers < limit)
-        low = low[np.argsort(numbers[low])][: self.size]
-        self.merge(_RandomSample(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
+        low = low[np.argsort(numbers[low], kind="stable")][: self.size]
+        self.merge(Lowest(self.size, numbers[low].tolist(), _list_rows(rows.take(low))))
 
-    def merge(self, other: _RandomSample) -> None:
+    def merge(self, other: Lowest) -> None:
+        """Add the rows of another one."""
         pairs = zip(self.numbers + other.numbers, self.rows + other.rows, strict=True)
         kept = sorted(pairs, key=lambda pair: pair[0])[: self.size]
         self.numbers, self.rows = [number for number, _ in kept], [row for _, row in kept]
@@ -97,18 +99,26 @@ class _RandomSample:
 
 @dataclass
 class Histogram:
-    """The distribution of a number, in bins of equal width on a logarithmic axis."""
+    """The distribution of a number, in bins of equal width on an axis.
 
-    counts: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(len(_OCTAVES) * _BINS_PER_OCTAVE, np.int64)
-    )
+    Parameters
+    ----------
+    limit
+        Where the axis ends that begins with 0; if it is 0, the axis is logarithmic.
+    """
+
+    limit: float = 0.0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     low: float = np.inf
     high: float = 0.0
 
     def add(self, values: Floats) -> None:
         """Add values."""
-        bins = np.floor((np.log2(values) - _OCTAVES.start) * _BINS_PER_OCTAVE).astype(np.int64)
-        bins = bins.clip(0, len(self.counts) - 1)
+        if self.limit:
+            shares = values / self.limit
+        else:
+            shares = (np.log2(values) - _OCTAVES.start) / len(_OCTAVES)
+        bins = np.floor(shares * _BINS).astype(np.int64).clip(0, _BINS - 1)
         self.counts += np.bincount(bins, minlength=len(self.counts))
         self.low = values.min(initial=self.low)
         self.high = values.max(initial=self.high)
@@ -121,26 +131,35 @@ class Histogram:
     def median(self) -> float:
         """Return the approximate median: the middle of its bin."""
         half = np.searchsorted(self.counts.cumsum(), self.counts.sum() / 2)
-        middle = 2 ** (_OCTAVES.start + (half + 0.5) / _BINS_PER_OCTAVE)
+        middle = self._place(half + 0.5)
         return float(np.clip(middle, self.low, self.high))
 
     def bins(self) -> tuple[Floats, NDArray[np.int64]]:
         """Return edges and counts of at most ``_MAX_DRAWN_BINS`` bins, as fine as that allows."""
-        used = np.flatnonzero(self.counts)
+        low, high = np.flatnonzero(self.counts)[[0, -1]]
+        if self.limit:  # not less than a part of the axis, or a narrow range would seem wide
+            low, high = 0, max(high, _BINS // 16)
         width = 1
-        while (used[-1] // width) - (used[0] // width) >= _MAX_DRAWN_BINS:
+        while high // width - low // width >= _MAX_DRAWN_BINS:
             width *= 2
-        first, last = used[0] // width, used[-1] // width + 1
+        first, last = low // width, high // width + 1
         counts = self.counts.reshape(-1, width).sum(axis=1)[first:last]
-        return 2 ** (_OCTAVES.start + np.arange(first, last + 1) * width / _BINS_PER_OCTAVE), counts
+        return self._place(np.arange(first, last + 1) * width), counts
+
+    def _place(self, bins: Any) -> Any:
+        """Return the numbers at which bins begin."""
+        shares = bins / _BINS
+        if self.limit:
+            return shares * self.limit
+        return 2 ** (_OCTAVES.start + shares * len(_OCTAVES))
 
 
 @dataclass
 class Statistics:
     """Statistics of any number of rows, in memory that does not grow with them."""
 
-    samples: _RandomSample
-    newest: _RandomSample = field(default_factory=lambda: _RandomSample(NEWEST))
+    samples: Lowest
+    newest: Lowest = field(default_factory=lambda: Lowest(NEWEST))
     images: int = 0
     failed: int = 0
     pixels: int = 0
@@ -148,9 +167,7 @@ class Statistics:
     formats: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     shards: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, _RandomSample] = field(
-        default_factory=lambda: defaultdict(lambda: _RandomSample(LISTED))
-    )
+    failures: dict[str, Lowest] = field(default_factory=lambda: defaultdict(lambda: Lowest(LISTED)))
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram() for name in MEASURES}
     )
@@ -166,12 +183,13 @@ class Statistics:
         self.failed += len(bad)
         self.formats += _count_values(good["format"])
         self.shards += _count_values(bad["shard"])
-        self.samples.add(good, rng)
-        self.newest.add(good.filter(good["is_new"]), rng)
+        self.samples.add(good, rng.random(len(good)))
+        new = good.filter(good["is_new"])
+        self.newest.add(new, rng.random(len(new)))
         causes = pc.replace_substring_regex(bad["error"], "(?s):.*", "")
         for cause, number in _count_values(causes).items():
             self.causes[cause] += number
-            self.failures[cause].add(bad.filter(pc.equal(causes, cause)), rng)
+            self.failures[cause].add(bad.filter(pc.equal(causes, cause)), rng.random(number))
         width, height, size = (
             good[name].to_numpy().astype(np.float64).clip(1) for name in ("width", "height", "size")
         )
@@ -236,15 +254,11 @@ def count_parts(
         When the newest run began. Of the parts that were written since, the images of the last
         shard are new: others may be earlier ones, which were merged with them.
     """
-    threads = _THREADS if isinstance(fs, LocalFileSystem) else _REMOTE_THREADS
+    threads = count_threads(fs)
 
     def read(first: int, stats: Statistics) -> Iterator[pa.Table]:
         for number in range(first, len(parts), threads):
-            with _open_part(fs, parts[number]) as file:
-                try:
-                    parquet = pq.ParquetFile(file)
-                except pa.ArrowInvalid as error:
-                    raise ValueError(f"{parts[number]} is damaged: {error}") from error
+            with open_part(fs, parts[number]) as parquet:
                 metadata, old = parquet.metadata.metadata or {}, inf
                 if FOOTER in metadata:
                     footer = Footer.from_metadata(metadata)
@@ -254,38 +268,53 @@ def count_parts(
                 yield from _read_tables(parquet, number, old)
 
     def count(first: int) -> Statistics:
-        stats = Statistics(_RandomSample(samples))
+        stats = Statistics(Lowest(samples))
         rng = np.random.default_rng(first)  # so that the same rows give the same page
-        for rows in _join(read(first, stats)):
+        for rows in join_tables(read(first, stats)):
             stats.add(rows, rng)
         return stats
 
-    total = Statistics(_RandomSample(samples))
+    total = Statistics(Lowest(samples))
     with ThreadPoolExecutor(threads) as pool:
         for stats in pool.map(count, range(threads)):
             total.merge(stats)
     return total
 
 
-def _open_part(fs: AbstractFileSystem, path: str) -> pa.NativeFile:
+def count_threads(fs: AbstractFileSystem) -> int:
+    """Return how many threads read parts."""
+    return _THREADS if isinstance(fs, LocalFileSystem) else _REMOTE_THREADS
+
+
+@contextmanager
+def open_part(fs: AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile]:
     """Open a local part in place; download a remote one whole."""
-    if isinstance(fs, LocalFileSystem):
-        return pa.OSFile(path)
-    return open_bytes(with_retries(fs.cat_file, path, path))
+    local = isinstance(fs, LocalFileSystem)
+    with pa.OSFile(path) if local else open_bytes(with_retries(fs.cat_file, path, path)) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        yield parquet
 
 
 def _read_tables(parquet: pq.ParquetFile, part: int, old: float = inf) -> Iterator[pa.Table]:
     """Yield the rows of a part, of which the first ``old`` are not new."""
     first = 0
-    for batch in parquet.iter_batches(_ROWS, columns=_SCHEMA.names, use_threads=False):
-        rows = pa.Table.from_batches([batch]).select(_SCHEMA.names).cast(_SCHEMA)
+    for rows in read_columns(parquet, _SCHEMA):
         is_new = np.arange(first, first + len(rows)) >= old
         rows = rows.append_column("part", pa.repeat(part, len(rows)))
         yield rows.append_column("is_new", pa.array(is_new))
         first += len(rows)
 
 
-def _join(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def read_columns(parquet: pq.ParquetFile, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield some columns of a part, cast to the types of a schema."""
+    for batch in parquet.iter_batches(_ROWS, columns=schema.names, use_threads=False):
+        yield pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+
+
+def join_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Concatenate small tables: adding one costs as much as thousands of rows do."""
     held: list[pa.Table] = []
     total = 0
@@ -338,8 +367,8 @@ def _list_near(fs: AbstractFileSystem, part: str, row: Row) -> list[Row]:
     """Return readable images of a part that are near ``row`` in its shard, the nearest included."""
     same = (pc.field("shard") == row.shard) & pc.field("error").is_null()
     near: list[Row] = []
-    with _open_part(fs, part) as file:
-        for table in _read_tables(pq.ParquetFile(file), row.part):
+    with open_part(fs, part) as parquet:
+        for table in _read_tables(parquet, row.part):
             rows = table.filter(same).sort_by("offset")
             place = int(np.searchsorted(rows["offset"].to_numpy(), row.offset))
             near += _list_rows(rows.slice(max(0, place - 1), 2))
