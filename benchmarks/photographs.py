@@ -16,6 +16,9 @@ _NAMES = [
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
     "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
 ]  # fmt: skip
+_GREY_NAMES = [
+    "brick.png", "camera.png", "cell.png", "coins.png", "grass.png", "gravel.png", "moon.png",
+]  # fmt: skip
 _TILE = 500  # pixels: the tiles of the mosaics
 
 
@@ -29,6 +32,17 @@ def load_photographs() -> list[Image.Image]:
     more = Path(sklearn.datasets.__file__).parent / "images"
     paths = [data / name for name in _NAMES] + [more / "china.jpg", more / "flower.jpg"]
     return [Image.open(path).convert("RGB") for path in paths]
+
+
+def load_different_photographs() -> list[Image.Image]:
+    """Return the photographs but one of the two that show the same, and grey ones, as they are."""
+    import skimage
+
+    data = Path(skimage.__file__).parent / "data"
+    twin = _NAMES.index("motorcycle_right.png")
+    photographs = load_photographs()
+    greys = [Image.open(data / name) for name in _GREY_NAMES]
+    return [*photographs[:twin], *photographs[twin + 1 :], *greys]
 
 
 _SIDECARS = {

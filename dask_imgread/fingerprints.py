@@ -39,6 +39,9 @@ GREY_RANGE = 8
 MARGIN_RANGE = 3
 # Of the height. A decoder that has no more data leaves whole rows of blocks, 16 pixels each.
 TAIL_SHARE = 1 / 16
+# Of the columns. The rest are those where the picture above has the colour of the tail, or where
+# JPEG has blurred its edge. With less, hills and round things in drawings pass for tails.
+STRAIGHT_SHARE = 0.8
 # Of the width or height, on either side: less is a thin line, or chance.
 BORDER_SHARE = 1 / 32
 
@@ -111,9 +114,10 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
         grey
             The picture has no colours: the channels of a pixel differ by at most ``GREY_RANGE``.
         flat_tail
-            The lower part, at least ``TAIL_SHARE`` of the height, is of one colour, and the
-            upper edge is not of the same: so it is after a truncated download that was decoded
-            without an error and saved again. Not of blank pictures.
+            The lower part, at least ``TAIL_SHARE`` of the height, is of one colour, the upper
+            edge is not of the same, and the part ends straight, with one step at most: so it is
+            after a truncated download that was decoded without an error and saved again. So it is
+            in drawings with a straight ground, too. Not of blank pictures.
         border
             Margins of one colour, at least ``BORDER_SHARE`` of the side, lie left and right, or
             above and below, or all around. Not of blank pictures.
@@ -281,10 +285,12 @@ def _find_flags(grids: Pixels, histograms: NDArray[np.int64]) -> dict[str, NDArr
     bottom, right = (_count_margin(like_last[:, ::-1, ::-1], axis) for axis in (1, 2))
     margins = np.maximum(np.minimum(top, bottom), np.minimum(left, right))
     alike = _are_close(first, last).ravel()
+    tails = bottom >= TAIL_SHARE * _GRID
+    tails[tails] = _end_straight(like_last[tails, ::-1])
     return {
         "blank": blank,
         "grey": (levels.max(axis=0) - levels.min(axis=0)).max(axis=1) <= GREY_RANGE,
-        "flat_tail": (bottom >= TAIL_SHARE * _GRID) & ~(alike & (top > 0)) & ~blank,
+        "flat_tail": tails & ~(alike & (top > 0)) & ~blank,
         "border": alike & (margins >= BORDER_SHARE * _GRID) & ~blank,
     }
 
@@ -300,3 +306,13 @@ def _count_margin(close: NDArray[np.bool_], axis: int) -> NDArray[np.integer]:
     lines = np.logical_and.reduce(close, axis=3 - axis)
     count: NDArray[np.integer] = np.logical_and.accumulate(lines, axis=1).sum(axis=1)
     return count
+
+
+def _end_straight(close: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return where what is true from the first row on ends in a line with one step at most."""
+    heights = np.sort(np.logical_and.accumulate(close, axis=1).sum(axis=1))
+    # Without the outermost eighths, which are strays: a step in one of them is none.
+    levels = heights[:, [_GRID // 8, -1 - _GRID // 8]]
+    near = np.abs(heights[..., None] - levels[:, None]) <= 1
+    straight: NDArray[np.bool_] = near.any(axis=2).mean(axis=1) >= STRAIGHT_SHARE
+    return straight

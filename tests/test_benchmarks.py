@@ -10,6 +10,7 @@ from benchmarks.__main__ import main
 from benchmarks.duplicates import main as measure_duplicates
 from benchmarks.gpu import main as measure_gpu
 from benchmarks.gpu import read_gpu
+from benchmarks.planted import main as measure_planted
 from benchmarks.remote import main as measure_remote
 from benchmarks.rounds import Contender
 from benchmarks.scale import main as scale
@@ -40,6 +41,17 @@ def test_a_tiny_run_of_every_measure(tmp_path, capfd, quick_start):
 def test_duplicates_among_few_rows(capfd):
     assert measure_duplicates(["2000"]) == 0
     assert capfd.readouterr().out.startswith("2,000 rows: 1")
+
+
+def test_few_planted_copies(capfd):
+    assert measure_planted(["--originals", "6"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.startswith("46 pictures, 6 of them originals")
+    lines = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines()]
+    exact = [line[4] for line in lines if {"sha256", "phash", "dhash"} & {*line}]
+    assert exact == ["1.000"] * 17
+    flags = {line[1]: line[3:-1] for line in lines if "whole" in line}
+    assert flags["cut off"][2] == flags["bordered"][3] == flags["blank"][0] == "1.000"
 
 
 def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd, quick_start):

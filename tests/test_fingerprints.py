@@ -256,6 +256,15 @@ def test_what_pillow_makes_of_a_truncated_file_has_a_flat_tail(photographs, monk
         assert find_flags(cut) == [{"flat_tail"}]
 
 
+def test_a_drawn_foreground_is_no_tail():
+    """Neither as it is drawn, nor compressed: it ends in a curve."""
+    drawn = [draw_picture(n, (400, 300)) for n in range(100)]
+    flagged = [
+        "flat_tail" in flags for flags in find_flags(*drawn, *(compress(p, 90) for p in drawn))
+    ]
+    assert sum(flagged) <= 6
+
+
 def test_margins_are_a_border(photographs):
     photo = photographs[0].resize((400, 300))
     for colour in ("white", "black", (40, 60, 90)):
