@@ -575,7 +575,7 @@ def test_nights_of_cron(tmp_path, photo_shards, environment):
 
     with claim_folder(JobFolder(str(home / "metadata"))):
         mail = run_cron(environment)
-    assert mail.startswith("dask-imgread: status 2\n")
+    assert mail.startswith("dask-imgread: status 3\n")
     assert f"metadata is in use by process {os.getpid()} on host " in mail.splitlines()[-1]
 
 

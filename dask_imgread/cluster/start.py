@@ -288,16 +288,21 @@ def _disable_logging(client: Client) -> None:
         client.run(logging.disable)
 
 
+def end_unguarded_worker() -> None:
+    """End this process if it is a worker's, and runs a script that starts workers."""
+    importing_script = getattr(current_process(), "_inheriting", False)
+    if importing_script and _MARK in os.environ:
+        Path(os.environ[_MARK]).touch()
+        os._exit(1)  # an exception would print a traceback, and one for each worker
+
+
 @contextmanager
 def _refuse_unguarded_script() -> Iterator[None]:
     """End with one line if the workers started in the ``with`` block get here, too.
 
     They do if importing the script starts a cluster: each worker process first imports it.
     """
-    importing_script = getattr(current_process(), "_inheriting", False)
-    if importing_script and _MARK in os.environ:
-        Path(os.environ[_MARK]).touch()
-        os._exit(1)  # an exception would print a traceback, and one for each worker
+    end_unguarded_worker()
     with TemporaryDirectory() as folder:
         mark = Path(folder, "unguarded")
         os.environ[_MARK] = str(mark)

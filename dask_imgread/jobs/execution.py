@@ -182,11 +182,10 @@ class Execution:
         """
         plan = self._plan
         description = plan.description
-        if self.work:
-            self._save()
-            if not self._inventory.is_complete():
-                raise JobError(_tell_missing(plan))
-        elif self._is_new:
+        self._save()
+        if self.work and not self._inventory.is_complete():
+            raise JobError(_tell_missing(plan))
+        if self._is_new:
             plan.folder.write_ledger(self._known)
         count = self.count()
         self._run |= {
@@ -261,15 +260,17 @@ class Execution:
 
     def _save(self) -> None:
         """Keep count in the folder of the parts that were written, so that it can be looked up."""
+        if not self._written:
+            return
         began = time.monotonic()
         folder = self._plan.folder
         parts = list_parts(folder.find_parts())
         # Others may have been written, too, of which the client does not know yet.
         written = Ledger.from_footers(self._written.items()).set_stamps(parts)
         self._known = self._known.replace_parts(written).keep_parts(parts)
-        if self._written:
-            folder.write_ledger(self._known)
+        folder.write_ledger(self._known)
         self._written.clear()
+        self._is_new = False
         self._inventory = self._take_inventory()
         self._saved = time.monotonic()
         self._save_interval = max(_SAVED_EVERY, _SAVING_SHARE * (self._saved - began))

@@ -13,7 +13,7 @@ from typing import Any, Self, Unpack
 import pandas as pd
 from distributed import Client
 
-from dask_imgread.cluster.start import connect_client, wait_for_workers
+from dask_imgread.cluster.start import connect_client, end_unguarded_worker, wait_for_workers
 from dask_imgread.errors import JobError, NoWorkersError
 from dask_imgread.jobs.claim import claim_folder
 from dask_imgread.jobs.description import describe_job
@@ -235,6 +235,7 @@ def run_job(
     8
     """
     start = time.monotonic()
+    end_unguarded_worker()  # before it finds that the folder is in use
     if prune and not update:
         raise ValueError("prune removes rows of shards that are gone: only with update=True")
     job = _Job.of(

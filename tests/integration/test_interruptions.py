@@ -299,7 +299,7 @@ def test_arrow_is_given_no_file_of_pythons_to_read(folder, shards, client, monke
         watch(module, name)
     job = JobFolder("out")
     assert len(read_samples(job)[0]) == 5
-    assert len(job.read_table("_plan.arrow")) == 4
+    assert len(job.read_table("_plan-1.arrow")) == 4
     write_report("out")
     assert len(given) >= 4
     assert all(isinstance(source, pa.NativeFile) for source in given)

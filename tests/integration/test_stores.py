@@ -221,6 +221,7 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
     assert (first["images"], first["failed"]) == (218, 2)
     assert again | {"seconds": 0} == first | {
         "images_per_second": 0,
+        "new_shards": 0,
         "new_images": 0,
         "new_failed": 0,
         "new_partitions": 0,
