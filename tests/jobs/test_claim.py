@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -392,9 +393,14 @@ def test_a_worker_that_sees_another_folder_says_so(folder):
         check_claim(nowhere, "any")
 
 
+def replace_sleep(monkeypatch, sleep):
+    """In this module alone: other threads of the process sleep, too."""
+    monkeypatch.setattr(claims, "time", SimpleNamespace(time=time.time, sleep=sleep))
+
+
 def test_a_worker_always_sees_a_claim_that_is_renewed(folder, monkeypatch):
     monkeypatch.setattr(claims, "BEAT_INTERVAL", 0.0)
-    monkeypatch.setattr(claims.time, "sleep", lambda seconds: pytest.fail("it was not there"))
+    replace_sleep(monkeypatch, lambda seconds: pytest.fail("it was not there"))
     with claim_folder(folder) as claim:
         for _ in range(500):
             check_claim(folder, claim.token)
@@ -403,9 +409,7 @@ def test_a_worker_always_sees_a_claim_that_is_renewed(folder, monkeypatch):
 def test_a_claim_out_of_sight_for_a_moment(folder, path, monkeypatch):
     with claim_folder(folder) as claim:
         path.rename(path.with_name("elsewhere"))
-        monkeypatch.setattr(
-            claims.time, "sleep", lambda seconds: path.with_name("elsewhere").rename(path)
-        )
+        replace_sleep(monkeypatch, lambda seconds: path.with_name("elsewhere").rename(path))
         check_claim(folder, claim.token)
 
 
