@@ -41,7 +41,13 @@ from dask_imgread.collections import read_metadata
 from dask_imgread.fingerprints import MIN_SIDE, fingerprint
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.forecast import Forecast
-from dask_imgread.jobs.run import Summary, connect_for_reader, forecast_job, run_job
+from dask_imgread.jobs.run import (
+    Summary,
+    connect_for_reader,
+    forecast_job,
+    open_folder,
+    run_job,
+)
 from dask_imgread.pictures import make_shards
 from dask_imgread.progress import start_logging
 from dask_imgread.reading.options import ReaderOptions
@@ -155,9 +161,8 @@ def read_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> dict[st
     """Return the arguments of ``run_job`` that say what is to be done."""
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
-    options = out_options or storage_options
-    begins = arguments.overwrite or JobFolder(arguments.out, options).read_job() is None
-    if begins and not arguments.dry_run:
+    folder = open_folder(arguments.out, storage_options, out_options)
+    if not arguments.dry_run and (arguments.overwrite or folder.read_job() is None):
         check_readable(shards, storage_options)
     return {
         "paths": shards,

@@ -24,8 +24,8 @@ from dask_imgread.jobs.parts import (
     Ledger,
     PartName,
     Place,
-    list_parts,
     make_token,
+    tabulate_parts,
 )
 from dask_imgread.jobs.plan import Changes, Partition, Plan
 from dask_imgread.jobs.work import Inventory
@@ -53,29 +53,20 @@ class Execution:
         The job's plan.
     changes
         What is new in it.
-    rows_per_file
-        The most rows that partitions are merged up to; None if each is a part of the dataset.
     retry_failed
         Whether what failed is read again. A retry that was killed goes on in any case.
     claim
         The token of the run's claim.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        changes: Changes,
-        rows_per_file: int | None,
-        retry_failed: bool,
-        claim: str,
-    ) -> None:
-        self._plan, self._rows_per_file = plan, rows_per_file
+    def __init__(self, plan: Plan, changes: Changes, retry_failed: bool, claim: str) -> None:
+        self._plan = plan
         self._retries: list[int] = plan.description["retries"]
         self._began, self._rate, self._memory = time.time(), 0.0, 0
         self._written: dict[PartName, Footer] = {}  # since the ledger was saved
         self._read, self._partitions = Count(), 0
         self._known, self._is_new = plan.folder.look_up_parts(plan.job_id)
-        self._inventory = self._take_inventory()
+        self._inventory = Inventory(plan, self._known)
         self._saved, self._save_interval = time.monotonic(), _SAVED_EVERY
         self.work = self._inventory.find_work(retry_failed or bool(self._retries))
         if retry_failed or self._retries:
@@ -88,9 +79,6 @@ class Execution:
             "gone_shards": plan.gone,
             "pruned_shards": len(self.work.pruned),
         }
-
-    def _take_inventory(self) -> Inventory:
-        return Inventory(self._plan, self._known, self._rows_per_file)
 
     def begin(self) -> None:
         """Plan what is to be read again, and note in the folder that a run has begun."""
@@ -106,11 +94,11 @@ class Execution:
         plan.read_again(self.work.again)
         plan.modified.add("description")
         plan.save()
-        self._inventory = self._take_inventory()
+        self._inventory = Inventory(plan, self._known)
 
     def iterate_partitions(self) -> Iterator[Partition]:
         """Yield what is to be read."""
-        place = Place.OUT if self._rows_per_file is None else Place.STAGED
+        place = Place.OUT if self._plan.rows_per_file is None else Place.STAGED
         tasks = self._inventory.find_tasks(self.work)
         return chain(
             self._plan.iterate_partitions(self.work.read, place, self._inventory.is_there),
@@ -152,7 +140,6 @@ class Execution:
         JobError
             If a part could not be written.
         """
-        self._save()
         work = self._inventory.find_work()
         if work.read.any() or self._inventory.find_tasks(work).any():
             raise JobError(_tell_missing(self._plan))
@@ -182,7 +169,6 @@ class Execution:
         """
         plan = self._plan
         description = plan.description
-        self._save()
         if self.work and not self._inventory.is_complete():
             raise JobError(_tell_missing(plan))
         if self._is_new:
@@ -264,14 +250,14 @@ class Execution:
             return
         began = time.monotonic()
         folder = self._plan.folder
-        parts = list_parts(folder.find_parts())
+        parts = tabulate_parts(folder.find_parts())
         # Others may have been written, too, of which the client does not know yet.
         written = Ledger.from_footers(self._written.items()).set_stamps(parts)
         self._known = self._known.replace_parts(written).keep_parts(parts)
         folder.write_ledger(self._known)
         self._written.clear()
         self._is_new = False
-        self._inventory = self._take_inventory()
+        self._inventory = Inventory(self._plan, self._known)
         self._saved = time.monotonic()
         self._save_interval = max(_SAVED_EVERY, _SAVING_SHARE * (self._saved - began))
 

@@ -50,8 +50,8 @@ from dask_imgread.jobs.parts import (
     PartName,
     Place,
     index_parts,
-    list_parts,
     make_token,
+    tabulate_parts,
     warn_damaged,
 )
 from dask_imgread.shards.find import make_version
@@ -71,10 +71,10 @@ _OURS = re.compile(
 )
 _TABLE = re.compile(r"_(plan|shards|again)-\d+\.arrow")
 _FOLDERS = (IMAGES, STAGING)
-
-logger = logging.getLogger("dask_imgread")
 _READERS = 16  # footers read at the same time
 _FOOTERS = 1000  # queued for reading at the same time
+
+logger = logging.getLogger("dask_imgread")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class JobFolder:
         Those that are known are not read again. Parts that are damaged, or another job's, are left
         out.
         """
-        parts = list_parts(self.find_parts())
+        parts = tabulate_parts(self.find_parts())
         try:
             known = Ledger.from_table(self.read_table(LEDGER)).keep_unchanged(parts)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # none, or damaged

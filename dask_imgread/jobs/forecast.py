@@ -62,14 +62,12 @@ class Forecast:
     memory: int | None
 
 
-def forecast(
-    plan: Plan, changes: Changes, rows_per_file: int | None, retry_failed: bool
-) -> Forecast:
+def forecast(plan: Plan, changes: Changes, retry_failed: bool) -> Forecast:
     """Return what a job would do whose plan was looked up."""
     ledger = Ledger.from_footers([])
     if "id" in plan.description:
         ledger, _ = plan.folder.look_up_parts(plan.job_id)
-    inventory = Inventory(plan, ledger, rows_per_file)
+    inventory = Inventory(plan, ledger)
     work = inventory.find_work(retry_failed or bool(plan.description["retries"]))
     pieces = list(_list_pieces(plan, changes, inventory, work))
     size = sum(size for _, size in pieces)

@@ -233,9 +233,9 @@ class Ledger:
         """Return the rows of the parts in one place."""
         return self.runs[self.runs["place"] == place]
 
-    def count(self, place: Place = Place.OUT) -> Count:
-        """Return how many images the parts in one place are about."""
-        sums = self.select(place)[["images", "failed", "function_failed"]].sum()
+    def count(self) -> Count:
+        """Return how many images the dataset is about."""
+        sums = self.select(Place.OUT)[["images", "failed", "function_failed"]].sum()
         return Count(*map(int, sums))
 
 
@@ -244,7 +244,7 @@ def index_parts(rows: pd.DataFrame) -> pd.Index:
     return pd.Index(rows["place"].to_numpy(np.int64) << 32 | rows["number"].to_numpy(np.int64))
 
 
-def list_parts(found: Iterable[tuple[PartName, int]]) -> pd.DataFrame:
+def tabulate_parts(found: Iterable[tuple[PartName, int]]) -> pd.DataFrame:
     """Return one row for each part, with its stamp."""
     rows = [(*name, stamp) for name, stamp in found]
     return _make_frame(rows, _PART_COLUMNS)

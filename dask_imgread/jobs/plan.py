@@ -148,6 +148,12 @@ class Plan:
         return str(self.description["id"])
 
     @property
+    def rows_per_file(self) -> int | None:
+        """The most rows that partitions are merged up to; None if each is a part of the dataset."""
+        rows: int | None = self.description["options"]["rows_per_file"]
+        return rows
+
+    @property
     def gone(self) -> int:
         """How many shards are gone."""
         return int((self.states == ShardState.GONE).sum())

@@ -27,7 +27,7 @@ from dask_imgread.jobs.schema import SchemaFinder, read_meta
 from dask_imgread.jobs.writer import PartSink, PartWriter
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.rows import BatchFunction
-from dask_imgread.shards.find import Paths, Shard, find_shards
+from dask_imgread.shards.find import Paths, find_shards
 from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
@@ -236,8 +236,7 @@ def run_job(
     """
     start = time.monotonic()
     end_unguarded_worker()  # before it finds that the folder is in use
-    if prune and not update:
-        raise ValueError("prune removes rows of shards that are gone: only with update=True")
+    _check_prune(update, prune)
     job = _Job.of(
         paths,
         out,
@@ -252,17 +251,17 @@ def run_job(
         rows_per_file=rows_per_file,
         **partitioning,
     )
-    with claim_folder(job.folder) as claim:
+    with claim_folder(job.inputs.folder) as claim:
         plan, changes = prepare_plan(job.inputs, overwrite=overwrite, update=update, prune=prune)
-        run = Execution(plan, changes, rows_per_file, retry_failed, claim.token)
+        run = Execution(plan, changes, retry_failed, claim.token)
         if run.work:
             with raise_job_errors(), choose_client(client, job.reader) as opened:
                 wait_for_workers(opened)  # what they declare decides what tasks request
                 run.begin()
                 tasks = (partition.task for partition in run.iterate_partitions())
-                finder = SchemaFinder(opened, job.folder, job.reader, tasks)
+                finder = SchemaFinder(opened, plan.folder, job.reader, tasks)
                 sink = PartSink(
-                    job.folder,
+                    plan.folder,
                     plan.job_id,
                     claim.token,
                     job.row_maker.find_schema(finder),
@@ -320,11 +319,10 @@ def forecast_job(
     >>> forecast.shards, forecast.partitions, forecast.seconds
     (2, 2, None)
     """
-    if prune and not update:
-        raise ValueError("prune removes rows of shards that are gone: only with update=True")
+    _check_prune(update, prune)
     job = _Job.of(paths, out, fn, **options)
     plan, changes = look_up_plan(job.inputs, overwrite=overwrite, update=update, prune=prune)
-    return forecast(plan, changes, job.rows_per_file, retry_failed)
+    return forecast(plan, changes, retry_failed)
 
 
 class JobOptions(Partitioning, total=False):
@@ -342,15 +340,11 @@ class JobOptions(Partitioning, total=False):
 
 @dataclass(frozen=True)
 class _Job:
-    """What a job reads, how, and where its rows go."""
+    """What is to be planned, and how the shards are read and made into rows."""
 
-    folder: JobFolder
-    shards: list[Shard]
+    inputs: Inputs
     reader: ImageReaderStage
     row_maker: RowMaker
-    division: Division
-    storage_options: dict[str, Any]
-    rows_per_file: int | None
 
     @classmethod
     def of(
@@ -382,15 +376,15 @@ class _Job:
         reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
         row_maker = _choose_row_maker(fn, reader, meta, columns)
         options = storage_options or {}
-        folder = _open_folder(str(out), options, out_options)
+        folder = open_folder(str(out), options, out_options)
         shards = find_shards(paths, options)
-        return cls(folder, shards, reader, row_maker, division, options, rows_per_file)
+        description = describe_job(reader, row_maker, rows_per_file)
+        return cls(Inputs(folder, shards, description, division, options), reader, row_maker)
 
-    @property
-    def inputs(self) -> Inputs:
-        """What is to be planned."""
-        description = describe_job(self.reader, self.row_maker, self.rows_per_file)
-        return Inputs(self.folder, self.shards, description, self.division, self.storage_options)
+
+def _check_prune(update: bool, prune: bool) -> None:
+    if prune and not update:
+        raise ValueError("prune removes rows of shards that are gone: only with update=True")
 
 
 def connect_for_reader(reader: ImageReaderStage, **options: Any) -> AbstractContextManager[Client]:
@@ -445,9 +439,10 @@ def _choose_row_maker(
     return FunctionRows(fn, reader.on_error, None if meta is None else read_meta(meta))
 
 
-def _open_folder(
+def open_folder(
     out: str, storage_options: dict[str, Any], out_options: dict[str, Any] | None
 ) -> JobFolder:
+    """Return a job's folder; a remote one has the shards' options, unless it has its own."""
     if out_options is None:
         out_options = {} if is_local(out) else storage_options
     return JobFolder(resolve_path(os.path.expanduser(out)), out_options)

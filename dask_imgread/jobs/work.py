@@ -79,12 +79,10 @@ class Inventory:
         The plan.
     ledger
         What the footers of the parts say.
-    rows_per_file
-        The most rows that partitions are merged up to; None if each is a part of the dataset.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger, rows_per_file: int | None) -> None:
-        self._plan, self._rows_per_file = plan, rows_per_file
+    def __init__(self, plan: Plan, ledger: Ledger) -> None:
+        self._plan, self._rows_per_file = plan, plan.rows_per_file
         self._tokens, self._states = plan.tokens, plan.states
         self._out, self._staged, self._again = (_Runs.of(ledger, place) for place in Place)
         self._first, self._count = (

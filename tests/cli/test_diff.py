@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -9,7 +10,6 @@ import pandas as pd
 import pytest
 
 from dask_imgread import diff_frames, run_job
-from dask_imgread.cli.main import main
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 
 A, B = (encode_picture(draw_picture(n, (24, 16)), "png") for n in range(2))
@@ -38,16 +38,9 @@ def outputs(tmp_path_factory, imgread_cluster):
 
 
 @pytest.fixture
-def diff(outputs, monkeypatch, capsys):
+def diff(outputs, monkeypatch, run_command):
     monkeypatch.chdir(outputs)
-    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
-
-    def diff(*arguments):
-        status = main(["diff", *map(str, arguments)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return diff
+    return partial(run_command, "diff")
 
 
 def test_numbers_and_examples(diff):

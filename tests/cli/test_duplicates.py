@@ -1,6 +1,7 @@
 """Which images are duplicates, on the command line."""
 
 import json
+from functools import partial
 
 import fsspec
 import numpy as np
@@ -39,16 +40,9 @@ def outputs(tmp_path_factory, imgread_cluster):
 
 
 @pytest.fixture
-def duplicates(outputs, monkeypatch, capsys):
+def duplicates(outputs, monkeypatch, run_command):
     monkeypatch.chdir(outputs)
-    monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
-
-    def duplicates(*arguments):
-        status = main(["duplicates", *map(str, arguments)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return duplicates
+    return partial(run_command, "duplicates")
 
 
 def test_numbers_and_groups(duplicates):

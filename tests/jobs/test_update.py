@@ -302,8 +302,12 @@ def test_a_merged_file_that_is_damaged_is_made_again(tmp_path, client):
     pd.testing.assert_frame_equal(read_rows(out), whole)
 
 
-def test_a_retry_that_was_killed_goes_on(tmp_path, client, monkeypatch):
-    """Though what is called next has no ``retry_failed``."""
+WIDTH = pd.DataFrame({"width": pd.Series(dtype="int64")}).rename_axis("image_id")
+
+
+@pytest.fixture
+def closing(tmp_path, monkeypatch):
+    """A file, and a function that fails for one shard as long as the file is there."""
     monkeypatch.chdir(tmp_path)
     flag = tmp_path / "closed"
     flag.touch()
@@ -313,6 +317,12 @@ def test_a_retry_that_was_killed_goes_on(tmp_path, client, monkeypatch):
             raise RuntimeError("the store has closed")
         return {"width": [image.width for image in batch.data]}
 
+    return flag, measure
+
+
+def test_a_retry_that_was_killed_goes_on(client, monkeypatch, closing):
+    """Though what is called next has no ``retry_failed``."""
+    flag, measure = closing
     paths = make_shards("shards", shards=3, images_per_shard=4)
     job = {"client": client, "reader": ImageReaderStage(device="cpu", verbose=False)}
     assert run_job(paths, "out", measure, meta=WIDTH, **job).failed == 4
@@ -329,19 +339,8 @@ def test_a_retry_that_was_killed_goes_on(tmp_path, client, monkeypatch):
     assert run_job(paths, "out", measure, meta=WIDTH, **job).new_partitions == 0
 
 
-WIDTH = pd.DataFrame({"width": pd.Series(dtype="int64")}).rename_axis("image_id")
-
-
-def test_retried_where_shards_share_a_file(tmp_path, client, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flag = tmp_path / "closed"
-    flag.touch()
-
-    def measure(batch):
-        if flag.exists() and batch.data[0].shard.endswith("00002.tar"):
-            raise RuntimeError("the store has closed")
-        return {"width": [image.width for image in batch.data]}
-
+def test_retried_where_shards_share_a_file(tmp_path, client, closing):
+    flag, measure = closing
     paths = make_shards("shards", shards=4, images_per_shard=4)
     reader = OpenedReader(device="cpu", verbose=False, log=str(tmp_path / "opened"))
     job = {"client": client, "reader": reader, "meta": WIDTH, "rows_per_file": 100}
