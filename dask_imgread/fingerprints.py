@@ -12,13 +12,13 @@ from PIL import Image
 from dask_imgread.decoding.contract import SCALES, Pixels
 from dask_imgread.hashes import (
     Box,
+    Floats,
     compute_dhashes,
     compute_phashes,
-    shrink_for_dhash,
-    shrink_for_phash,
+    shrink,
 )
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.tasks import CHECKSUM, COLUMNS, ImageBatch, ImageObject, make_frame, make_index
+from dask_imgread.tasks import CHECKSUM, COLUMNS, ImageBatch, ImageObject, make_index
 
 # Pixels of the shorter side. With 128 as many hashes of photographs differ from the exact ones in
 # more than 2 bits; only with 192 do fewer, and then most pictures of 0.2 megapixels stay whole.
@@ -156,7 +156,7 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
     # Channel by channel: NumPy is slow at reductions of three values.
     grids = np.moveaxis(np.stack([sample.grid for sample in samples]), 3, 0).copy()
     histograms = np.array([sample.histogram for sample in samples])
-    columns = {
+    columns: dict[str, Any] = {
         CHECKSUM: [image.sha256 for image in batch.data],
         "phash": compute_phashes([sample.for_phash for sample in samples]),
         "dhash": compute_dhashes([sample.for_dhash for sample in samples]),
@@ -166,10 +166,9 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
         "sharpness": _measure_sharpness(np.stack([sample.grey for sample in samples])),
         **_find_flags(grids, histograms),
     }
-    rows = make_frame(batch.data)[[*_IDENTITY]]
-    return rows.assign(
-        **{name: pd.array(values, dtype=_TYPES[name]) for name, values in columns.items()}
-    )
+    columns |= {name: [getattr(image, name) for image in batch.data] for name in _IDENTITY}
+    arrays = {name: pd.array(columns[name], dtype=dtype) for name, dtype in _TYPES.items()}
+    return pd.DataFrame(arrays, index=make_index(batch.data))
 
 
 META = pd.DataFrame(
@@ -184,8 +183,8 @@ fingerprint.reader = ImageReaderStage(  # type: ignore[attr-defined]
 class _Sample(NamedTuple):
     """What is taken of a picture: of a size that does not depend on the picture's."""
 
-    for_phash: Image.Image
-    for_dhash: Image.Image
+    for_phash: Floats
+    for_dhash: Floats
     grey: Pixels
     grid: Pixels
     histogram: list[int]
@@ -200,8 +199,7 @@ def _take_sample(image: ImageObject) -> _Sample:
     side = (_SHARP_SIDE, _SHARP_SIDE)
     box = _find_box(image, grey.size)
     return _Sample(
-        shrink_for_phash(grey, box),
-        shrink_for_dhash(grey, box),
+        *shrink(np.asarray(grey), box),
         np.asarray(grey.resize(side, Image.Resampling.BOX, box)),
         grid.reshape(_GRID, _GRID, 3),
         grey.histogram(),
@@ -239,7 +237,7 @@ def _measure_luma(histograms: NDArray[np.int64]) -> dict[str, NDArray[np.floatin
         "brightness": mean,
         "spread": np.sqrt(variance),
         "contrast": (high - low) / (_LUMA - 1),
-        "entropy": -(shares * logarithms).sum(axis=1),
+        "entropy": np.abs((shares * logarithms).sum(axis=1)),
     }
 
 
@@ -256,12 +254,16 @@ def _find_percentile(histograms: NDArray[np.int64], share: float) -> NDArray[np.
     return level
 
 
+# Red against green, and yellow against blue.
+_OPPONENTS = np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32)
+_EVEN = np.full(_GRID**2, 1 / _GRID**2, np.float32)
+
+
 def _measure_colourfulness(grid: Pixels) -> float:
-    red, green, blue = grid.reshape(3, -1).astype(np.float32)
-    opponents = np.stack([red - green, (red + green) / 2 - blue])
-    means = opponents.mean(axis=1)
+    opponents = _OPPONENTS @ grid.reshape(3, -1).astype(np.float32)
+    means = opponents @ _EVEN  # faster than the method mean
     opponents -= means[:, None]
-    variance = np.vdot(opponents, opponents) / red.size
+    variance = np.vdot(opponents, opponents) / _GRID**2
     return float(np.sqrt(variance) + 0.3 * np.linalg.norm(means))
 
 

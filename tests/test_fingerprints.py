@@ -23,7 +23,7 @@ from dask_imgread import (
 )
 from dask_imgread.cli.main import main
 from dask_imgread.fingerprints import MIN_SIDE
-from dask_imgread.hashes import _transform
+from dask_imgread.hashes import _transform, shrink
 from dask_imgread.tasks import COLUMNS
 from dask_imgread.testing import draw_picture, make_shards, write_shard
 from tests.helpers.images import encode
@@ -107,6 +107,21 @@ def test_hashes_of_odd_sizes_are_imagehashs():
     noise = np.random.default_rng(0).integers(0, 256, (23, 45, 3), np.uint8)
     pictures += [Image.fromarray(noise[:height]) for height in range(1, 23)]
     assert to_text(take(*pictures)) == [hash_with_imagehash(picture) for picture in pictures]
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(112, 150), (150, 112), (1, 1), (3, 700), (700, 3), (17, 23), (32, 32), (33, 8), (300, 160)]
+    # The hashes differ in which side they shrink first.
+    + [(278, 150), (90, 50), (8, 9)],
+)
+@pytest.mark.parametrize("outside", [0, 0.25, 0.875])
+def test_pictures_are_shrunk_as_by_pillow(height, width, outside):
+    levels = np.random.default_rng(height).integers(0, 256, (height, width), np.uint8)
+    box = 0, 0, width - outside, height - outside
+    for shrunk, size in zip(shrink(levels, box), [(32, 32), (9, 8)], strict=True):
+        expected = Image.fromarray(levels).resize(size, Image.Resampling.LANCZOS, box)
+        assert np.array_equal(shrunk, np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
