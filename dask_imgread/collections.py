@@ -200,8 +200,8 @@ def read_metadata(
     ['landscape number 5', 5]
     """
     reader = (reader or ImageReaderStage()).with_options(decode=decode)
-    columns = MetadataColumns.parse(sidecars, checksum or reader.checksum)
-    reader = reader.with_options(checksum=columns.checksum)
+    reader = reader.with_options(checksum=checksum or reader.checksum)
+    columns = MetadataColumns.parse(sidecars, reader.digests)
     if columns.sidecars or not decode:
         reader = reader.with_options(sidecars=columns.extensions)
     if columns.sidecars:

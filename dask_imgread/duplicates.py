@@ -12,7 +12,7 @@ from pandas.api.types import is_float_dtype, is_integer_dtype
 
 from dask_imgread.hamming import divide_bits, group_near, join_links
 from dask_imgread.shards.frames import index_by_id, is_lazy, require_frame
-from dask_imgread.tasks import CHECKSUM, COLUMNS
+from dask_imgread.tasks import CHECKSUM, COLUMNS, MD5
 
 if TYPE_CHECKING:
     from dask.dataframe import DataFrame
@@ -34,7 +34,7 @@ _SOURCES = {
     CHECKSUM: "make the rows with checksum=True (--checksum)",
     "phash": "make the rows with the function fingerprint",
     "dhash": "make the rows with the function fingerprint",
-    "md5": "compute it in a function of yours",
+    MD5: "make the rows with a reader that has md5=True (--md5)",
 }
 
 

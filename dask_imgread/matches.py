@@ -17,7 +17,7 @@ from dask_imgread.shards.frames import index_by_id, is_lazy, require_frame
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
-from dask_imgread.tasks import CHECKSUM
+from dask_imgread.tasks import CHECKSUM, MD5
 from dask_imgread.texts import shorten
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HEX = re.compile(r"[0-9a-fA-F]+")
 _KINDS = {64: "SHA-256 digests", 32: "MD5 digests", 16: "64-bit hashes"}
-_COLUMNS = {64: CHECKSUM, 32: "md5"}
+_COLUMNS = {64: CHECKSUM, 32: MD5}
 _SHOWN = 80  # characters of a line
 _TEXT = pd.StringDtype("pyarrow")
 
@@ -66,8 +66,8 @@ def match_hashes(
     hashes
         A list, or the path or URL of a text file with one in each line; blank lines and what
         follows a ``#`` are skipped. They are hexadecimal: SHA-256 (64 digits), for the column
-        ``sha256``; MD5 (32), for a column ``md5`` of yours; or 64-bit hashes (16), for the column
-        ``by``. A list may have the latter as integers.
+        ``sha256``; MD5 (32), for the column ``md5``, of a reader with ``md5=True``; or 64-bit
+        hashes (16), for the column ``by``. A list may have the latter as integers.
     by
         The column of 64-bit hashes.
     distance

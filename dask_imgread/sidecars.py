@@ -25,7 +25,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.reading.records import UNREACHABLE
 from dask_imgread.rows import INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS
 from dask_imgread.shards.samples import find_sidecar_type, is_image
-from dask_imgread.tasks import CHECKSUM, COLUMNS, PROBLEMS, FileGroupTask, ImageBatch, ImageObject
+from dask_imgread.tasks import COLUMNS, DIGESTS, PROBLEMS, FileGroupTask, ImageBatch, ImageObject
 
 # The columns by the extension of the sidecar: a name for the whole sidecar, or names of keys.
 Sidecars: TypeAlias = Mapping[str, str | Sequence[str] | Mapping[str, Any]]
@@ -90,15 +90,15 @@ class MetadataColumns:
     ----------
     sidecars
         The columns of the sidecars; if there are any, the rows have ``error_sidecar``, too.
-    checksum
-        Whether the rows have ``sha256``.
+    digests
+        Which of the columns ``sha256`` and ``md5`` the rows have.
     """
 
     sidecars: tuple[SidecarColumn, ...] = ()
-    checksum: bool = False
+    digests: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, sidecars: Sidecars | None, checksum: bool = False) -> Self:
+    def parse(cls, sidecars: Sidecars | None, digests: tuple[str, ...] = ()) -> Self:
         """Make the columns that a user asks for.
 
         Raises
@@ -124,7 +124,7 @@ class MetadataColumns:
             for column in _list_columns(clean_extension(extension), wanted)
         )
         _check_names([column.name for column in columns])
-        return cls(columns, checksum)
+        return cls(columns, digests)
 
     @property
     def extensions(self) -> tuple[str, ...]:
@@ -173,6 +173,7 @@ class MetadataColumns:
         small = reader.with_options(
             decode=False,
             checksum=False,
+            md5=False,
             on_error="record",
             sidecars=self.extensions,
             max_batch_bytes=1,  # each image with sidecars is a batch: not a thousand are read
@@ -188,8 +189,8 @@ class MetadataColumns:
         """Return one row for each image, read or failed, indexed by ``image_id``."""
         images = [*batch.data, *batch.failed]
         columns: dict[str, Any] = {}
-        if self.checksum:
-            columns[CHECKSUM] = _make_texts(image.sha256 for image in images)
+        for name in self.digests:
+            columns[name] = _make_texts(getattr(image, name) for image in images)
         if self.sidecars:
             notes = [[image.sidecar_error] if image.sidecar_error else [] for image in images]
             for column, values in self._list_values(images, notes):
@@ -263,7 +264,7 @@ def _check_names(names: list[Any]) -> None:
     """Raise ValueError unless the columns' names are new, and each is there once."""
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
         raise ValueError(f"sidecars: {wrong[0]!r} is no column's name")
-    taken = {*COLUMNS, "image_id", CHECKSUM, PROBLEMS}
+    taken = {*COLUMNS, "image_id", *DIGESTS, PROBLEMS}
     clashing = [name for name, count in Counter(names).items() if count > 1 or name in taken]
     if clashing:
         raise ValueError(

@@ -40,7 +40,9 @@ COLUMNS = {
     "error": "string[pyarrow]",
     "warning": "string[pyarrow]",
 }
-CHECKSUM, PROBLEMS = "sha256", "error_sidecar"  # columns that metadata has if it is asked for them
+# Columns that metadata has if it is asked for them.
+DIGESTS = CHECKSUM, MD5 = "sha256", "md5"
+PROBLEMS = "error_sidecar"
 
 _SHOWN = 100  # characters of a name
 _LISTED = 5  # shapes
@@ -228,6 +230,8 @@ class ImageObject:
     sha256
         The SHA-256 of the encoded bytes in hexadecimal, if the reader has ``checksum=True`` and the
         bytes could be read; else None.
+    md5
+        The MD5 of the encoded bytes, likewise, if the reader has ``md5=True``.
 
     Examples
     --------
@@ -258,6 +262,7 @@ class ImageObject:
     warning: str | None = None
     sidecar_error: str | None = None
     sha256: str | None = None
+    md5: str | None = None
 
     @property
     def cause(self) -> str | None:

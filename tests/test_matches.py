@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_imgread import load_images, match_hashes, read_metadata, run_job
-from dask_imgread.testing import make_shards
+from dask_imgread import ImageReaderStage, load_images, match_hashes, read_metadata, run_job
+from dask_imgread.testing import make_shards, write_shard
 
 DIGESTS = [hashlib.sha256(bytes([n])).hexdigest() for n in range(4)]
 
@@ -64,9 +64,20 @@ def test_digests(write):
     assert sum_up(match_hashes(numbered, path)) == wanted
 
 
-def test_md5_needs_a_column_of_ones_own():
+def test_md5_while_reading(tmp_path):
+    contents = [b"no image", b"none either"]
+    members = [(f"{n}.jpg", content) for n, content in enumerate(contents)]
+    shard = write_shard(tmp_path / "s.tar", members)
+    reader = ImageReaderStage(md5=True, verbose=False)
+    found = match_hashes(
+        read_metadata(shard, reader=reader), [hashlib.md5(contents[1]).hexdigest()]
+    )
+    assert found.compute(scheduler="sync")["key"].tolist() == ["1"]
+
+
+def test_md5_needs_a_column():
     rows = make_rows([0, 1])
-    with pytest.raises(ValueError, match="no column md5: compute it in a function of yours"):
+    with pytest.raises(ValueError, match=r"no column md5: make the rows with .* \(--md5\)"):
         match_hashes(rows, ["0" * 32])
     assert sum_up(match_hashes(rows.assign(md5=["A" * 32, None]), ["a" * 32])) == [
         ("00", "a" * 32, 0)

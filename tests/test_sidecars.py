@@ -234,11 +234,13 @@ def test_checksums(tmp_path, photographs, decode, suffix):
     assert max(map(len, contents)) > 1 << 20
     members = [(f"{n}.bmp", content) for n, content in enumerate(contents)]
     path = write_shard(tmp_path / f"a.{suffix}", members)
-    rows = read(path, checksum=True, decode=decode).sort_values("key")
+    reader = ImageReaderStage(md5=True, verbose=False)
+    rows = read(path, reader=reader, checksum=True, decode=decode).sort_values("key")
     assert list_column(rows, "sha256") == [hashlib.sha256(c).hexdigest() for c in contents]
+    assert list_column(rows, "md5") == [hashlib.md5(c).hexdigest() for c in contents]
     assert "error_sidecar" not in rows
     plain = read(path, decode=decode).sort_values("key")
-    pd.testing.assert_frame_equal(rows.drop(columns="sha256"), plain)
+    pd.testing.assert_frame_equal(rows.drop(columns=["sha256", "md5"]), plain)
 
 
 def test_no_checksum_where_bytes_are_missing(tmp_path, picture):
@@ -251,8 +253,11 @@ def test_no_checksum_where_bytes_are_missing(tmp_path, picture):
 
 
 def test_a_reader_that_computes_checksums_has_their_column(write):
-    reader = ImageReaderStage(checksum=True, verbose=False)
-    assert read(write({}), reader=reader)["sha256"].notna().all()
+    for options, names in ({"checksum": True}, ["sha256"]), ({"md5": True}, ["md5"]):
+        reader = ImageReaderStage(verbose=False, **options)
+        rows = read(write({}), reader=reader)
+        assert [name for name in ("sha256", "md5") if name in rows] == names
+        assert rows[names].notna().all(axis=None)
     (batch,) = ImageReaderStage(decode=False, verbose=False)(FileGroupTask(data=[write({})]))
     assert batch.data[0].sha256 is None
 

@@ -594,9 +594,12 @@ READER_HELP = {
     "isolate": "decode each image in a child process, which a broken one may crash",
     "sidecars": "read the samples' other members too",
     "checksum": "compute the SHA-256 of each image's encoded bytes",
+    "md5": "compute their MD5, for lists of these",
 }
 # What a fingerprint needs of the reader.
-_FIXED_FOR_FINGERPRINTS = ("sidecars", "checksum", "resize", "scaled_decoding", "min_side")
+_FIXED_FOR_FINGERPRINTS = (
+    *("sidecars", "checksum", "md5", "resize", "scaled_decoding", "min_side"),
+)
 NOT_OFFERED = {  # the reader's other options, and why they are not on this list
     "decode": "only metadata has it, with a default of its own; apply and verify always decode",
     "verbose": "the progress shows what these log lines would",

@@ -427,7 +427,7 @@ def _choose_row_maker(
     columns: MetadataColumns,
 ) -> RowMaker:
     if fn is None:
-        return MetadataRows(replace(columns, checksum=reader.checksum))
+        return MetadataRows(replace(columns, digests=reader.digests))
     if columns.sidecars:
         raise ValueError(
             "sidecars: columns of the metadata, not of a function's rows: it finds what sidecars "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import posixpath
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from dask_imgread.decoding.contract import Content, Header
@@ -25,16 +25,17 @@ logger = logging.getLogger("dask_imgread")
 
 
 def read_encoded(
-    source: ByteSource, member: Member, image: ImageObject, *, whole: bool, checksum: bool
+    source: ByteSource, member: Member, image: ImageObject, *, whole: bool, digests: Sequence[str]
 ) -> tuple[Header, Content]:
     """Read an image's header, and all its bytes if ``whole``.
 
-    With ``checksum`` its record gets the bytes' digest first, so that a broken image has one, too.
+    Its record gets the bytes' digests first (``sha256``, ``md5``), so that a broken image has them,
+    too.
     """
     content = _read_whole(source, member) if whole else b""
-    if checksum:
-        digest = hashlib.sha256(content) if whole else _hash(source, member)
-        image.sha256 = None if digest is None else digest.hexdigest()
+    if digests:
+        pieces = iter([content]) if whole else _read_pieces(source, member)
+        _hash(pieces, image, digests)
     if whole:
         return read_header(content), content
     return read_header_only(lambda at, n: source.read_at(member.offset + at, n), member.size), b""
@@ -47,16 +48,22 @@ def _read_whole(source: ByteSource, member: Member) -> Content:
     return content
 
 
-def _hash(source: ByteSource, member: Member) -> hashlib._Hash | None:
-    """Return the SHA-256 of a member, read piece by piece; None if not all its bytes are there."""
-    digest = hashlib.sha256()
+def _read_pieces(source: ByteSource, member: Member) -> Iterator[Content]:
     for start in range(0, member.size, _HASHED_BYTES):
-        size = min(_HASHED_BYTES, member.size - start)
-        piece = source.view_at(member.offset + start, size)
-        if len(piece) < size:
-            return None
-        digest.update(piece)
-    return digest
+        yield source.view_at(member.offset + start, min(_HASHED_BYTES, member.size - start))
+
+
+def _hash(pieces: Iterator[Content], image: ImageObject, names: Sequence[str]) -> None:
+    """Set the digests of these names, unless not all bytes of the image are there."""
+    digests = {name: hashlib.new(name, usedforsecurity=False) for name in names}
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        for digest in digests.values():
+            digest.update(piece)
+    if size == image.size:
+        for name, digest in digests.items():
+            setattr(image, name, digest.hexdigest())
 
 
 def is_apple_double(source: ByteSource, member: Member) -> bool:

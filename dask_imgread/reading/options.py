@@ -26,6 +26,7 @@ class ReaderOptions:
     decode: bool = True
     sidecars: bool | Collection[str] = True
     checksum: bool = False
+    md5: bool = False
     on_error: Literal["record", "skip", "raise"] = "record"
     max_pixels: int | None = 1 << 28
     max_batch_bytes: int = 256 << 20

@@ -41,7 +41,7 @@ from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_member
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import FileGroupTask, ImageBatch, ImageObject
+from dask_imgread.tasks import CHECKSUM, MD5, FileGroupTask, ImageBatch, ImageObject
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,6 +85,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     checksum
         Whether to compute ``ImageObject.sha256``. This reads all bytes of each image, even where
         only its header is needed otherwise.
+    md5
+        Whether to compute ``ImageObject.md5``, as ``checksum``: for lists of MD5 digests.
     on_error
         What to do with an image that can't be read: ``"record"`` puts it, with the
         reason, into ``ImageBatch.failed``; ``"skip"`` only counts it; ``"raise"`` raises.
@@ -147,6 +149,11 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     >>> ImageReaderStage(device="cpu", resize=224)
     ImageReaderStage(device='cpu', resize=224)
     """
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Which digests of the encoded bytes are computed: ``sha256``, ``md5``."""
+        return (CHECKSUM,) * self.checksum + (MD5,) * self.md5
 
     @property
     def resources(self) -> Resources:
@@ -412,7 +419,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             plain=task.byte_range is not None,  # a compressed shard has no parts
             size=task.find_size(path),
             read_ahead=self.read_ahead,
-            skipping=not (self.decode or self.checksum) or task.index is not None,
+            skipping=not (self.decode or self.digests) or task.index is not None,
         )
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
@@ -440,7 +447,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             if member.problem is not None:
                 raise ImageError(member.problem)
             header, content = read_encoded(
-                source, member, image, whole=self.decode, checksum=self.checksum
+                source, member, image, whole=self.decode, digests=self.digests
             )
             image.format = header.format
             image.width, image.height, image.channels = header.width, header.height, header.channels

@@ -16,14 +16,14 @@ from dask_imgread.shards.samples import ImageEntry, split_name
 from dask_imgread.shards.tar import Member
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import CHECKSUM, PROBLEMS, FileGroupTask, ImageObject
+from dask_imgread.tasks import DIGESTS, PROBLEMS, FileGroupTask, ImageObject
 
 _MAX_BYTES = 1 << 30  # of one encoded image that a row names: it is read at once
 _MAX_OFFSET = 1 << 62
 # The package's columns of a row that are read; what its others say comes from the image itself.
 _READ = {
     *("image_id", "image_path", "shard", "shard_version", "key", "offset", "size"),
-    *("sample_offset", "sample_size", "error", "warning", CHECKSUM, PROBLEMS),
+    *("sample_offset", "sample_size", "error", "warning", *DIGESTS, PROBLEMS),
 }
 UNREACHABLE = "unreachable"  # the cause if the store failed, not the image: worth a retry
 
@@ -76,7 +76,8 @@ def _describe_row(row: dict[str, Any], extra: list[str], path: str, shard_id: st
         image.shard_version = str(row["shard_version"])
     if "warning" in row:
         image.warning = str(row["warning"])
-    image.sha256, image.sidecar_error = row.get(CHECKSUM), row.get(PROBLEMS)
+    image.sha256, image.md5 = (row.get(name) for name in DIGESTS)
+    image.sidecar_error = row.get(PROBLEMS)
     offset, size = _to_int(row.get("offset")), _to_int(row.get("size"))
     if not row.get("shard") or not isinstance(row["shard"], str):
         image.error = f"bad row: shard {row.get('shard')!r:.40}"
