@@ -81,11 +81,7 @@ def _race(contenders: dict[str, tuple[Any, ...]], rounds: int, pairs: Sequence[P
 
 def measure_decoding(folder: Path, size: Size) -> list[Row]:
     """Compare a reader on one core with the decoder alone and with peers, for each picture size."""
-    shards = {
-        "0.2 MP": make_photo_shards(folder / "photos", size.images),
-        "3 MP": make_large_shard(folder / "3", (2048, 1536), max(2, size.images // 25)),
-        "12 MP": make_large_shard(folder / "12", (4000, 3000), max(2, size.images // 80)),
-    }
+    shards = _make_sizes(folder, size)
     targets = {"0.2 MP": 0.97, "3 MP": 0.97, "12 MP": 1.0}
     rows = []
     for name, paths in list(shards.items())[: size.kinds]:
@@ -103,6 +99,26 @@ def measure_decoding(folder: Path, size: Size) -> list[Row]:
             (f"stream, {name} : as NeMo Curator reads on a CPU", "ours", "Curator", 0),
         ]
         rows += _race(contenders, size.rounds, pairs)
+    return rows
+
+
+def _make_sizes(folder: Path, size: Size) -> dict[str, list[str]]:
+    """Write shards of each picture size."""
+    return {
+        "0.2 MP": make_photo_shards(folder / "photos", size.images),
+        "3 MP": make_large_shard(folder / "3", (2048, 1536), max(2, size.images // 25)),
+        "12 MP": make_large_shard(folder / "12", (4000, 3000), max(2, size.images // 80)),
+    }
+
+
+def measure_fingerprints(folder: Path, size: Size) -> list[Row]:
+    """Compare fingerprints on one core with decoding alone, for each picture size."""
+    targets = {"0.2 MP": 0.85, "3 MP": 0, "12 MP": 2.5}
+    rows = []
+    for name, paths in list(_make_sizes(folder, size).items())[: size.kinds]:
+        contenders = {"ours": ("Fingerprints", paths, 1), "decoding": ("Stream", paths, 1)}
+        pair = f"fingerprint, {name} : decoding alone", "ours", "decoding", targets[name]
+        rows += _race(contenders, size.rounds, [pair])
     return rows
 
 
@@ -238,6 +254,7 @@ def measure_memory(folder: Path, size: Size) -> list[Row]:
 MEASURES: dict[str, Callable[[Path, Size], list[Row]]] = {
     "decoding": measure_decoding,
     "resizing": measure_resizing,
+    "fingerprints": measure_fingerprints,
     "broken": measure_broken,
     "cluster": measure_cluster,
     "headers": measure_headers,

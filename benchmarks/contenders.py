@@ -176,6 +176,22 @@ class Stream:
         return sum(batch.num_items + len(batch.failed) for batch in batches)
 
 
+class Fingerprints(Stream):
+    """The function ``fingerprint`` of batches, in one process, with its reader for each core."""
+
+    def __init__(self, shards: list[str], cores: int = CORES) -> None:
+        from dask_imgread import fingerprint
+
+        super().__init__(shards, cores)
+        self._reader = fingerprint.reader.with_options(device="cpu", verbose=False, num_threads=1)
+
+    def _read(self, core: int) -> int:
+        from dask_imgread import FileGroupTask, fingerprint
+
+        batches = self._reader.stream(FileGroupTask(data=self._shards[core :: len(self._cores)]))
+        return sum(map(len, map(fingerprint, batches)))
+
+
 class Headers:
     """``read_metadata`` without decoding, on one core."""
 
