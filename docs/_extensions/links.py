@@ -1,0 +1,66 @@
+"""Links: of files outside of this folder that are pages here, and of public names in code font."""
+
+import os
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+import dask_imgread
+
+DOCS = Path(__file__).parents[1]
+INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+# The page that includes each file.
+PAGES = {
+    (DOCS / path).resolve(): page
+    for page in DOCS.glob("*.md")
+    for path in INCLUDE.findall(page.read_text())
+} | {DOCS.parent / "README.md": DOCS / "index.md"}
+
+
+def include_files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Include files, and turn links, right where the files are, to the pages that include them."""
+
+    def include(match: re.Match[str]) -> str:
+        file = (DOCS / match[1]).resolve()
+        app.env.note_dependency(str(file), docname=docname)
+        return turn_links(file.read_text(), file.parent)
+
+    source[0] = INCLUDE.sub(include, turn_links(source[0], DOCS))
+
+
+def turn_links(text: str, folder: Path) -> str:
+    """Return a text of a file in a folder with its relative links as they are in ``docs``."""
+
+    def turn(match: re.Match[str]) -> str:
+        target = (folder / match[0]).resolve()
+        return os.path.relpath(PAGES.get(target, target), DOCS)
+
+    return LINK.sub(turn, text)
+
+
+def link_names(app: Sphinx, doctree: nodes.document) -> None:
+    """Link each public name in code font to its reference."""
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext().removesuffix("()")
+        linked = isinstance(literal.parent, nodes.reference | addnodes.pending_xref | nodes.title)
+        if name in dask_imgread.__all__ and not linked and not app.env.docname.endswith(f".{name}"):
+            reference = addnodes.pending_xref(
+                refdomain="py",
+                reftype="obj",
+                reftarget=f"dask_imgread.{name}",
+                refdoc=app.env.docname,
+                refexplicit=True,
+            )
+            literal.replace_self(reference)
+            reference += literal
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Include and link when a page is read."""
+    app.connect("source-read", include_files)
+    app.connect("doctree-read", link_names)
+    return {"parallel_read_safe": True}
