@@ -11,7 +11,7 @@ from dask_imgread.cli.arguments import make_parser
 
 
 class CommandLine(SphinxDirective):
-    """A section for each command: what it does, its arguments by group, examples."""
+    """A section for each command: what it does, its arguments, examples; then exit statuses."""
 
     def run(self) -> list[nodes.Node]:
         """Return the sections."""
@@ -27,7 +27,7 @@ class CommandLine(SphinxDirective):
 def describe_command(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield the lines of a command's section."""
     name = parser.prog.rpartition(" ")[2]
-    yield from ("", name, "=" * len(name), "", parser.description or "", "")
+    yield from (format_section(name), parser.description or "", "")
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if actions:
@@ -36,6 +36,11 @@ def describe_command(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in actions:
             yield from describe_argument(parser, action)
     yield from format_epilog(parser.epilog or "")
+
+
+def format_section(title: str) -> str:
+    """Return the lines of a section's title."""
+    return f"\n{title}\n{'=' * len(title)}\n"
 
 
 def describe_argument(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:
