@@ -16,6 +16,8 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 nitpicky = True
+smartquotes = False
+toc_object_entries_show_parents = "hide"
 
 myst_heading_anchors = 4  # the same as GitHub's
 
@@ -28,7 +30,7 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_sidebars = {"index": []}
+html_sidebars = {page: [] for page in ("index", "getting_started", "contributing", "changelog")}
 html_theme_options = {
     "navbar_align": "left",
     "navigation_with_keys": False,

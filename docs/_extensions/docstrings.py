@@ -1,4 +1,4 @@
-"""The parameters' types, which docstrings leave to annotations."""
+"""The parameters' types, which docstrings leave to annotations; links to public names."""
 
 import inspect
 import re
@@ -26,6 +26,7 @@ REPLACED = [
     (r"(?:Collection|Sequence|Iterable)\[([^\]]+)\]", r"list of \1"),
     (r"list\[([^\]]+)\]", r"list of \1"),
     (r"dict\[[^\]]+\]", "dict"),
+    (r"tuple\[([^\]]+)\]", r"(\1)"),
     (r"Callable\[\[[^\]]*\], [^\]]+\]", "callable"),
     (r"Literal\[([^\]]+)\]", r"{\1}"),
     (r"\s*\|\s*", " or "),
@@ -40,7 +41,7 @@ def add_types(
     options: Any,  # noqa: ARG001
     lines: list[str],
 ) -> None:
-    """Give the entries of the section Parameters the types that the signature has."""
+    """Give parameters the types that the signature has; link what is returned and raised."""
     if not callable(documented):
         return
     try:
@@ -58,6 +59,8 @@ def add_types(
             }
             if len(types) == 1:
                 lines[number] = f"{line} : {types.pop()}"
+        elif section in ("Returns", "Yields", "Raises", "Warns") and re.match(r"\w", line):
+            lines[number] = link_names(line)
 
 
 def format_type(annotation: str) -> str:
@@ -65,12 +68,13 @@ def format_type(annotation: str) -> str:
     text = re.sub(r"\b\w+\b", lambda name: READABLE.get(name[0], name[0]), str(annotation))
     for pattern, readable in REPLACED:
         text = re.sub(pattern, readable, text)
-    return re.sub(r"\w+", lambda name: link(name[0]), text)
+    return link_names(text)
 
 
-def link(name: str) -> str:
-    """Return a link to a public class; other words as they are."""
-    return f":obj:`~dask_imgread.{name}`" if name in dask_imgread.__all__ else name
+def link_names(text: str) -> str:
+    """Return a text with links to the public names in it."""
+    names = "|".join(dask_imgread.__all__)
+    return re.sub(rf"\b({names})\b", r":obj:`~dask_imgread.\1`", text)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -9,10 +9,15 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 
 import dask_imgread
+from dask_imgread import testing
 
 DOCS = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+# What public names are called in text, and in full.
+NAMES = {name: f"dask_imgread.{name}" for name in dask_imgread.__all__}
+NAMES |= {name: name for name in NAMES.values()}
+NAMES |= {name: name for name in (f"dask_imgread.testing.{name}" for name in testing.__all__)}
 # The page that includes each file.
 PAGES = {
     (DOCS / path).resolve(): page
@@ -45,13 +50,13 @@ def turn_links(text: str, folder: Path) -> str:
 def link_names(app: Sphinx, doctree: nodes.document) -> None:
     """Link each public name in code font to its reference."""
     for literal in list(doctree.findall(nodes.literal)):
-        name = literal.astext().removesuffix("()")
+        name = NAMES.get(literal.astext().removesuffix("()"))
         linked = isinstance(literal.parent, nodes.reference | addnodes.pending_xref | nodes.title)
-        if name in dask_imgread.__all__ and not linked and not app.env.docname.endswith(f".{name}"):
+        if name and not linked and not app.env.docname.endswith(f"/{name}"):
             reference = addnodes.pending_xref(
                 refdomain="py",
                 reftype="obj",
-                reftarget=f"dask_imgread.{name}",
+                reftarget=name,
                 refdoc=app.env.docname,
                 refexplicit=True,
             )

@@ -14,9 +14,9 @@ import pytest
 from distributed import Client
 from distributed.deploy import Cluster
 
-from dask_imgread.cli.arguments import BAD_IMAGES, SUCCESS, make_parser
+from dask_imgread.cli.arguments import BAD_IMAGES, SUCCESS, WRONG_USAGE, make_parser
 from dask_imgread.cli.main import main
-from tests.helpers.markdown import ROOT, list_blocks
+from tests.helpers.markdown import ROOT, Block, list_blocks
 
 README = ROOT / "README.md"
 PAGES = [
@@ -104,7 +104,7 @@ def run_block(block, page, names, demo):
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
         else:
             run_shell(SET_UP.sub(lambda found: f"cp -a {demo}/. ." if found[1] else "", block.text))
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         error.add_note(where)
         raise
 
@@ -114,11 +114,19 @@ def run_shell(text):
     commands = [split_words(line) for line in list_lines(text)]
     if all(words[0] == "dask-imgread" and not OPERATORS & {*words} for words in commands):
         for _, *arguments in commands:
-            assert main(arguments) in (SUCCESS, BAD_IMAGES), shlex.join(arguments)
+            assert call(main, arguments) in (SUCCESS, BAD_IMAGES), shlex.join(arguments)
         return
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS": WARNINGS}
     command = ["bash", "-euo", "pipefail", "-c", text]
     subprocess.run(command, env=environment, check=True, timeout=100)
+
+
+def call(function, arguments):
+    """Return what a function returns, or the status with which it exits, as after ``--help``."""
+    try:
+        return function(arguments)
+    except SystemExit as error:
+        return error.code
 
 
 def check_block(block):
@@ -130,7 +138,7 @@ def check_block(block):
     for words in map(split_words, list_lines(block.text)):
         for start in (n for n, word in enumerate(words) if word.endswith("dask-imgread")):
             arguments = takewhile(lambda word: word not in OPERATORS, words[start + 1 :])
-            make_parser().parse_args([*arguments])
+            assert call(make_parser().parse_args, [*arguments]) != WRONG_USAGE, arguments
 
 
 def list_lines(text):
@@ -158,3 +166,30 @@ def test_the_code_of_a_page(page, demo):
         for value in names.values():
             if isinstance(value, Client | Cluster):
                 value.close()
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "before", "told"),
+    [
+        ("python", "1 / 0", "", "division by zero"),
+        ("python", "1 +", "<!-- not run: needs a GPU -->", "invalid syntax"),
+        ("python", "1", "<!-- not run -->", "for what reason"),
+        ("sh", "dask-imgread report nowhere", "", "report nowhere"),
+        ("sh", "dask-imgread report nowhere | cat", "", "status 2"),
+        ("sh", "dask-imgread metadata a.tar --ou", "<!-- not run: no shards -->", "--ou"),
+        ("sh", "if dask-imgread report result", "<!-- not run: no result -->", "status 2"),
+    ],
+)
+def test_what_is_wrong_is_told(language, text, before, told):
+    block = Block(language, 7, f"{text}\n", before)
+    with pytest.raises(Exception, match=told) as caught:
+        run_block(block, README, {}, None)
+    assert "README.md:7" in [str(caught.value)[:11], *getattr(caught.value, "__notes__", [])]
+
+
+def test_what_runs():
+    names = {}
+    for language, text in [("python", "x = 1\n"), ("sh", "dask-imgread --help\n# end\n")]:
+        run_block(Block(language, 1, text, ""), README, names, None)
+    run_block(Block("python", 1, "x / 0\n", "<!-- not run: wrong -->"), README, names, None)
+    assert names["x"] == 1
