@@ -42,7 +42,8 @@ def turn_links(text: str, folder: Path) -> str:
 
     def turn(match: re.Match[str]) -> str:
         target = (folder / match[0]).resolve()
-        return os.path.relpath(PAGES.get(target, target), DOCS)
+        unchanged = folder == DOCS and target not in PAGES
+        return match[0] if unchanged else os.path.relpath(PAGES.get(target, target), DOCS)
 
     return LINK.sub(turn, text)
 

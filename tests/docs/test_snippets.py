@@ -175,7 +175,7 @@ def test_the_code_of_a_page(page, demo):
         ("python", "1 +", "<!-- not run: needs a GPU -->", "invalid syntax"),
         ("python", "1", "<!-- not run -->", "for what reason"),
         ("sh", "dask-imgread report nowhere", "", "report nowhere"),
-        ("sh", "dask-imgread report nowhere | cat", "", "status 2"),
+        ("sh", "false | cat", "", "status 1"),
         ("sh", "dask-imgread metadata a.tar --ou", "<!-- not run: no shards -->", "--ou"),
         ("sh", "if dask-imgread report result", "<!-- not run: no result -->", "status 2"),
     ],
