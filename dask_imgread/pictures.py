@@ -22,7 +22,25 @@ _PILLOW_FORMATS = {
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
-    """Draw a landscape of ``size`` (width, height) in pixels; the same for the same seed."""
+    """Draw a landscape.
+
+    Parameters
+    ----------
+    seed
+        The same seed gives the same picture.
+    size
+        Width and height in pixels.
+
+    Returns
+    -------
+    PIL.Image.Image
+        An RGB picture.
+
+    Examples
+    --------
+    >>> draw_picture(1).size
+    (128, 96)
+    """
     rng = np.random.default_rng(seed)
     width, height = size
     top, bottom = rng.integers(60, 256, (2, 1, 1, 3))
@@ -48,7 +66,30 @@ def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
 
 
 def encode_picture(image: Image.Image, extension: str = "jpg") -> bytes:
-    """Encode a picture in the format of a file extension."""
+    """Encode a picture in the format of a file extension.
+
+    Parameters
+    ----------
+    image
+        The picture.
+    extension
+        One of ``dask_imgread.shards.samples.IMAGE_EXTENSIONS``.
+
+    Returns
+    -------
+    bytes
+        The content of a file.
+
+    Raises
+    ------
+    KeyError
+        If Pillow knows no such format.
+
+    Examples
+    --------
+    >>> encode_picture(draw_picture(1), "png")[1:4]
+    b'PNG'
+    """
     buffer = io.BytesIO()
     image = {"pgm": image.convert("L"), "pbm": image.convert("1")}.get(extension, image)
     kwargs = {"quality": 90} if extension in ("jpg", "jpeg", "webp") else {}
@@ -61,7 +102,29 @@ def write_shard(
     members: Sequence[tuple[str, bytes]],
     format: int = tarfile.PAX_FORMAT,
 ) -> str:
-    """Write a tar shard of (name, content) members, compressed if its name says so."""
+    """Write a tar shard, compressed if its name says so.
+
+    Parameters
+    ----------
+    path
+        The file to write; its folder is made if it is missing. With ``.gz``, ``.tgz`` or ``.zst``
+        at its end it is compressed.
+    members
+        Name and content of each member.
+    format
+        One of tarfile's formats.
+
+    Returns
+    -------
+    str
+        The path.
+
+    Examples
+    --------
+    >>> picture = encode_picture(draw_picture(1))
+    >>> write_shard("shards/a.tar", [("000001.jpg", picture), ("000001.txt", b"a landscape")])
+    'shards/a.tar'
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     codec = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
     with (

@@ -71,14 +71,37 @@ class ProcessingStage(ABC, Generic[Input, Output]):
 
     @abstractmethod
     def process(self, task: Input) -> list[Output]:
-        """Turn one task into results."""
+        """Turn one task into results.
+
+        Parameters
+        ----------
+        task
+            What is to be processed.
+
+        Returns
+        -------
+        list
+            The results, in the order in which they are made.
+        """
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """Return the names of the attributes that a task and its items must have."""
+        """Return what the stage needs.
+
+        Returns
+        -------
+        tuple of list of str
+            The names of the attributes that a task must have, and those that its items must.
+        """
         return [], []
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """Return the names of the attributes that a result and its items have."""
+        """Return what the stage provides.
+
+        Returns
+        -------
+        tuple of list of str
+            The names of the attributes that a result has, and those that its items have.
+        """
         return [], []
 
     def __call__(self, task: Input) -> list[Output]:

@@ -126,7 +126,18 @@ class FileGroupTask:
         return options
 
     def find_size(self, path: str) -> int | None:
-        """Return the size of a shard's file, if it is known."""
+        """Return the size of a shard's file, if it is known.
+
+        Parameters
+        ----------
+        path
+            One of ``data``.
+
+        Returns
+        -------
+        int or None
+            The size in bytes.
+        """
         return dict(zip(self.data, self.sizes, strict=False)).get(path)
 
     @property
@@ -142,7 +153,15 @@ class FileGroupTask:
     def name_shards(self, relative_to: str | None = None) -> dict[str, str]:
         """Return the id of each shard by path.
 
-        ``relative_to`` is the reader's; that of the task takes precedence.
+        Parameters
+        ----------
+        relative_to
+            The reader's; that of the task takes precedence.
+
+        Returns
+        -------
+        dict
+            The ids by path.
 
         Raises
         ------
@@ -176,7 +195,18 @@ class FileGroupTask:
         )
 
     def find_version(self, path: str) -> str | None:
-        """Return the token for a shard's content, looked up if it is not known; None if missing."""
+        """Return the token for a shard's content, looked up if it is not known.
+
+        Parameters
+        ----------
+        path
+            One of ``data``.
+
+        Returns
+        -------
+        str or None
+            The token; None if the shard is missing.
+        """
         known = dict(zip(self.data, self.versions, strict=False)).get(path)
         if known is not None:
             return known
@@ -201,7 +231,7 @@ class ImageObject:
         ordered. Made from the shard's path, whole or relative to ``relative_to``, and the
         member's name.
     image_data
-        uint8 array ``(height, width, 3)``, RGB; None if the image was not decoded.
+        An array of uint8, ``(height, width, 3)``, RGB; None if the image was not decoded.
     metadata
         The sample's sidecars by extension: ``.json`` parsed, ``.txt`` as str, ``.cls`` as
         int, others as bytes.
@@ -270,7 +300,12 @@ class ImageObject:
         return self.error.split(":", 1)[0] if self.error else None
 
     def to_pil(self) -> Image.Image:
-        """Return the image as one of Pillow's, with a copy of the pixels.
+        """Return the image as one of Pillow's.
+
+        Returns
+        -------
+        PIL.Image.Image
+            It has a copy of the pixels.
 
         Raises
         ------
@@ -395,7 +430,12 @@ class ImageBatch:
         return np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per image, read or failed, without pixels, indexed by ``image_id``.
+        """Return one row per image, read or failed, without pixels.
+
+        Returns
+        -------
+        pandas.DataFrame
+            The columns of metadata, indexed by ``image_id``.
 
         Examples
         --------

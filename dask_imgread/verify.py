@@ -120,6 +120,7 @@ def verify_shards(
     Returns
     -------
     Verification
+        The images that can't be read, and how many of each shard can.
 
     Raises
     ------

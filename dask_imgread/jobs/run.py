@@ -194,6 +194,7 @@ def run_job(
     Returns
     -------
     Summary
+        The numbers of the whole output, and of this run.
 
     Raises
     ------
@@ -305,6 +306,7 @@ def forecast_job(
     Returns
     -------
     Forecast
+        What would be read; and how long that takes, if an earlier run lets one expect it.
 
     Raises
     ------

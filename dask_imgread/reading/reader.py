@@ -101,6 +101,12 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         Resize each image after decoding, on the same device: an int is the length of the
         shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
         of an ImageObject stay those of the source.
+    output
+        ``"host"`` gives NumPy arrays. ``"device"`` leaves images decoded by a GPU in its memory,
+        as objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
+        ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since they
+        can't be pickled. Wait for your kernels before you release an array: DALI reuses its
+        memory at once. Images not decoded on the GPU are NumPy arrays.
     decoder
         On a CPU, ``"auto"`` uses the fastest decoder of each format; ``"dali"`` uses DALI for
         all formats that it decodes, as on a GPU.
@@ -127,12 +133,6 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         Maximum number of bytes that are fetched (of a remote shard) or decompressed (of a
         compressed one) in advance. All readers of a process together fetch at most 512 MiB in
         advance. An uncompressed local shard is read in place.
-    output
-        ``"host"`` gives NumPy arrays. ``"device"`` leaves images decoded by a GPU in its memory,
-        as objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
-        ``torch.from_dlpack`` take them without a copy): for use in ``map_images``, since they
-        can't be pickled. Wait for your kernels before you release an array: DALI reuses its
-        memory at once. Images not decoded on the GPU are NumPy arrays.
 
     Raises
     ------
@@ -162,7 +162,13 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         return Resources(gpus=self.num_gpus_per_worker if used else 0.0)
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """Return the names of the attributes that a batch and its images have."""
+        """Return what the reader provides.
+
+        Returns
+        -------
+        tuple of list of str
+            The names of the attributes that a batch has, and those that its images have.
+        """
         return ["data"], ["image_data", "image_path", "image_id"]
 
     def annotations(self, client: Client) -> dict[str, Any]:
@@ -224,23 +230,67 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
         The whole package reads with this method, so that a subclass's ``stream`` is used
         everywhere, and runs within its GPU share.
+
+        Parameters
+        ----------
+        task
+            The shards to read.
+
+        Yields
+        ------
+        ImageBatch
+            As ``stream`` yields them.
         """
         with self._hold_share():
             yield from self.stream(task)
 
     def stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
-        """Yield the batches of ``process`` one at a time, and keep none of them."""
+        """Yield the batches of ``process`` one at a time, and keep none of them.
+
+        Parameters
+        ----------
+        task
+            The shards to read.
+
+        Yields
+        ------
+        ImageBatch
+            In the shards' order.
+
+        Raises
+        ------
+        ValueError
+            If the task has no shards.
+        ReadError
+            If an image can't be read, under ``on_error="raise"``.
+        """
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
         with self._hold_share():
             yield from self._stream(task)
 
     def isolated(self) -> ImageReaderStage:
-        """Return a copy with ``isolate=True``, for a task whose worker died."""
+        """Return a copy for a task whose worker died.
+
+        Returns
+        -------
+        ImageReaderStage
+            It has ``isolate=True``.
+        """
         return self.with_options(isolate=True)
 
     def with_options(self, **options: Any) -> ImageReaderStage:
-        """Return a copy, of the same class, with some options changed.
+        """Return a copy with some options changed.
+
+        Parameters
+        ----------
+        **options
+            The options to change.
+
+        Returns
+        -------
+        ImageReaderStage
+            Of the same class as this one.
 
         Raises
         ------
