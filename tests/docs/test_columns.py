@@ -3,6 +3,7 @@
 import pandas as pd
 
 from dask_imgread import (
+    ImageReaderStage,
     diff_frames,
     find_duplicates,
     fingerprint,
@@ -27,7 +28,8 @@ def list_types(frame):
 
 
 def compute_rows(shards):
-    rows = read_metadata(shards, sidecars={"txt": "caption"}, checksum=True)
+    reader = ImageReaderStage(md5=True, verbose=False)
+    rows = read_metadata(shards, reader=reader, sidecars={"txt": "caption"}, checksum=True)
     return rows.compute(scheduler="sync")
 
 
@@ -40,9 +42,9 @@ def test_metadata():
 def test_what_metadata_may_have(make_shards):
     types = list_types(compute_rows(make_shards()))
     more = read_columns("Metadata", 1)
-    assert list(types)[len(COLUMNS) : -1] == ["sha256", "caption", "error_sidecar"]
-    assert types["sha256"] == more["sha256"]
-    assert types["error_sidecar"] == more["error_sidecar"]
+    assert list(types)[len(COLUMNS) : -1] == ["sha256", "md5", "caption", "error_sidecar"]
+    for name in ("sha256", "md5", "error_sidecar"):
+        assert types[name] == more[name]
 
 
 def test_fingerprints():
