@@ -69,13 +69,6 @@ def test_the_readme_has_two_commands_for_a_fresh_machine():
     assert [command.rsplit("/", 1)[1] for command in commands] == ["dask-imgread demo", "pytest"]
 
 
-def test_python_in_the_readme_parses():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        ast.parse(block)
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_examples(name, tmp_path, monkeypatch):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
