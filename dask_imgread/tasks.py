@@ -46,8 +46,16 @@ _SHOWN = 100  # characters of a name
 _LISTED = 5  # shapes
 
 
+@dataclass(kw_only=True)
+class _Carried:
+    """What a task of NeMo Curator carries from stage to stage, beside its name and its data."""
+
+    _metadata: dict[str, Any] = field(default_factory=dict)
+    _stage_perf: list[Any] = field(default_factory=list)
+
+
 @dataclass(repr=False)
-class FileGroupTask:
+class FileGroupTask(_Carried):
     """The shards, or the part of one shard, that one task reads.
 
     Parameters
@@ -171,6 +179,7 @@ class FileGroupTask:
             self.rows is not None and tokenize(self.rows),
             versions,
             config,
+            tokenize(self._metadata),
         )
 
     def find_version(self, path: str) -> str | None:
@@ -184,7 +193,21 @@ class FileGroupTask:
             return None
 
 
-@dataclass(slots=True, repr=False)  # there may be millions
+def is_task(value: object) -> bool:
+    """Whether a value has the attributes of a FileGroupTask, NeMo Curator's or this package's."""
+    return hasattr(value, "data") and hasattr(value, "reader_config")
+
+
+def adopt_task(task: Any) -> FileGroupTask:
+    """Return a task of NeMo Curator, which this package does not import, as one of its own."""
+    if isinstance(task, FileGroupTask):
+        return task
+    names = ("dataset_name", "task_id", "reader_config", "_metadata", "_stage_perf")
+    given = {name: getattr(task, name) for name in names if hasattr(task, name)}
+    return FileGroupTask(data=list(task.data), **given)
+
+
+@dataclass(repr=False)
 class ImageObject:
     """One image member of a shard: its pixels, or the reason why there are none.
 
@@ -228,6 +251,9 @@ class ImageObject:
     sha256
         The SHA-256 of the encoded bytes in hexadecimal, if the reader has ``checksum=True`` and the
         bytes could be read; else None.
+    embedding, aesthetic_score, nsfw_score
+        Never set by a reader: for NeMo Curator's next stages. Like any Python object, an image
+        takes attributes of your own, too.
 
     Examples
     --------
@@ -258,6 +284,9 @@ class ImageObject:
     warning: str | None = None
     sidecar_error: str | None = None
     sha256: str | None = None
+    embedding: Any = None
+    aesthetic_score: float | None = None
+    nsfw_score: float | None = None
 
     @property
     def cause(self) -> str | None:
@@ -295,7 +324,7 @@ class ImageObject:
 
 
 @dataclass(repr=False)
-class ImageBatch:
+class ImageBatch(_Carried):
     """Images that were read together.
 
     Its length is that of ``data``, which it iterates over and is indexed like. It is true if any

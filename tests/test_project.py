@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = ["dask_imgread"] + [
     name
     for _, name, _ in pkgutil.walk_packages(dask_imgread.__path__, "dask_imgread.")
-    if not name.endswith("__main__")
+    if not name.endswith(("__main__", "nemo_curator"))  # the latter needs nemo_curator
 ]
 
 
