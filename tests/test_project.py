@@ -239,9 +239,15 @@ def test_the_notebooks(tmp_path, name, shown, picture):
     import nbformat
     from nbclient import NotebookClient
 
+    def check(notebook):
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        printed = str([output.get("text", output.get("data")) for output in outputs])
+        assert [text for text in shown if text not in printed] == []
+        assert any(picture in output.get("data", {}) for output in outputs)
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+
     notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
+    check(notebook)  # with the outputs that it was committed with
     NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = str([output.get("text", output.get("data")) for output in outputs])
-    assert [text for text in shown if text not in printed] == []
-    assert any(picture in output.get("data", {}) for output in outputs)
+    check(notebook)

@@ -1,7 +1,7 @@
 """The reader in the place of NeMo Curator's: with stand-ins, and with nemo_curator if it is there.
 
 The real one needs torch, Ray and more, too much for the extra `test`: run these tests once more
-where `pip install "nemo-curator[image_cpu]"` was done.
+where `pip install "nemo-curator[image-cpu]"` was done.
 """
 
 import importlib.util
