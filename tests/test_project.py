@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import dask_imgread
+from dask_imgread.storage.filesystems import _EXTRAS
 
 ROOT = Path(__file__).parents[1]
 MODULES = ["dask_imgread"] + [
@@ -49,6 +50,14 @@ def test_conda_and_pip_environments_agree():
     assert listed.pop("python") == project["requires-python"]
     listed.pop("pip")
     assert listed == {n: version for n, version in wanted.items() if n not in NOT_IN_CONDA}
+
+
+def test_the_extras_that_errors_name_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [path.read_text() for path in list_files()]
+    named = {name for text in texts for name in re.findall(r"dask-imgread\[(\w+)\]", text)}
+    assert named == {"gpu"}
+    assert named | {*_EXTRAS.values()} <= {*project["optional-dependencies"]}
 
 
 def test_pip_takes_the_environments_whole_list(tmp_path):
