@@ -48,8 +48,16 @@ _SHOWN = 100  # characters of a name
 _LISTED = 5  # shapes
 
 
+@dataclass(kw_only=True)
+class _Carried:
+    """What a task of NeMo Curator carries from stage to stage, beside its name and its data."""
+
+    _metadata: dict[str, Any] = field(default_factory=dict)
+    _stage_perf: list[Any] = field(default_factory=list)
+
+
 @dataclass(repr=False)
-class FileGroupTask:
+class FileGroupTask(_Carried):
     """The shards, or the part of one shard, that one task reads.
 
     Parameters
@@ -192,6 +200,7 @@ class FileGroupTask:
             self.rows is not None and tokenize(self.rows),
             versions,
             config,
+            tokenize(self._metadata),
         )
 
     def find_version(self, path: str) -> str | None:
@@ -216,7 +225,21 @@ class FileGroupTask:
             return None
 
 
-@dataclass(slots=True, repr=False)  # there may be millions
+def is_task(value: object) -> bool:
+    """Whether a value has the attributes of a FileGroupTask, NeMo Curator's or this package's."""
+    return hasattr(value, "data") and hasattr(value, "reader_config")
+
+
+def adopt_task(task: Any) -> FileGroupTask:
+    """Return a task of NeMo Curator, which this package does not import, as one of its own."""
+    if isinstance(task, FileGroupTask):
+        return task
+    names = ("dataset_name", "task_id", "reader_config", "_metadata", "_stage_perf")
+    given = {name: getattr(task, name) for name in names if hasattr(task, name)}
+    return FileGroupTask(data=list(task.data), **given)
+
+
+@dataclass(repr=False)
 class ImageObject:
     """One image member of a shard: its pixels, or the reason why there are none.
 
@@ -262,6 +285,9 @@ class ImageObject:
         bytes could be read; else None.
     md5
         The MD5 of the encoded bytes, likewise, if the reader has ``md5=True``.
+    embedding, aesthetic_score, nsfw_score
+        Never set by a reader: for NeMo Curator's next stages. Like any Python object, an image
+        takes attributes of your own, too.
 
     Examples
     --------
@@ -293,6 +319,9 @@ class ImageObject:
     sidecar_error: str | None = None
     sha256: str | None = None
     md5: str | None = None
+    embedding: Any = None
+    aesthetic_score: float | None = None
+    nsfw_score: float | None = None
 
     @property
     def cause(self) -> str | None:
@@ -335,7 +364,7 @@ class ImageObject:
 
 
 @dataclass(repr=False)
-class ImageBatch:
+class ImageBatch(_Carried):
     """Images that were read together.
 
     Its length is that of ``data``, which it iterates over and is indexed like. It is true if any

@@ -20,14 +20,18 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import yaml
 
+from dask_imgread import read_metadata
 from dask_imgread.cli.arguments import make_parser, parse_arguments
 from dask_imgread.jobs.claim import claim_folder
 from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.testing import make_shards
+from tests.helpers.servers import serve_http
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CRONTAB = EXAMPLES / "cron" / "crontab"
@@ -189,6 +193,57 @@ def test_a_function_for_the_command_line(tmp_path, photo_shards, environment):
     rows = pd.read_parquet(tmp_path / "out")
     assert len(rows) == 25
     assert rows["brightness"].between(0, 255).all()
+
+
+# In Python, each with a `main(path)`
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, client):
+    """Run an example on twelve drawn pictures, one of them broken, and a copy of three of them."""
+    monkeypatch.chdir(tmp_path)
+    shards = make_shards("shards", shards=4, images_per_shard=3, broken=1)
+    shutil.copy(shards[0], "shards/again.tar")
+
+    def run(name, *arguments):
+        example = load(EXAMPLES / f"{name}.py")
+        example.connect_client = lambda: contextlib.nullcontext(client)  # one for all tests
+        return example.main(*arguments)
+
+    return run
+
+
+def test_captions(run):
+    """All copies go: they have the same words."""
+    rows = run("captions", "shards/*.tar", "out")
+    assert sorted(rows["caption"]) == sorted(f"landscape number {n}" for n in range(3, 12))
+    assert len(read_metadata("out")) == 9
+
+
+def test_duplicates(run):
+    for _ in range(2):  # the second time there is nothing left to do
+        rows = run("duplicates", "shards/*.tar", "out")
+    assert rows["sha256"].nunique() == len(rows) == len(read_metadata("out")) == 11
+
+
+def test_embeddings(run):
+    rows = run("embeddings", "shards/*.tar", "out")
+    vectors = np.stack(rows["embedding"].to_numpy())
+    assert vectors.shape == (14, 14)  # no more numbers than images to learn from
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    copies = rows[rows.index.str.contains("again")]
+    assert [name.split("/")[-1] for name in copies["nearest"]] == [
+        name.split("/")[-1] for name in copies.index
+    ]
+
+
+def test_remote(run, capsys):
+    with serve_http("shards") as server:
+        of_url = run("remote", f"{server.url}/{{00000..00003}}.tar")
+    of_folder = run("remote", "shards")
+    assert (len(of_url), len(of_folder)) == (12, 15)
+    assert all(of_folder["shard"].str.startswith("http://127.0.0.1:"))
+    assert "15 images in 5 shards\n<ImageObject" in capsys.readouterr().out
 
 
 # Slurm, one allocation

@@ -386,7 +386,7 @@ def _start_on_gpus(
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
         raise ImportError(
-            "a cluster on GPUs needs dask-cuda: pip install 'dask-imgread[gpu]'"
+            'a cluster on GPUs needs dask-cuda: pip install "dask-imgread[gpu]"'
         ) from error
     return LocalCUDACluster(**choose_gpu_options(n_workers, share, cluster_options))
 

@@ -41,7 +41,7 @@ from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_member
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import CHECKSUM, MD5, FileGroupTask, ImageBatch, ImageObject
+from dask_imgread.tasks import CHECKSUM, MD5, FileGroupTask, ImageBatch, ImageObject, adopt_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,7 +208,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         Parameters
         ----------
         task
-            The shards to read.
+            The shards to read: a FileGroupTask, this package's or NeMo Curator's.
 
         Returns
         -------
@@ -264,6 +264,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         ReadError
             If an image can't be read, under ``on_error="raise"``.
         """
+        task = adopt_task(task)
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
         with self._hold_share():
@@ -338,6 +339,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                 ):
                     batch.dataset_name = task.dataset_name
                     batch.task_id = f"{task.task_id}_{batches}"
+                    batch._metadata = task._metadata.copy()
+                    batch._stage_perf = task._stage_perf.copy()
                     batches += 1
                     images += batch.num_items
                     failures += len(batch.failed) + batch.skipped

@@ -15,7 +15,7 @@ from dask_imgread.shards.samples import cut_at_samples, index_members
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.storage.filesystems import is_local
-from dask_imgread.tasks import FileGroupTask
+from dask_imgread.tasks import FileGroupTask, adopt_task, is_task
 
 if TYPE_CHECKING:
     from dask_imgread.shards.frames import Frame
@@ -204,17 +204,17 @@ def list_tasks(
     paths_or_tasks: PathsOrTasks, **partitioning: Unpack[PartitionOptions]
 ) -> list[FileGroupTask]:
     """Return tasks as they are; divide paths into tasks with ``partition_shards``."""
-    if isinstance(paths_or_tasks, FileGroupTask):
-        return [paths_or_tasks]
+    if is_task(paths_or_tasks):
+        return [adopt_task(paths_or_tasks)]
     frame = is_frame(paths_or_tasks)
     if not frame and not isinstance(paths_or_tasks, str) and isinstance(paths_or_tasks, Iterable):
         paths_or_tasks = list(paths_or_tasks)
-        if all(isinstance(item, FileGroupTask) for item in paths_or_tasks):
+        if all(map(is_task, paths_or_tasks)):
             if any(value is not None for value in partitioning.values()):
                 raise ValueError(
                     f"{', '.join(partitioning)}: for paths, not for tasks already made"
                 )
-            return paths_or_tasks  # type: ignore[return-value]
+            return list(map(adopt_task, paths_or_tasks))
     return partition_shards(paths_or_tasks, **partitioning)
 
 

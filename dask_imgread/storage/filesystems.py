@@ -10,6 +10,9 @@ from fsspec.core import url_to_fs
 
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 
+_EXTRAS = {"http": "http", "https": "http", "hf": "hf", "s3": "s3", "s3a": "s3"}  # by protocol
+_EXTRAS |= {"gs": "gcs", "gcs": "gcs"}
+
 
 def resolve_path(path: str) -> str:
     """Return a path in the form from which ids are made: a local one absolute, a URL unchanged."""
@@ -29,18 +32,24 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
     Raises
     ------
     ImportError
-        If the package for the URL's store is not installed; the message names it.
+        If the package for the URL's store is not installed; the message names it, and the extra
+        that brings it.
     ValueError
         If fsspec knows no such store, or the store does not take these options.
     """
-    if path.startswith("hf://"):
-        fsspec.get_filesystem_class("https")  # raises without aiohttp, which fetches ranges
     if path.startswith(("s3://", "s3a://")):
         # s3fs and botocore would make 25 attempts for each of ours: hours, if the server is down.
         no_retries = {"config_kwargs": {"retries": {"max_attempts": 0}}}
         storage_options = no_retries | storage_options
     try:
+        if path.startswith("hf://"):
+            fsspec.get_filesystem_class("https")  # raises without aiohttp, which fetches ranges
         fs, name = url_to_fs(path, **storage_options)
+    except ImportError as error:
+        extra = _EXTRAS.get(path.split("://")[0].split("::")[-1])
+        if extra is None:
+            raise
+        raise ImportError(f'{error}: pip install "dask-imgread[{extra}]"') from error
     except TypeError as error:
         reason = hide_secrets(str(error), storage_options)
         raise ValueError(f"{redact_url(path)}: storage options that don't fit: {reason}") from None

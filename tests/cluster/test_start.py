@@ -105,7 +105,7 @@ def test_a_gpu_cluster_without_dask_cuda_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(cluster, "count_gpus", lambda: 1)
     monkeypatch.setitem(sys.modules, "dask_cuda", None)
-    with pytest.raises(ImportError, match=r"pip install 'dask-imgread\[gpu\]'"):
+    with pytest.raises(ImportError, match=r'pip install "dask-imgread\[gpu\]"'):
         start_cluster()
 
 

@@ -234,25 +234,29 @@ def test_a_public_bucket_is_read_without_a_signature(
 
 
 @pytest.mark.parametrize(
-    ("url", "module", "package"),
+    ("url", "package", "extra"),
     [
-        ("hf://datasets/owner/name/*.tar", "huggingface_hub", "huggingface_hub"),
-        ("hf://datasets/owner/name/*.tar", "aiohttp", "aiohttp"),
-        ("https://host/a.tar", "aiohttp", "aiohttp"),
-        ("s3://bucket/a.tar", "s3fs", "s3fs"),
-        ("gs://bucket/a.tar", "gcsfs", "gcsfs"),
-        ("abfs://container/a.tar", "adlfs", "adlfs"),
+        ("hf://datasets/owner/name/*.tar", "huggingface_hub", "hf"),
+        ("hf://datasets/owner/name/*.tar", "aiohttp", "hf"),
+        ("https://host/a.tar", "aiohttp", "http"),
+        ("simplecache::https://host/a.tar", "aiohttp", "http"),
+        ("s3://bucket/a.tar", "s3fs", "s3"),
+        ("s3a://bucket/a.tar", "s3fs", "s3"),
+        ("gs://bucket/a.tar", "gcsfs", "gcs"),
+        ("abfs://container/a.tar", "adlfs", None),
     ],
 )
-def test_what_is_to_be_installed_is_said(monkeypatch, capfd, url, module, package):
+def test_what_is_to_be_installed_is_said(monkeypatch, capfd, url, package, extra):
     known = sys.modules["fsspec.registry"]._registry
     for protocol in list(known):
         monkeypatch.delitem(known, protocol)
-    loaded = [name for name in sys.modules if name.split(".")[0] == module]
-    for name in [*loaded, module]:
+    loaded = [name for name in sys.modules if name.split(".")[0] == package]
+    for name in [*loaded, package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     with pytest.raises(ImportError, match=package) as caught:
         connect(url, {})
+    command = f'pip install "dask-imgread[{extra}]"'
+    assert (command in str(caught.value)) == (extra is not None)
     assert main(["verify", url]) == 2
     assert capfd.readouterr().err == f"dask-imgread: {caught.value}\n"
