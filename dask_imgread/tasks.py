@@ -88,6 +88,8 @@ class FileGroupTask(_Carried):
         If not all images of the shards are to be read, the rows of those that are: the columns
         ``shard``, ``offset`` and ``size``, ``image_id`` or ``key``, and any others of ``COLUMNS``;
         further columns become the images' ``metadata``. See ``partition_shards``.
+    _metadata, _stage_perf
+        What NeMo Curator's tasks carry from stage to stage; passed on to the batches.
 
     Raises
     ------
@@ -381,6 +383,8 @@ class ImageBatch(_Carried):
         The images that could not be read, with ``error`` set and no ``image_data``.
     skipped
         How many could not be read and are left out, under ``on_error="skip"``.
+    _metadata, _stage_perf
+        Those of the task.
 
     Examples
     --------
