@@ -15,6 +15,7 @@ from dask_imgread.report.plots import format_number, format_time
 from dask_imgread.report.statistics import Statistics
 from dask_imgread.report.times import Reading
 
+_NAMED = 3  # shards, if there is no short name for all
 _HEADERS_ONLY = "only headers were read: pixels were not checked"
 
 
@@ -54,7 +55,8 @@ def render_facts(
     """
     inputs = name_shards(shards)
     if inputs == ["SHARDS"]:
-        inputs = [shards[0], f"… {len(shards) - 2:,} more …", shards[-1]]
+        more = [f"and {len(shards) - _NAMED:,} more"] if len(shards) > _NAMED else []
+        inputs = [*shards[:_NAMED], *more]
     facts = {
         "Inputs": "\n".join(inputs),
         "Options": describe_options(description) or "as by default",

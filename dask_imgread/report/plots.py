@@ -16,6 +16,7 @@ from dask_imgread.report.statistics import Floats
 from dask_imgread.report.times import Run, close_gaps
 
 _TIME_BINS = 60
+_SHORT = 5  # seconds
 _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 
 
@@ -117,9 +118,13 @@ def draw_rates(times: Floats) -> str:
         for start, rate in zip(clock[:-1].tolist(), rates.tolist(), strict=True)
     ]
     end = float(edges[-1])
-    step = next((step for step in _SECONDS if end / step < 6), 86_400 * ceil(end / 6 / 86_400))
-    ticks = {float(tick): _format_clock(tick) for tick in range(0, floor(end) + 1, step)}
-    return _draw_bars(edges, rates, labels, _Axis("h:mm:ss", 0, end, ticks), "images/s")
+    if end < _SHORT:
+        x = _Axis("seconds", 0, end, _label_ticks(choose_ticks(0, end)))
+    else:
+        step = next((step for step in _SECONDS if end / step < 6), 86_400 * ceil(end / 518_400))
+        ticks = {float(tick): _format_clock(tick) for tick in range(0, floor(end) + 1, step)}
+        x = _Axis("hours, minutes, seconds", 0, end, ticks)
+    return _draw_bars(edges, rates, labels, x, "images/s")
 
 
 def _format_clock(seconds: int) -> str:
