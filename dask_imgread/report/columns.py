@@ -41,7 +41,8 @@ _DRAWN = 48  # of these bins, joined
 _VALUES = 1000  # different ones that are counted
 _CATEGORIES = 20  # numbers that are drawn as categories
 _CHARACTERS = 100  # by which texts are told apart
-_LOGARITHMIC = 200  # how many times the least number is the greatest, on a logarithmic axis
+_SKEWED = 200  # how many times the least number is the greatest, on a logarithmic axis
+_LOGARITHMIC = 1e-6, 1e13  # what such an axis has
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Spread:
     @property
     def is_log(self) -> bool:
         """Whether the numbers are drawn on a logarithmic axis."""
-        return self.low > 0 and self.high > _LOGARITHMIC * self.low
+        low, high = _LOGARITHMIC
+        return low < self.low and _SKEWED * self.low < self.high < high
 
     def median(self) -> float:
         """Return the approximate median: the middle of its bin."""

@@ -131,4 +131,4 @@ def name_shards(paths: Iterable[str]) -> list[str]:
     return [
         f"{head}{first if first == last else f'{{{first}..{last}}}'}{tail}"
         for head, tail, first, last in ranges
-    ]
+    ] or ["SHARDS"]

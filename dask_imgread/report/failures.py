@@ -60,9 +60,12 @@ def render_failures(
     causes, listed = stats.failures.counts, stats.failures.list_rows()[:LISTED]
     table = render_table(("image_id", "error"), ((row.image_id, row.error) for row in listed))
     again = render_command(command) if command else f'<p class="soft">{_AGAIN}</p>'
+    note = "every partition that has any"
+    if "://" in command:
+        note += "; add --storage-option where the store needs one"
     panels = [
         render_panel("By cause", describe_top(causes, "cause"), render_ranking(causes, "bad")),
-        render_panel("Read them again", "every partition that has any", again),
+        render_panel("Read them again", note, again),
     ]
     examples = render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table)
     content = render_grid("", [render_grid("halves", panels), examples])

@@ -77,12 +77,13 @@ def write_report(
     out_options: dict[str, Any] | None = None,
     samples: int = 24,
 ) -> str:
-    """Write an HTML page with the statistics, plots, failures and sample images of a batch job.
+    """Write an HTML page about a batch job: its failures, its images, and what is in its columns.
 
-    The page is one self-contained file. It may be written while the job is still running, and
-    then shows what the job has written so far. If the rows have the columns of ``fingerprint``, it
-    also shows what these have measured, and the biggest groups of duplicates: to find these takes
-    most of a minute if there are 2,000,000 rows; if there are more, they are not looked for.
+    The page is one self-contained file, of bounded size however many images there are. It may be
+    written while the job is still running, and then shows what the job has written so far. If the
+    rows have the columns of ``fingerprint``, it also shows what these have measured, and the
+    biggest groups of duplicates: to find these takes most of a minute if there are 2,000,000 rows;
+    if there are more, they are not looked for.
 
     Parameters
     ----------
@@ -157,7 +158,7 @@ def write_report(
     if since and survey:
         done = description["finished"]
         changes = render_changes(redact_url(since), survey, changed, pictures, done)
-    shards = list_shards(folder, description) or sorted(found.stats.shards)
+    shards = list_shards(folder, description)
     html = _render_page(redact_url(folder.url), description, shards, found, pictures, changes)
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path

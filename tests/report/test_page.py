@@ -176,6 +176,7 @@ def test_an_unfinished_job(tmp_path):
     paths = make_shards(tmp_path, shards=3)
     page = read_report(write_job(tmp_path, paths, unfinished=1))
     assert "unfinished: 2 of 3 partitions done" in page.text
+    assert f"Go on dask-imgread metadata SHARDS --out {tmp_path}/out" in page.text
     assert "Images read 16 of 16" in page.text
 
 
