@@ -47,7 +47,9 @@ def render_changes(
         render_panel(
             kind.capitalize() if done or kind != "gone" else "Gone, or not read yet",
             f"{len(rows):,} of {survey.counts[kind]:,}",
-            render_table("", ((row["image_id"], describe_change(row)) for row in rows)),
+            render_table(
+                ("image_id", ""), ((row["image_id"], describe_change(row)) for row in rows)
+            ),
         )
         for kind, rows in survey.list_first()
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from dask_imgread.report.statistics import Row
+
+TOP = 20  # causes, formats and values that are listed
 
 
 def render_badge(text: str, good: bool) -> str:
@@ -42,6 +45,12 @@ def render_card(title: str, number: str, note: str, alarm: bool = False) -> str:
     )
 
 
+def render_thumbnail(source: str, captions: Iterable[str]) -> str:
+    """Return a picture that is enlarged on a click, and the texts beneath it."""
+    lines = "".join(f"<p>{escape(text)}</p>" for text in captions)
+    return f'<button class="picture" title="enlarge"><img alt="" src="{source}"></button>{lines}'
+
+
 def render_tile(picture: str, image_id: str, note: str) -> str:
     """Return a picture with the image's name, its shard and a note below it."""
     shard, _, name = image_id.partition("/")
@@ -50,11 +59,6 @@ def render_tile(picture: str, image_id: str, note: str) -> str:
         f'<span class="soft">{escape(shard)}</span><span class="soft">{escape(note)}</span>'
         "</figcaption></figure>"
     )
-
-
-def render_cell(text: str) -> str:
-    """Return a table's cell, of which a long text is cut short."""
-    return f'<td title="{escape(text)}"><span>{escape(text)}</span></td>'
 
 
 def render_image(row: Row, pictures: Mapping[str, str]) -> str:
@@ -68,7 +72,38 @@ def render_placeholder(reason: str) -> str:
     return f'<div class="picture gone"><span>{escape(reason)}</span></div>'
 
 
-def render_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return a table of images, and of what there is to say of each."""
+def render_command(command: str) -> str:
+    """Return a command line with a button that copies it."""
+    words = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+    return f'<div class="command"><code>{words}</code><button>Copy</button></div>'
+
+
+def render_cell(text: str) -> str:
+    """Return a table's cell, of which a long text is cut short."""
+    return f'<td title="{escape(text)}"><span>{escape(text)}</span></td>'
+
+
+def render_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts."""
+    heads = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     lines = "".join(f"<tr>{''.join(map(render_cell, row))}</tr>" for row in rows)
-    return f"<table><tr><th>image_id</th><th>{title}</th></tr>{lines}</table>"
+    return f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>'
+
+
+def render_ranking(counts: Counter[str], kind: str = "") -> str:
+    """Return a bar for each of the most frequent names; if there is one alone, only its count."""
+    total, most = counts.total(), max(counts.values())
+    lines = (
+        f'<div title="{escape(name)}"><span>{escape(name)}</span>'
+        f"<span>{number:,} ({number / total:.1%})</span>"
+        + f'<i style="width:{100 * number / most:.4g}%"></i>' * (len(counts) > 1)
+        + "</div>"
+        for name, number in counts.most_common(TOP)
+    )
+    return f'<div class="ranking {kind}">{"".join(lines)}</div>'
+
+
+def describe_top(counts: Counter[str], thing: str) -> str:
+    """Return how many things there are, and how many of them a ranking has."""
+    counted = f"{len(counts):,} {thing}{'s' if len(counts) != 1 else ''}"
+    return counted if len(counts) <= TOP else f"the top {TOP} of {counted}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
@@ -26,7 +26,7 @@ from dask_imgread.report.elements import (
     render_tile,
 )
 from dask_imgread.report.parts import Parts
-from dask_imgread.report.plots import describe_range, format_number
+from dask_imgread.report.plots import describe_range, draw_histogram, format_number
 from dask_imgread.report.statistics import (
     Floats,
     Histogram,
@@ -35,7 +35,7 @@ from dask_imgread.report.statistics import (
     count_threads,
     join_tables,
     open_part,
-    read_columns,
+    read_parts,
 )
 from dask_imgread.tasks import CHECKSUM
 
@@ -165,7 +165,7 @@ def survey_fingerprints(folder: JobFolder, parts: Parts) -> Fingerprints | None:
     def survey(first: int) -> Fingerprints:
         found = Fingerprints()
         rng = np.random.default_rng(first)  # so that the same rows give the same page
-        for rows in join_tables(_read_parts(fs, parts.rows[first::threads])):
+        for rows in join_tables(read_parts(fs, parts.rows[first::threads], _SCHEMA)):
             found.add(rows, rng)
         return found
 
@@ -196,12 +196,6 @@ def _has_columns(fs: AbstractFileSystem, path: str) -> bool:
     return {*_SCHEMA.names, *_SOUGHT} <= given.keys() and all(
         is_kind(given[name]) for names, is_kind in kinds for name in names
     )
-
-
-def _read_parts(fs: AbstractFileSystem, paths: Sequence[str]) -> Iterator[pa.Table]:
-    for path in paths:
-        with open_part(fs, path) as parquet:
-            yield from read_columns(parquet, _SCHEMA)
 
 
 # Duplicates
@@ -252,21 +246,8 @@ def list_pictured(found: Fingerprints | None) -> list[Row]:
     return rows + [row for group in groups for row in group.rows]
 
 
-def list_measures(found: Fingerprints | None) -> dict[str, tuple[Histogram, str, str]]:
-    """Return the histograms that the section shows, each with its title and unit."""
-    if found is None:
-        return {}
-    return {
-        name: (found.histograms[name], title, unit)
-        for name, (title, unit, _) in _MEASURES.items()
-        if found.histograms[name].counts.any()
-    }
-
-
-def render_fingerprints(
-    found: Fingerprints | None, pictures: Mapping[str, str], divs: Mapping[str, str]
-) -> str:
-    """Return the section; ``pictures`` are by image id, ``divs`` are the plots by name."""
+def render_fingerprints(found: Fingerprints | None, pictures: Mapping[str, str]) -> str:
+    """Return the section about measures and flags; ``pictures`` are by image id."""
     if not found or not found.images:
         return ""
     cards = [
@@ -274,16 +255,22 @@ def render_fingerprints(
         for name, (title, note) in _FLAGS.items()
         for count in [found.flags[name]]
     ]
-    plots = [
-        render_panel(title, describe_range(histogram, unit), divs[name])
-        for name, (histogram, title, unit) in list_measures(found).items()
-    ]
+    plots = []
+    for name, (title, unit, _) in _MEASURES.items():
+        histogram = found.histograms[name]
+        if histogram.counts.any():
+            plot = draw_histogram(histogram, title.lower(), unit)
+            plots.append(render_panel(title, describe_range(histogram, unit), plot))
     content = [render_grid("cards", cards), render_grid("thirds", plots)]
     content += [_render_pictured(kind, found, pictures) for kind in _KINDS]
-    section = render_section("Fingerprints", render_grid("", filter(None, content)))
-    return section + "".join(
-        _render_duplicates(by, some, pictures) for by, some in found.duplicates.items()
-    )
+    return render_section("Fingerprints", render_grid("", filter(None, content)))
+
+
+def render_duplicates(found: Fingerprints | None, pictures: Mapping[str, str]) -> str:
+    """Return the sections about equal and similar images; ``pictures`` are by image id."""
+    if not found or not found.images:
+        return ""
+    return "".join(_render_groups(by, some, pictures) for by, some in found.duplicates.items())
 
 
 def _render_pictured(kind: str, found: Fingerprints, pictures: Mapping[str, str]) -> str:
@@ -309,7 +296,7 @@ def _render_pictured(kind: str, found: Fingerprints, pictures: Mapping[str, str]
     return render_panel(title, shown, render_grid("sheet", tiles))
 
 
-def _render_duplicates(by: str, found: Duplicates, pictures: Mapping[str, str]) -> str:
+def _render_groups(by: str, found: Duplicates, pictures: Mapping[str, str]) -> str:
     title, alike, but = _SOUGHT[by]
     if found.problem:
         return render_section(title, render_banner(escape(found.problem), "warn"))

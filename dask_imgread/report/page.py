@@ -1,80 +1,71 @@
-"""The HTML report of a batch job: its statistics, plots, failures and a sample of its images."""
+"""The HTML report of a batch job: a page about its images, its failures and its rows."""
 
 from __future__ import annotations
 
 import os
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from math import ceil
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
 
-from dask_imgread.decoding.contract import Pixels
-from dask_imgread.decoding.header import ImageError, read_header
-from dask_imgread.decoding.pillow import decode_with_pillow
 from dask_imgread.diff import survey_changes
+from dask_imgread.fingerprints import META
 from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.report.captions import find_captions
 from dask_imgread.report.changes import list_changed, render_changes
-from dask_imgread.report.elements import (
-    render_badge,
-    render_banner,
-    render_card,
-    render_grid,
-    render_image,
-    render_panel,
-    render_placeholder,
-    render_section,
-    render_table,
-    render_tile,
-)
+from dask_imgread.report.columns import Column, render_columns, survey_columns
+from dask_imgread.report.command import write_command
+from dask_imgread.report.elements import render_banner, render_section
+from dask_imgread.report.failures import render_failures, render_shards, render_warnings
 from dask_imgread.report.fingerprints import (
     Fingerprints,
-    list_measures,
     list_pictured,
+    render_duplicates,
     render_fingerprints,
     survey_fingerprints,
 )
-from dask_imgread.report.parts import Parts, find_parts
-from dask_imgread.report.plots import (
-    TOP,
-    describe_range,
-    embed_plots,
-    format_number,
-    format_time,
-)
-from dask_imgread.report.runs import find_news, list_working, render_runs
+from dask_imgread.report.head import describe_made, render_cards, render_facts, render_status
+from dask_imgread.report.images import list_extremes, render_extremes, render_samples, render_sizes
+from dask_imgread.report.parts import Parts, find_parts, list_shards
+from dask_imgread.report.pictures import load_pictures
+from dask_imgread.report.runs import find_news, list_working, render_rate, render_runs
 from dask_imgread.report.statistics import (
     LISTED,
-    MEASURES,
     Row,
     Statistics,
     Trio,
     count_parts,
     find_neighbours,
-    sort_rows,
 )
-from dask_imgread.report.times import Reading, find_reading
+from dask_imgread.report.times import find_reading
 from dask_imgread.shards.frames import JOB
-from dask_imgread.shards.sources import open_shard
-from dask_imgread.shards.tar import ByteSource
 from dask_imgread.storage.files import write_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
-from dask_imgread.storage.redaction import hide_secrets, redact_url
+from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
-from dask_imgread.thumbnails import embed_thumbnail
+from dask_imgread.tasks import CHECKSUM, COLUMNS
 
-_THREADS = 4  # that load thumbnails
 _IN_CONTEXT = 6  # failures that are shown between their neighbours
-_THUMBNAIL = 220  # pixels
-_HEADERS_ONLY = "only headers were read: pixels were not checked"
-_MAX_PIXELS = 1 << 28
+# Columns that other sections are about, or that only say which image a row is of.
+_RECORDS = {*COLUMNS, "image_id", CHECKSUM}
+_IDENTITY = {"image_id", "image_path", "shard", "shard_version", "key"}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of a job's rows."""
+
+    parts: Parts
+    stats: Statistics
+    neighbours: list[Trio]
+    columns: list[Column]
+    fingerprints: Fingerprints | None
+    captions: dict[str, list[str]]
 
 
 def write_report(
@@ -86,12 +77,13 @@ def write_report(
     out_options: dict[str, Any] | None = None,
     samples: int = 24,
 ) -> str:
-    """Write an HTML page with the statistics, plots, failures and sample images of a batch job.
+    """Write an HTML page about a batch job: its failures, its images, and what is in its columns.
 
-    The page is one self-contained file. It may be written while the job is still running, and
-    then shows what the job has written so far. If the rows have the columns of ``fingerprint``, it
-    also shows what these have measured, and the biggest groups of duplicates: to find these takes
-    most of a minute if there are 2,000,000 rows; if there are more, they are not looked for.
+    The page is one self-contained file, of bounded size however many images there are. It may be
+    written while the job is still running, and then shows what the job has written so far. If the
+    rows have the columns of ``fingerprint``, it also shows what these have measured, and the
+    biggest groups of duplicates: to find these takes most of a minute if there are 2,000,000 rows;
+    if there are more, they are not looked for.
 
     Parameters
     ----------
@@ -151,263 +143,94 @@ def write_report(
             "writes to"
         )
     try:
-        parts, stats, neighbours, fingerprints = _gather(folder, description, samples)
+        found = _gather(folder, description, samples)
     except FileNotFoundError:  # the job has merged parts meanwhile, and removed them
-        parts, stats, neighbours, fingerprints = _gather(folder, description, samples)
+        found = _gather(folder, description, samples)
     survey = None
     if since is not None:
         since = os.path.expanduser(since)
         survey = survey_changes(since, out, listed=LISTED, storage_options=out_options)
     changed = list_changed(survey) if survey else {}
-    shown = [*stats.samples.rows, *stats.newest.rows]
-    shown += [row for trio in neighbours for row in trio if row]
+    shown = [*_list_shown(found.stats, found.neighbours), *list_pictured(found.fingerprints)]
     shown += [row for rows in changed.values() for row in rows]
-    shown += list_pictured(fingerprints)
-    pictures = _load_thumbnails(shown, shard_options)
+    pictures = load_pictures(shown, found.captions, shard_options)
     changes = ""
     if since and survey:
         done = description["finished"]
         changes = render_changes(redact_url(since), survey, changed, pictures, done)
-    html = _render_page(
-        redact_url(folder.url), description, parts, stats, neighbours, fingerprints, pictures,
-        changes,
-    )  # fmt: skip
+    shards = list_shards(folder, description)
+    html = _render_page(redact_url(folder.url), description, shards, found, pictures, changes)
     with_retries(write_whole, path, *connect(path, out_options), html.encode())
     return path
 
 
-def _gather(
-    folder: JobFolder, description: Mapping[str, Any], samples: int
-) -> tuple[Parts, Statistics, list[Trio], Fingerprints | None]:
+def _gather(folder: JobFolder, description: Mapping[str, Any], samples: int) -> _Found:
     fs, _ = folder.connect()
     parts = find_parts(folder, description)
     stats = count_parts(fs, parts.paths, samples, find_news(description.get("runs", [])))
-    inside = [row for row in stats.list_failures() if row.offset > 0]
+    inside = [row for row in stats.failures.list_rows() if row.offset > 0]
     neighbours = find_neighbours(fs, parts.paths, inside[:_IN_CONTEXT])
-    return parts, stats, neighbours, survey_fingerprints(folder, parts)
+    fingerprints = survey_fingerprints(folder, parts)
+    known = _RECORDS if parts.rows == parts.paths else _IDENTITY
+    known = known if fingerprints is None else known | {*META}
+    return _Found(
+        parts,
+        stats,
+        neighbours,
+        survey_columns(fs, parts.rows, known),
+        fingerprints,
+        find_captions(fs, parts.rows, _list_shown(stats, neighbours)),
+    )
 
 
-# Thumbnails
-
-
-def _load_thumbnails(rows: Iterable[Row], storage_options: dict[str, Any]) -> dict[str, str]:
-    """Return, by image id, the HTML of each image's thumbnail, or of why it can't be shown."""
-    by_shard: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        by_shard[row.shard][row.image_id] = row
-
-    def load(shard: str) -> dict[str, str]:
-        wanted = sorted(by_shard[shard].values(), key=lambda row: row.offset)
-        try:
-            with open_shard(shard, storage_options) as source:
-                return {
-                    row.image_id: _render_thumbnail(source, row, storage_options) for row in wanted
-                }
-        except Exception as error:  # no error of a file system may keep the page from being written
-            return dict.fromkeys(by_shard[shard], _render_error(error, storage_options))
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return {
-            image_id: html
-            for loaded in pool.map(load, by_shard)
-            for image_id, html in loaded.items()
-        }
-
-
-def _render_thumbnail(source: ByteSource, row: Row, storage_options: dict[str, Any]) -> str:
-    try:
-        thumbnail = embed_thumbnail(_decode(source, row), _THUMBNAIL)
-    except Exception as error:
-        return _render_error(error, storage_options)
-    return f'<div class="picture"><img alt="" src="{thumbnail}"></div>'
-
-
-def _render_error(error: Exception, storage_options: dict[str, Any]) -> str:
-    return render_placeholder(hide_secrets(str(error) or type(error).__name__, storage_options))
-
-
-def _decode(source: ByteSource, row: Row) -> Pixels:
-    if row.size > 4 * _MAX_PIXELS:
-        raise ImageError(f"too large: {row.size} bytes")
-    content = source.read_at(row.offset, row.size)
-    header = read_header(content)
-    if header.width * header.height > _MAX_PIXELS:
-        raise ImageError(f"too large: {header.width} x {header.height} pixels")
-    return decode_with_pillow(content, header)
-
-
-# The page
+def _list_shown(stats: Statistics, neighbours: Sequence[Trio]) -> list[Row]:
+    """Return the images that are shown because of what the records say."""
+    shown = [*stats.samples.rows, *stats.newest.rows]
+    shown += [row for rows in list_extremes(stats).values() for row in rows]
+    return shown + [row for trio in neighbours for row in trio if row]
 
 
 def _render_page(
     out: str,
     description: Mapping[str, Any],
-    parts: Parts,
-    stats: Statistics,
-    neighbours: Sequence[Trio],
-    fingerprints: Fingerprints | None,
+    shards: Sequence[str],
+    found: _Found,
     pictures: Mapping[str, str],
     changes: str,
 ) -> str:
     """Return the page's HTML."""
+    parts, stats, fingerprints = found.parts, found.stats, found.fingerprints
     times = np.array(stats.times).reshape(-1, 5).T
     times[2] = times[2].clip(times[1] + 1e-3)
     reading = find_reading(description, times, parts.is_staged)
     runs = description.get("runs", [])
-    working = list_working(runs)
-    ended = [run for run in working if "ended" in run]
-    measures = list_measures(fingerprints)
-    divs, script, bokeh = embed_plots(stats, reading.times, ended, measures)
     decoded = description.get("options", {}).get("decode", True)
-    about_runs = render_runs(runs, stats.newest.rows, pictures, divs)
-    if stats.images or stats.failed:
-        sections = [
-            _render_failures(decoded, stats, neighbours, pictures, divs),
-            about_runs,
-            _render_samples(stats, pictures),
-            _render_histograms(stats, divs),
-            render_fingerprints(fingerprints, pictures, divs),
-            _render_rate(divs),
-        ]
-    else:
-        none = render_banner("None: no part has a row.", "warn")
-        sections = [render_section("Images", none), about_runs]
-    left = _describe_left(description, parts)
-    made = [
-        description["command"],
-        description.get("function"),
-        out,
-        f"dask-imgread {description.get('version', '')}",
-    ]
-    made += [f"page made {format_time(datetime.now(UTC).timestamp())} UTC"]
+    again = write_command(description, shards, out, "--retry-failed")
+    sections = {
+        "Changes": changes,
+        "Failures": render_failures(decoded, stats, found.neighbours, pictures, again),
+        "Shards": render_shards(stats),
+        "Warnings": render_warnings(stats),
+        "Samples": render_samples(stats, pictures),
+        "Sizes": render_sizes(stats),
+        "Extremes": render_extremes(stats, pictures),
+        "Columns": render_columns(found.columns),
+        "Fingerprints": render_fingerprints(fingerprints, pictures),
+        "Duplicates": render_duplicates(fingerprints, pictures),
+        "Runs": render_runs(runs, stats.newest.rows, pictures),
+        "Throughput": render_rate(reading.times),
+    }
+    if not stats.shards:
+        none = render_section("Images", render_banner("None: no part has a row.", "warn"))
+        sections = {"Changes": changes, "Images": none, "Runs": sections["Runs"]}
+    given = {name: html for name, html in sections.items() if html}
     template = Template(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.substitute(
         title=escape(posixpath.basename(out.rstrip("/"))),
-        status=render_badge(f"unfinished: {left}" if left else "done", not left)
-        + ("" if decoded else render_badge(_HEADERS_ONLY, False)),
-        made=escape(" · ".join(filter(None, made))),
-        cards=_render_cards(description, decoded, parts, stats, reading, len(working)),
-        sections="".join([changes, *sections]),
-        bokeh=bokeh,
-        script=script,
+        status=render_status(description, decoded, parts),
+        made=describe_made(description),
+        facts=render_facts(description, out, shards, write_command(description, shards, out)),
+        cards=render_cards(description, decoded, parts, stats, reading, len(list_working(runs))),
+        contents="".join(f'<a href="#{name}">{name}</a>' for name in given),
+        sections="".join(f'<div id="{name}">{html}</div>' for name, html in given.items()),
     )
-
-
-def _describe_left(description: Mapping[str, Any], parts: Parts) -> str:
-    """Return in words what is left to do, nothing if the job is done."""
-    if description["finished"]:
-        return ""
-    partitions = description["partitions"]
-    if parts.is_staged.any():
-        merged = f"{parts.merged:,} of them in the dataset"
-        return f"{parts.read:,} of {partitions:,} partitions read, {merged}"
-    if parts.read < partitions:
-        return f"{parts.read:,} of {partitions:,} partitions done"
-    return "the last run has not ended"
-
-
-def _render_cards(
-    description: Mapping[str, Any],
-    decoded: bool,
-    parts: Parts,
-    stats: Statistics,
-    reading: Reading,
-    runs: int,
-) -> str:
-    images, rows = stats.images, stats.images + stats.failed
-    cards = [
-        ("Images read" if decoded else "Headers read", f"{images:,}", f"of {rows:,}"),
-        ("Failed", f"{stats.failed:,}", f"{stats.failed / rows:.2%}" if rows else ""),
-        ("Shards", f"{description['shards']:,}", f"{len(stats.shards):,} with failures"),
-        ("Partitions", f"{parts.read:,}", f"of {description['partitions']:,}"),
-    ]
-    for title, total, unit in (("Pixels", stats.pixels, "px"), ("Encoded", stats.bytes, "B")):
-        mean = f"{format_number(total / images, unit)} an image" if images else ""
-        cards.append((title, format_number(total, unit), mean))
-    if reading:
-        by = f"in {runs:,} runs" if runs > 1 else f"workers: {len(stats.workers):,}"
-        began = f"from {format_time(reading.began)} UTC"
-        cards.append(("Time", str(timedelta(seconds=ceil(reading.seconds))), began))
-        speed = format_number(reading.images / reading.seconds)
-        cards.append(("Images per second", speed, by))
-    alarming = "Failed" if stats.failed else None
-    return "".join(render_card(*card, alarm=card[0] == alarming) for card in cards)
-
-
-def _render_failures(
-    decoded: bool,
-    stats: Statistics,
-    neighbours: Sequence[Trio],
-    pictures: Mapping[str, str],
-    divs: Mapping[str, str],
-) -> str:
-    if not stats.failed:
-        none = "None: every image could be read."
-        if not decoded:
-            none = (
-                "None seen in the headers. Decoding finds the broken images that seem fine there."
-            )
-        return render_section("Failures", render_banner(none, "good" if decoded else "warn"))
-    listed = stats.list_failures()[:LISTED]
-    table = render_table("error", ((row.image_id, row.error) for row in listed))
-    causes = [
-        render_panel("By cause", _format_top(len(stats.causes), "cause"), divs["causes"]),
-        render_panel("Examples", f"{len(listed):,} of {stats.failed:,}", table),
-    ]
-    shards = render_panel("By shard", _format_top(len(stats.shards), "shard"), divs["shards"])
-    trios = [_render_trio(trio, pictures) for trio in neighbours]
-    return render_section(
-        "Failures", render_grid("halves", [render_grid("", causes), shards])
-    ) + render_section(
-        f"Failures between their neighbours, {len(trios):,} of {stats.failed:,}",
-        render_grid("halves", trios),
-    )
-
-
-def _render_trio(trio: Trio, pictures: Mapping[str, str]) -> str:
-    before, failed, after = trio
-    cause, _, detail = failed.error.partition(":")
-    tile = (
-        f'<div class="picture bad"><strong>{escape(cause)}</strong>'
-        f"<span>{escape(detail)}</span></div>"
-    )
-    tiles = [
-        render_image(before, pictures) if before else render_placeholder("none before it"),
-        render_tile(tile, failed.image_id, f"{failed.size:,} bytes"),
-        render_image(after, pictures) if after else render_placeholder("none after it"),
-    ]
-    place = f"at byte {failed.offset:,}"
-    return render_panel(escape(failed.shard), place, render_grid("trio", tiles))
-
-
-def _render_samples(stats: Statistics, pictures: Mapping[str, str]) -> str:
-    tiles = [render_image(row, pictures) for row in sort_rows(stats.samples.rows)]
-    title = f"Samples, drawn at random, {len(tiles):,} of {stats.images:,}"
-    return render_section(title, render_grid("sheet", tiles))
-
-
-def _render_histograms(stats: Statistics, divs: Mapping[str, str]) -> str:
-    if not stats.images:
-        return ""
-    panels = []
-    for name, (title, unit) in MEASURES.items():
-        note = describe_range(stats.histograms[name], unit)
-        panels.append(render_panel(title, note, divs[name]))
-    formats = _format_top(len(stats.formats), "format")
-    panels.append(render_panel("Format", formats, divs["format"]))
-    return render_section("Sizes and formats", render_grid("thirds", panels))
-
-
-def _render_rate(divs: Mapping[str, str]) -> str:
-    if "rate" not in divs:
-        return ""
-    note = (
-        "read or failed, over the time of reading, without pauses; each part's images are spread "
-        "evenly over the time it took"
-    )
-    return render_section("Throughput", render_panel("Images per second", note, divs["rate"]))
-
-
-def _format_top(count: int, thing: str) -> str:
-    counted = f"{count:,} {thing}{'s' if count > 1 else ''}"
-    return counted if count <= TOP else f"the top {TOP} of {counted}"

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.jobs.parts import PartName, Place
+from dask_imgread.jobs.tables import ShardState
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class Parts:
     def read(self) -> int:
         """How many partitions were read."""
         return self.merged + int(self.is_staged.sum())
+
+
+def list_shards(folder: JobFolder, description: Mapping[str, Any]) -> list[str]:
+    """Return the shards of a job that were there when it ran last, none if they are not known."""
+    try:
+        table = folder.read_table(description["tables"]["shards"])
+    except (KeyError, FileNotFoundError):  # the job has begun to write another table
+        return []
+    shards: list[str] = table.filter(pc.field("state") == ShardState.PRESENT)["shard"].to_pylist()
+    return shards
 
 
 def find_parts(folder: JobFolder, description: Mapping[str, Any]) -> Parts:

@@ -1,183 +1,113 @@
-"""The plots of a job's report, and how its numbers are formatted."""
+"""The plots of a job's report, as HTML and SVG, and how its numbers are formatted."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from html import escape
 from itertools import pairwise
-from math import ceil, floor, log10
-from typing import Any
+from math import ceil, floor, log, log10
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from bokeh.core.properties import value
-from bokeh.embed import components
-from bokeh.models import (
-    AdaptiveTicker,
-    ColumnDataSource,
-    FixedTicker,
-    HoverTool,
-    NumeralTickFormatter,
-    Range1d,
-)
-from bokeh.plotting import figure
-from bokeh.resources import Resources
-from bokeh.themes import Theme
-from bokeh.transform import dodge
 from numpy.typing import NDArray
 
-from dask_imgread.report.statistics import MEASURES, Floats, Histogram, Statistics
+from dask_imgread.report.statistics import Floats
 from dask_imgread.report.times import Run, close_gaps
-from dask_imgread.texts import shorten
 
-TOP = 20  # causes, shards and formats that are drawn
 _TIME_BINS = 60
-
-_INK, _BLUE, _RED = "#76828f", "#4a86e8", "#e0566a"  # legible on a light and on a dark background
-_FONT = "system-ui, sans-serif"
-_THEME = Theme(
-    json={
-        "attrs": {
-            "Plot": {
-                "background_fill_color": None,
-                "border_fill_color": None,
-                "outline_line_color": None,
-                "sizing_mode": "stretch_width",
-                "toolbar_location": None,
-            },
-            "Axis": {
-                "axis_line_color": None,
-                "axis_label_text_color": _INK,
-                "axis_label_text_font": _FONT,
-                "axis_label_text_font_size": "12px",
-                "axis_label_text_font_style": "normal",
-                "major_label_text_color": _INK,
-                "major_label_text_font": _FONT,
-                "major_label_text_font_size": "12px",
-                "major_tick_line_color": None,
-                "minor_tick_line_color": None,
-            },
-            "Grid": {"grid_line_color": _INK, "grid_line_alpha": 0.2},
-        }
-    }
-)
+_SHORT = 5  # seconds
+_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 
 
-def embed_plots(
-    stats: Statistics,
-    times: Floats,
-    runs: Sequence[Run],
-    measures: Mapping[str, tuple[Histogram, str, str]],
-) -> tuple[dict[str, str], str, str]:
-    """Return HTML: each plot's div by name, the script that draws them, and Bokeh's scripts.
+class Distribution(Protocol):
+    """What a histogram is drawn of."""
+
+    low: float
+    high: float
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the axis is logarithmic."""
+
+    def bins(self) -> tuple[Floats, NDArray[np.int64]]:
+        """Return edges and counts."""
+
+    def median(self) -> float:
+        """Return the approximate median."""
+
+
+class _Axis(NamedTuple):
+    label: str
+    low: float
+    high: float
+    ticks: Mapping[float, str]
+    is_log: bool = False
+
+    def place(self, number: float) -> float:
+        """Return where a number lies, in percent of the axis."""
+        low, high = self.low, self.high
+        if self.is_log:
+            number, low, high = log(number), log(low), log(high)
+        return 100 * (number - low) / (high - low)
+
+
+def draw_histogram(histogram: Distribution, title: str, unit: str, thing: str = "images") -> str:
+    """Return a plot of how numbers are distributed, nothing if they are all the same.
+
+    ``thing`` is what has these numbers.
+    """
+    if histogram.low >= histogram.high:
+        return ""
+    edges, counts = histogram.bins()
+    labels = [
+        f"{format_number(low, unit)} to {format_number(high, unit)}: {count:,} {thing}"
+        for (low, high), count in zip(pairwise(edges.tolist()), counts.tolist(), strict=True)
+    ]
+    low, high = float(edges[0]), float(edges[-1])
+    if histogram.is_log:
+        margin = max(1.05, (2 * low / high) ** 0.5)  # so that the axis spans an octave
+        low, high = low / margin, high * margin
+    ticks = _label_ticks(choose_ticks(low, high, histogram.is_log))
+    name = f"{title} ({unit})" if unit else title
+    x = _Axis(name, low, high, ticks, histogram.is_log)
+    return _draw_bars(edges, counts, labels, x, thing)
+
+
+def choose_ticks(low: float, high: float, is_log: bool = False, least: float = 0) -> list[float]:
+    """Return round numbers for an axis, as many as stay legible, and ``least`` apart.
+
+    >>> choose_ticks(90, 600, is_log=True), choose_ticks(99, 126)
+    ([100.0, 200.0, 500.0], [100.0, 105.0, 110.0, 115.0, 120.0, 125.0])
+    """
+    if is_log and high >= 4 * low:
+        decades = 10.0 ** np.arange(floor(log10(low)) - 1, ceil(log10(high)) + 1)
+        digits = (1,), (1, 3), (1, 2, 5)
+        choices = [decades[::4], decades[::2], *(np.outer(decades, d).ravel() for d in digits)]
+        inside = [ticks[(ticks >= low) & (ticks <= high)].tolist() for ticks in choices]
+        return max((ticks for ticks in inside if len(ticks) <= 6), key=len)
+    size = 10.0 ** floor(log10((high - low) / 6))
+    step = next(n * size for n in (1, 2, 5, 10) if (high - low) / (n * size) < 6)
+    step = max(step, least)
+    return [n * step for n in range(ceil(low / step), floor(high / step) + 1)]
+
+
+def _label_ticks(ticks: Sequence[float]) -> dict[float, str]:
+    """Return ticks with their labels: with all digits where fewer would make them alike."""
+    labels = list(map(format_number, ticks))
+    if len({*labels}) < len(labels):
+        labels = [f"{tick:.10g}" for tick in ticks]
+    return dict(zip(ticks, labels, strict=True))
+
+
+def draw_rates(times: Floats) -> str:
+    """Return a plot of images per second over time; each part's are spread over its time.
 
     Parameters
     ----------
-    stats
-        The job's statistics.
     times
         Rows: images, began and ended of each part.
-    runs
-        The runs that are drawn over time.
-    measures
-        Further histograms by name, each with its title and unit.
     """
-    plots: dict[str, figure] = {}
-    if stats.failed:
-        plots["causes"] = _draw_ranking(stats.causes, _RED)
-        plots["shards"] = _draw_ranking(stats.shards, _RED)
-    if stats.images:
-        plots["format"] = _draw_ranking(stats.formats, _BLUE)
-        plots |= {
-            name: _draw_histogram(stats.histograms[name], *MEASURES[name]) for name in MEASURES
-        }
-    plots |= {name: _draw_histogram(*measure) for name, measure in measures.items()}
-    if times.size:
-        plots["rate"] = _draw_rates(times)
-    if len(runs) > 1:
-        plots["growth"] = _draw_growth(runs)
-        plots["pace"] = _draw_pace(runs)
-    if not plots:
-        return {}, "", ""
-    script, divs = components(plots, theme=_THEME)
-    return divs, script, Resources(mode="inline", components=["bokeh"]).render()
-
-
-def _draw_ranking(counts: Counter[str], color: str) -> figure:
-    """Draw a bar for each of the most frequent names, with name and count above it."""
-    names, numbers = zip(*counts.most_common(TOP), strict=True)
-    total = counts.total()
-    source = ColumnDataSource(
-        {
-            "place": list(range(len(names))),
-            "name": names,
-            "short": [shorten(name, 40) for name in names],
-            "number": numbers,
-            "label": [f"{number:,} ({number / total:.1%})" for number in numbers],
-        }
-    )
-    plot = figure(
-        height=20 + 34 * len(names),
-        tools="",
-        x_range=Range1d(0, max(numbers)),
-        y_range=Range1d(len(names) - 0.5, -0.6),
-    )
-    plot.hbar(y="place", right="number", height=0.25, source=source, color=color)
-    lines = plot.hbar(y="place", right=max(numbers), height=1, source=source, alpha=0)
-    style = {"text_color": _INK, "text_font": value(_FONT), "text_font_size": "13px"}
-    y = dodge("place", -0.2)
-    plot.text(0, y, "short", source=source, **style)
-    plot.text(max(numbers), y, "label", source=source, text_align="right", **style)
-    plot.add_tools(HoverTool(renderers=[lines], tooltips="@name: @label"))
-    plot.axis.visible = plot.grid.visible = False
-    return plot
-
-
-def _draw_histogram(histogram: Histogram, title: str, unit: str) -> figure:
-    edges, counts = histogram.bins()
-    spans = [
-        f"{format_number(low, unit)} to {format_number(high, unit)}"
-        for low, high in pairwise(edges)
-    ]
-    labels = [
-        f"{span}: {count:,} images" for span, count in zip(spans, counts.tolist(), strict=True)
-    ]
-    name = title.lower()
-    axes = {"x_axis_label": f"{name} ({unit})" if unit else name, "y_axis_label": "images"}
-    low, high = edges[0], edges[-1]
-    if not histogram.limit:
-        margin = max(1.05, (2 * low / high) ** 0.5)  # so that the axis spans an octave
-        low, high = low / margin, high * margin
-        axes["x_axis_type"] = "log"
-    plot = _draw_bars(edges, counts, labels, x_range=Range1d(low, high), **axes)
-    plot.yaxis.ticker.min_interval = 1
-    if histogram.limit:
-        return plot
-    ticks = _choose_ticks(low, high)
-    plot.xaxis.ticker = FixedTicker(ticks=ticks)
-    plot.xaxis.major_label_overrides = {tick: format_number(tick) for tick in ticks}
-    return plot
-
-
-def _choose_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers for a logarithmic axis, as many as stay legible.
-
-    >>> _choose_ticks(90, 600), _choose_ticks(99, 126)
-    ([100.0, 200.0, 500.0], [100.0, 105.0, 110.0, 115.0, 120.0, 125.0])
-    """
-    decades = 10.0 ** np.arange(floor(log10(low)) - 1, ceil(log10(high)) + 1)
-    if high < 4 * low:
-        steps = np.outer(decades, (1, 2, 5)).ravel().tolist()
-        step = next(step for step in steps if (high - low) / step < 6)
-        return [n * step for n in range(ceil(low / step), floor(high / step) + 1)]
-    digits = (1,), (1, 3), (1, 2, 5)
-    choices = [decades[::4], decades[::2], *(np.outer(decades, d).ravel() for d in digits)]
-    inside = [ticks[(ticks >= low) & (ticks <= high)].tolist() for ticks in choices]
-    return max((ticks for ticks in inside if len(ticks) <= 6), key=len)
-
-
-def _draw_rates(times: Floats) -> figure:
-    """Draw images per second over time; each part's images are spread over its time."""
     images, began, ended, moved = close_gaps(times)
     edges = np.linspace(0, ended.max(), _TIME_BINS + 1)
     done = [(images * ((edge - began) / (ended - began)).clip(0, 1)).sum() for edge in edges]
@@ -185,86 +115,94 @@ def _draw_rates(times: Floats) -> figure:
     clock = edges + moved[np.searchsorted(began, edges, "right") - 1]
     labels = [
         f"{format_time(start)}: {format_number(rate)} images/s"
-        for start, rate in zip(clock[:-1], rates, strict=True)
+        for start, rate in zip(clock[:-1].tolist(), rates.tolist(), strict=True)
     ]
-    plot = _draw_bars(
-        edges,
-        rates,
-        labels,
-        x_range=Range1d(0, edges[-1]),
-        x_axis_label="hours, minutes, seconds",
-        y_axis_label="images/s",
-    )
-    plot.xaxis.ticker = AdaptiveTicker(base=60, mantissas=[1, 2, 5, 10, 20, 30], min_interval=1)
-    plot.xaxis.formatter = NumeralTickFormatter(format="00:00:00")
-    return plot
+    end = float(edges[-1])
+    if end < _SHORT:
+        x = _Axis("seconds", 0, end, _label_ticks(choose_ticks(0, end)))
+    else:
+        step = next((step for step in _SECONDS if end / step < 6), 86_400 * ceil(end / 518_400))
+        ticks = {float(tick): _format_clock(tick) for tick in range(0, floor(end) + 1, step)}
+        x = _Axis("hours, minutes, seconds", 0, end, ticks)
+    return _draw_bars(edges, rates, labels, x, "images/s")
 
 
-def _draw_growth(runs: Sequence[Run]) -> figure:
-    """Draw how many images the dataset had after each run."""
+def _format_clock(seconds: int) -> str:
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def draw_growth(runs: Sequence[Run]) -> str:
+    """Return a plot of how many images the dataset had after each run."""
     images = [run["images"] for run in runs]
-    plot, source = _draw_runs(runs, "ended", images, "images")
-    plot.step(x="time", y="number", source=source, mode="after", color=_BLUE, line_width=2)
-    return plot
+    times = [run["ended"] for run in runs]
+    return _draw_runs(times, images, "images", is_step=True)
 
 
-def _draw_pace(runs: Sequence[Run]) -> figure:
-    """Draw how many images each run read per second."""
+def draw_pace(runs: Sequence[Run]) -> str:
+    """Return a plot of how many images each run read per second."""
     rates = [run["images_per_second"] for run in runs]
-    plot, source = _draw_runs(runs, "began", rates, "images/s")
-    plot.segment(x0="time", x1="time", y0=0, y1="number", source=source, color=_BLUE, line_width=2)
-    return plot
+    return _draw_runs([run["began"] for run in runs], rates, "images/s", is_step=False)
 
 
-def _draw_runs(
-    runs: Sequence[Run], moment: str, numbers: Sequence[float], unit: str
-) -> tuple[figure, ColumnDataSource]:
-    """Draw a point for each run."""
-    source = ColumnDataSource(
-        {
-            "time": [run[moment] * 1000 for run in runs],
-            "number": numbers,
-            "label": [
-                f"{format_time(run[moment])}: {format_number(number)} {unit}"
-                for run, number in zip(runs, numbers, strict=True)
-            ],
-        }
+def _draw_runs(times: Sequence[float], numbers: Sequence[float], unit: str, is_step: bool) -> str:
+    """Draw a point for each run, on steps or on stems."""
+    margin = 0.03 * (times[-1] - times[0]) or 1
+    low, high = times[0] - margin, times[-1] + margin
+    ends = {time: format_time(time)[:-3] for time in (times[0], times[-1])}
+    x = _Axis("time (UTC)", low, high, ends)
+    y = _make_height(max(numbers), unit)
+    places = [(x.place(time), 100 - y.place(n)) for time, n in zip(times, numbers, strict=True)]
+    if is_step:
+        (left, top), *others = places
+        line = f"M{left:.4g} {top:.4g}" + "".join(f"H{left:.4g}V{top:.4g}" for left, top in others)
+    else:
+        line = "".join(f"M{left:.4g} {top:.4g}V100" for left, top in places)
+    dots = (
+        f'<path class="dot" d="M{left:.4g} {top:.4g}h0"><title>{format_time(time)}: '
+        f"{format_number(number)} {unit}</title></path>"
+        for (left, top), time, number in zip(places, times, numbers, strict=True)
     )
-    plot = figure(
-        height=220,
-        tools="",
-        y_range=Range1d(0, 1.1 * max(numbers) or 1),
-        x_axis_type="datetime",
-        x_axis_label="time (UTC)",
-        y_axis_label=unit,
-    )
-    points = plot.scatter(x="time", y="number", source=source, color=_BLUE, size=8, hover_alpha=0.6)
-    plot.add_tools(HoverTool(renderers=[points], tooltips="@label", mode="vline"))
-    plot.xgrid.visible = False
-    _format_numbers(plot)
-    return plot, source
+    return _draw(x, y, [f'<path class="line" d="{line}"/>', *dots])
 
 
 def _draw_bars(
-    edges: Floats, heights: NDArray[Any], labels: Sequence[str], **kwargs: Any
-) -> figure:
-    source = ColumnDataSource(
-        {"left": edges[:-1], "right": edges[1:], "height": heights, "label": labels}
+    edges: Floats, heights: NDArray[Any], labels: Sequence[str], x: _Axis, y_label: str
+) -> str:
+    is_count = heights.dtype.kind == "i"
+    y = _make_height(float(heights.max()), y_label, least=1 if is_count else 0)
+    spans = pairwise([x.place(edge) for edge in edges.tolist()])
+    bars = []
+    for (left, right), height, label in zip(spans, heights.tolist(), labels, strict=True):
+        if height:
+            place = f'x="{left:.4g}" width="{right - left:.4g}"'
+            top = min(y.place(height), 100)
+            bars.append(
+                f'<g><title>{escape(label)}</title><rect {place} height="100" class="hit"/>'
+                f'<rect {place} y="{100 - top:.4g}" height="{top:.4g}"/></g>'
+            )
+    return _draw(x, y, bars)
+
+
+def _make_height(most: float, label: str, least: float = 0) -> _Axis:
+    """Return the vertical axis, from 0 to somewhat more than the most."""
+    high = 1.05 * most or 1.0
+    return _Axis(label, 0, high, _label_ticks(choose_ticks(0, high, least=least)))
+
+
+def _draw(x: _Axis, y: _Axis, shapes: Iterable[str]) -> str:
+    """Return a plot: shapes are stretched to its width, texts are not."""
+    lines = "".join(
+        f'<i style="bottom:{y.place(tick):.4g}%"><span>{text}</span></i>'
+        for tick, text in y.ticks.items()
     )
-    plot = figure(height=220, tools="", y_range=Range1d(0, 1.05 * heights.max() or 1), **kwargs)
-    bars = plot.quad(
-        left="left", right="right", top="height", bottom=0, source=source, color=_BLUE,
-        hover_alpha=0.6,
-    )  # fmt: skip
-    plot.add_tools(HoverTool(renderers=[bars], tooltips="@label", mode="vline"))
-    plot.xgrid.visible = False
-    _format_numbers(plot)
-    return plot
-
-
-def _format_numbers(plot: figure) -> None:
-    plot.yaxis.ticker.desired_num_ticks = 4
-    plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[000000]")
+    ticks = "".join(
+        f'<span style="left:{x.place(tick):.4g}%">{text}</span>' for tick, text in x.ticks.items()
+    )
+    return (
+        f'<div class="plot"><div>{escape(y.label)}</div><div class="area">{lines}'
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(shapes)}</svg></div>'
+        f'<div class="ticks">{ticks}</div><div>{escape(x.label)}</div></div>'
+    )
 
 
 def format_number(number: float, unit: str = "") -> str:
@@ -272,18 +210,18 @@ def format_number(number: float, unit: str = "") -> str:
 
     >>> format_number(1.618, "MP"), format_number(1024, "px")
     ('1.62 MP', '1,024 px')
-    >>> format_number(31_400_000, "B"), format_number(20_000)
-    ('31.4 MB', '20 k')
+    >>> format_number(31_400_000, "B"), format_number(-20_000)
+    ('31.4 MB', '-20 k')
     """
     prefix = ""
-    if number >= 10_000:
-        power = min(int(log10(number) // 3), 6)
+    if abs(number) >= 10_000:
+        power = min(int(log10(abs(number)) // 3), 6)
         number, prefix = number / 1000**power, "kMGTPE"[power - 1]
-    digits = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    digits = f"{number:,.0f}" if 100 <= abs(number) < 10_000 else f"{number:.3g}"
     return f"{digits} {prefix}{unit}".rstrip()
 
 
-def describe_range(histogram: Histogram, unit: str) -> str:
+def describe_range(histogram: Distribution, unit: str) -> str:
     """Return between which numbers those of a histogram are, and their median."""
     low, middle, high = (
         format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)

@@ -7,8 +7,14 @@ from datetime import timedelta
 from math import ceil, inf
 
 from dask_imgread.report.elements import render_grid, render_image, render_panel, render_section
-from dask_imgread.report.plots import format_number, format_time
-from dask_imgread.report.statistics import Row, sort_rows
+from dask_imgread.report.plots import (
+    draw_growth,
+    draw_pace,
+    draw_rates,
+    format_number,
+    format_time,
+)
+from dask_imgread.report.statistics import Floats, Row, sort_rows
 from dask_imgread.report.times import Run, count_images
 
 _LISTED = 20
@@ -43,7 +49,6 @@ def render_runs(
     runs: Sequence[Run],
     rows: Sequence[Row],
     pictures: Mapping[str, str],
-    divs: Mapping[str, str],
 ) -> str:
     """Return the section about a job's runs.
 
@@ -55,16 +60,15 @@ def render_runs(
         Images that the newest one has read.
     pictures
         Thumbnails by image id.
-    divs
-        The plots by name.
     """
     working = list_working(runs)
     if not working:
         return ""
     panels = [_render_table(working, len(runs) - len(working))]
-    if "growth" in divs:
-        growth = render_panel("Images in the dataset", "after each run", divs["growth"])
-        pace = render_panel("Images per second", "while a run read partitions", divs["pace"])
+    ended = [run for run in working if "ended" in run]
+    if len(ended) > 1:
+        growth = render_panel("Images in the dataset", "after each run", draw_growth(ended))
+        pace = render_panel("Images per second", "while a run read partitions", draw_pace(ended))
         panels.append(render_grid("halves", [growth, pace]))
     if len(working) > 1:
         panels.append(_render_newest(working[-1], rows, pictures))
@@ -104,3 +108,21 @@ def _render_newest(run: Run, rows: Sequence[Row], pictures: Mapping[str, str]) -
         note += f"; {len(rows)} drawn at random from what it wrote"
     tiles = (render_image(row, pictures) for row in sort_rows(rows))
     return render_panel("New in the newest run", note, render_grid("sheet", tiles))
+
+
+def render_rate(times: Floats) -> str:
+    """Return the section about throughput, if there are two parts, of which it is drawn.
+
+    Parameters
+    ----------
+    times
+        Rows: images, began and ended of each part.
+    """
+    if times.shape[1] < 2:
+        return ""
+    note = (
+        "read or failed, over the time of reading, without pauses; each part's images are spread "
+        "evenly over the time it took"
+    )
+    panel = render_panel("Images per second", note, draw_rates(times))
+    return render_section("Throughput", panel)

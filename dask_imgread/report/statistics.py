@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from dask_imgread.storage.retries import with_retries
 
 LISTED = 10  # failures that are kept for each cause
 NEWEST = 6  # images that are kept of the newest run
+EXTREMES = 6  # of each kind
 MEASURES = {  # title and unit of each histogram
     "width": ("Width", "px"),
     "height": ("Height", "px"),
@@ -69,6 +70,7 @@ _SCHEMA = pa.schema(
         "height": pa.int32(),
         "format": pa.large_string(),
         "error": pa.large_string(),
+        "warning": pa.large_string(),
     }
 )
 Trio = tuple[Row | None, Row, Row | None]  # a failed image between two that were read
@@ -98,6 +100,41 @@ class Lowest:
 
 
 @dataclass
+class Causes:
+    """How often there is each cause of a problem, and a random sample of its images."""
+
+    size: int
+    counts: Counter[str] = field(default_factory=Counter)
+    samples: dict[str, Lowest] = field(default_factory=dict)
+
+    def add(self, rows: pa.Table, problem: str, rng: np.random.Generator) -> None:
+        """Add rows that have a problem: a text that begins with its cause."""
+        place = rows.column_names.index("error")
+        rows = rows.set_column(place, "error", rows[problem])
+        causes = pc.replace_substring_regex(rows["error"], r"(?s)^(sidecar) .*|:.*", r"\1")
+        for cause, number in count_values(causes).items():
+            found = Lowest(self.size)
+            found.add(rows.filter(pc.equal(causes, cause)), rng.random(number))
+            self.merge(Causes(self.size, Counter({cause: number}), {cause: found}))
+
+    def merge(self, other: Causes) -> None:
+        """Add those of other rows."""
+        self.counts += other.counts
+        for cause, sample in other.samples.items():
+            self.samples.setdefault(cause, Lowest(self.size)).merge(sample)
+
+    def list_rows(self) -> list[Row]:
+        """Return the sampled images, ordered so that the first differ in cause and in shard."""
+        samples = [self.samples[cause].rows for cause, _ in self.counts.most_common()]
+        seen: Counter[str] = Counter()
+        ranked = []
+        for row in (row for turn in zip_longest(*samples) for row in turn if row):
+            ranked.append((seen[row.shard], row))
+            seen[row.shard] += 1
+        return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+
+@dataclass
 class Histogram:
     """The distribution of a number, in bins of equal width on an axis.
 
@@ -111,6 +148,11 @@ class Histogram:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     low: float = np.inf
     high: float = 0.0
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the axis is logarithmic."""
+        return not self.limit
 
     def add(self, values: Floats) -> None:
         """Add values."""
@@ -165,9 +207,13 @@ class Statistics:
     pixels: int = 0
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
-    causes: Counter[str] = field(default_factory=Counter)
-    shards: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, Lowest] = field(default_factory=lambda: defaultdict(lambda: Lowest(LISTED)))
+    shards: Counter[str] = field(default_factory=Counter)  # images, failed ones included
+    broken: Counter[str] = field(default_factory=Counter)  # the failed ones of each shard
+    failures: Causes = field(default_factory=lambda: Causes(LISTED))
+    warnings: Causes = field(default_factory=lambda: Causes(1))
+    extremes: dict[str, Lowest] = field(
+        default_factory=lambda: {kind: Lowest(EXTREMES) for kind in ("small", "large", "odd")}
+    )
     histograms: dict[str, Histogram] = field(
         default_factory=lambda: {name: Histogram() for name in MEASURES}
     )
@@ -181,23 +227,26 @@ class Statistics:
         good, bad = rows.filter(fine), rows.filter(pc.invert(fine))
         self.images += len(good)
         self.failed += len(bad)
-        self.formats += _count_values(good["format"])
-        self.shards += _count_values(bad["shard"])
+        self.formats += count_values(good["format"])
+        self.shards += count_values(rows["shard"])
+        self.broken += count_values(bad["shard"])
         self.samples.add(good, rng.random(len(good)))
         new = good.filter(good["is_new"])
         self.newest.add(new, rng.random(len(new)))
-        causes = pc.replace_substring_regex(bad["error"], "(?s):.*", "")
-        for cause, number in _count_values(causes).items():
-            self.causes[cause] += number
-            self.failures[cause].add(bad.filter(pc.equal(causes, cause)), rng.random(number))
+        self.failures.add(bad, "error", rng)
+        self.warnings.add(rows.filter(rows["warning"].is_valid()), "warning", rng)
         width, height, size = (
             good[name].to_numpy().astype(np.float64).clip(1) for name in ("width", "height", "size")
         )
-        self.pixels += int((width * height).sum())
+        pixels, aspect = width * height, width / height
+        self.pixels += int(pixels.sum())
         self.bytes += int(size.sum())
-        values = (width, height, width / height, width * height / 1e6, size)
+        values = (width, height, aspect, pixels / 1e6, size)
         for histogram, added in zip(self.histograms.values(), values, strict=True):
             histogram.add(added)
+        ranks = (pixels, -pixels, -np.abs(np.log(aspect)))
+        for lowest, rank in zip(self.extremes.values(), ranks, strict=True):
+            lowest.add(good, rank)
 
     def add_footer(self, footer: Footer, part: int) -> None:
         """Add when and by which worker a part was written."""
@@ -212,26 +261,18 @@ class Statistics:
         self.pixels += other.pixels
         self.bytes += other.bytes
         self.formats += other.formats
-        self.causes += other.causes
         self.shards += other.shards
+        self.broken += other.broken
         self.times += other.times
         self.workers |= other.workers
         self.samples.merge(other.samples)
         self.newest.merge(other.newest)
         for name, histogram in self.histograms.items():
             histogram.merge(other.histograms[name])
-        for cause, sample in other.failures.items():
-            self.failures[cause].merge(sample)
-
-    def list_failures(self) -> list[Row]:
-        """Return the kept failures, ordered so that the first ones differ in cause and in shard."""
-        samples = [self.failures[cause].rows for cause, _ in self.causes.most_common()]
-        seen: Counter[str] = Counter()
-        ranked = []
-        for row in (row for turn in zip_longest(*samples) for row in turn if row):
-            ranked.append((seen[row.shard], row))
-            seen[row.shard] += 1
-        return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+        self.failures.merge(other.failures)
+        self.warnings.merge(other.warnings)
+        for kind, lowest in self.extremes.items():
+            lowest.merge(other.extremes[kind])
 
 
 def count_parts(
@@ -308,6 +349,15 @@ def _read_tables(parquet: pq.ParquetFile, part: int, old: float = inf) -> Iterat
         first += len(rows)
 
 
+def read_parts(
+    fs: AbstractFileSystem, paths: Iterable[str], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield some columns of parts, cast to the types of a schema."""
+    for path in paths:
+        with open_part(fs, path) as parquet:
+            yield from read_columns(parquet, schema)
+
+
 def read_columns(parquet: pq.ParquetFile, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield some columns of a part, cast to the types of a schema."""
     for batch in parquet.iter_batches(_ROWS, columns=schema.names, use_threads=False):
@@ -334,10 +384,12 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def _list_rows(table: pa.Table) -> list[Row]:
-    return [Row(**row) for row in table.to_pylist()]
+    names = [name for name in Row._fields if name in table.column_names]
+    return [Row(**row) for row in table.select(names).to_pylist()]
 
 
-def _count_values(column: pa.ChunkedArray) -> Counter[str]:
+def count_values(column: pa.ChunkedArray) -> Counter[Any]:
+    """Return how often each value is in a column."""
     return Counter({v["values"]: v["counts"] for v in column.value_counts().to_pylist()})
 
 

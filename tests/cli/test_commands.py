@@ -33,7 +33,7 @@ def test_demo(tmp_path):
     rows = pd.read_parquet(folder / "metadata")
     assert len(rows) == 40
     assert rows["error"].notna().sum() == 1
-    assert "bokeh" in (folder / "report.html").read_text()
+    assert "<svg" in (folder / "report.html").read_text()
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sum(count > 0 for count in sheet.convert("L").histogram()) > 50
     assert "Traceback" not in done.stderr

@@ -20,6 +20,7 @@ from dask_imgread.report.fingerprints import survey_fingerprints
 from dask_imgread.report.parts import find_parts
 from dask_imgread.report.statistics import Histogram
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
+from tests.helpers.browser import CHROMIUM, NARROW, WIDE, probe
 from tests.helpers.images import encode
 from tests.helpers.pages import Page
 
@@ -93,6 +94,20 @@ def test_what_the_page_says(planted_out):
     assert f"{HOSTILE}.png" in page.members
     assert not any("onerror" in found for _, found in page.tags)
     assert page.count("img") == page.count("figure") - 1  # all but that of the broken one
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("size", "is_dark"), [(WIDE, False), (NARROW, True)])
+def test_a_browser_shows_it(planted_out, tmp_path, size, is_dark):
+    found = probe(write_report(planted_out), tmp_path, size, is_dark)
+    for words in ("Brightness (0 to 255)0 to ", "The most blurred12 of 13", "Similar images: "):
+        assert words in found["text"]
+    assert found["width"] == size[0]
+    assert found["plots"] == 10  # all pictures are 3:2
+    assert found["unlabelled"] == found["overprints"] == found["beyond"] == found["lost"] == 0
+    assert found["contrast"] > 4.5
+    assert found["enlarged"]
+    assert found["selected"].startswith("dask-imgread fingerprint")
 
 
 def test_which_images_are_shown(planted_out):

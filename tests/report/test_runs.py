@@ -207,10 +207,10 @@ def test_since_when_images_are_new():
 
 def test_many_runs():
     runs = [ENDED | {"new_failed": number} for number in range(25)]
-    html = render_runs([*runs, IDLE, IDLE], [], {}, {})
+    html = render_runs([*runs, IDLE, IDLE], [], {})
     assert "the last 20 of 25; 2 others had nothing to do" in html
     cells = list_cells(html)
     assert [row[2] for row in cells] == [f"{number}" for number in range(24, 4, -1)]
     assert cells[0] == ["0:01:02", "1,234", "24", "20.6", "1", "0", "0", "1.5 GB"]
     assert "2026-02-02 02:40:00" in html
-    assert render_runs([], [], {}, {}) == ""
+    assert render_runs([], [], {}) == ""
