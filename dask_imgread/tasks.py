@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
 from dask.base import tokenize
 from dask.sizeof import sizeof
+from dask.utils import format_bytes
 
 from dask_imgread.buffers import count_bytes_held
 from dask_imgread.decoding.contract import Pixels
@@ -18,7 +20,7 @@ from dask_imgread.shards.find import split_list, stat_shard
 from dask_imgread.shards.samples import ShardIndex, make_shard_id
 from dask_imgread.storage.filesystems import resolve_path
 from dask_imgread.storage.redaction import redact_url
-from dask_imgread.texts import shorten
+from dask_imgread.texts import render_table, shorten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +46,8 @@ COLUMNS = {
 DIGESTS = CHECKSUM, MD5 = "sha256", "md5"
 PROBLEMS = "error_sidecar"
 
-_SHOWN = 100  # characters of a name
-_LISTED = 5  # shapes
+_SHOWN, _SHORT = 100, 40  # characters of a name
+_LISTED = 5  # shapes, or shards
 
 
 @dataclass(kw_only=True)
@@ -101,6 +103,8 @@ class FileGroupTask(_Carried):
     >>> task = FileGroupTask(data=["a.tar", "b.tar"], task_id="first")
     >>> task.num_items
     2
+    >>> task
+    <FileGroupTask 'first': a.tar and 1 more>
     """
 
     dataset_name: str = ""
@@ -184,8 +188,38 @@ class FileGroupTask(_Carried):
 
     def __repr__(self) -> str:
         """Return the text that Dask logs when the task fails: without credentials."""
-        data = [redact_url(path) for path in self.data]
-        return f"FileGroupTask({self.task_id!r}, data={data}, byte_range={self.byte_range})"
+        shards = [shorten(redact_url(path), _SHOWN) for path in self.data[:1]] or ["no shards"]
+        shards += [f"and {len(self.data) - 1:,} more"] * (len(self.data) > 1)
+        what = ", ".join([" ".join(shards), *self._describe_part().values()])
+        return f"<{type(self).__name__} {shorten(repr(self.task_id), _SHORT)}: {what}>"
+
+    def _repr_html_(self) -> str:
+        shards = [self._describe_shard(path) for path in self.data[:_LISTED]]
+        shards += [f"and {len(self.data) - _LISTED:,} more"] * (len(self.data) > _LISTED)
+        rows = {
+            "task_id": self.task_id,
+            "dataset_name": self.dataset_name,
+            "relative_to": redact_url(self.relative_to or ""),
+            **self._describe_part(),
+            "shards": f"{len(self.data):,}",
+        }
+        given = [(name, value) for name, value in rows.items() if value]
+        return render_table([*given, *(("", shard) for shard in shards)], type(self).__name__)
+
+    def _describe_shard(self, path: str) -> str:
+        size = self.find_size(path)
+        known = "" if size is None else f" · {format_bytes(size)}"
+        return shorten(redact_url(path), _SHOWN - 20) + known
+
+    def _describe_part(self) -> dict[str, str]:
+        """Say what of the shards is read, if it is not all."""
+        part = {}
+        if self.byte_range is not None:
+            start, stop = self.byte_range
+            part["byte_range"] = f"bytes {start:,} to {'the end' if stop is None else f'{stop:,}'}"
+        if self.rows is not None:
+            part["rows"] = f"{len(self.rows):,} images"
+        return part
 
     def __dask_tokenize__(self) -> object:
         """Return a token of what is read, the shards' content included, equal in every process."""
@@ -355,9 +389,10 @@ class ImageObject:
     def __repr__(self) -> str:
         """Return a line: the pixels would take many."""
         size = f"{self.width} x {self.height}" if self.width and self.height else None
-        known = [f"failed: {self.cause}"] if self.error else filter(None, [size, self.format])
-        name = shorten(self.image_id or self.image_path, _SHOWN)
-        return f"<{' '.join([type(self).__name__, repr(name), *known])}>"
+        known = [size, self.format] if self.cause is None else [f"failed: {self.cause}"]
+        words = shorten(" ".join(" ".join(filter(None, known)).split()), _SHORT)
+        name = shorten(repr(self.image_id or self.image_path), _SHOWN)
+        return f"<{' '.join(filter(None, [type(self).__name__, name, words]))}>"
 
     def _repr_html_(self) -> str:
         from dask_imgread.thumbnails import render_images
@@ -383,6 +418,8 @@ class ImageBatch(_Carried):
         The images that could not be read, with ``error`` set and no ``image_data``.
     skipped
         How many could not be read and are left out, under ``on_error="skip"``.
+    image_size
+        Height and width to which the reader resizes all images; None if theirs differ.
     _metadata, _stage_perf
         Those of the task.
 
@@ -405,6 +442,7 @@ class ImageBatch(_Carried):
     task_id: str = ""
     failed: list[ImageObject] = field(default_factory=list)
     skipped: int = 0
+    image_size: tuple[int, int] | None = None
 
     @property
     def num_items(self) -> int:
@@ -438,8 +476,8 @@ class ImageBatch(_Carried):
         Returns
         -------
         numpy.ndarray
-            A uint8 array ``(images, height, width, 3)``, a copy; ``(0, 0, 0, 3)`` if no image was
-            read.
+            A uint8 array ``(images, height, width, 3)``, a copy. If no image was read, it is
+            ``(0, height, width, 3)`` with the reader's ``image_size``, or ``(0, 0, 0, 3)``.
 
         Raises
         ------
@@ -453,14 +491,22 @@ class ImageBatch(_Carried):
         (2, 2, 3, 3)
         """
         pixels = [_get_pixels(image) for image in self.data]
-        shapes = list(dict.fromkeys(array.shape for array in pixels))
-        if len(shapes) > 1:
-            listed = ", ".join(map(str, shapes[:_LISTED])) + ", …" * (len(shapes) > _LISTED)
+        ids = defaultdict(list)
+        for image, array in zip(self.data, pixels, strict=True):
+            ids[array.shape].append(shorten(image.image_id or image.image_path, _SHOWN))
+        if len(ids) > 1:
+            listed = [
+                f"{shape} of {names[0]}" + f" and {len(names) - 1:,} more" * (len(names) > 1)
+                for shape, names in islice(ids.items(), _LISTED)
+            ]
             raise ValueError(
-                f"images of {len(shapes)} shapes can't be stacked: {listed}; "
-                "read them with resize=(height, width)"
+                f"images of {len(ids)} shapes can't be stacked: {', '.join(listed)}"
+                + ", …" * (len(ids) > _LISTED)
+                + "; read them with resize=(height, width), or with fit='crop'"
             )
-        return np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)
+        return (
+            np.stack(pixels) if pixels else np.empty((0, *(self.image_size or (0, 0)), 3), np.uint8)
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per image, read or failed, without pixels.
@@ -482,7 +528,7 @@ class ImageBatch(_Carried):
     def __repr__(self) -> str:
         """Return a line: the images' would be as many as there are images."""
         counts = count_images(len(self.data), len(self.failed), self.skipped)
-        return f"<{type(self).__name__} {shorten(self.task_id, _SHOWN)!r}: {counts}>"
+        return f"<{type(self).__name__} {shorten(repr(self.task_id), _SHOWN)}: {counts}>"
 
     def _repr_html_(self) -> str:
         from dask_imgread.thumbnails import render_images
@@ -499,6 +545,16 @@ def count_images(read: int, failed: int, skipped: int = 0) -> str:
     counts = [f"{read:,} image{'' if read == 1 else 's'}"]
     counts += [f"{failed:,} failed"] * bool(failed) + [f"{skipped:,} skipped"] * bool(skipped)
     return ", ".join(counts)
+
+
+def count_shards(new: int, changed: int, gone: int) -> str:
+    """Return as text how many shards are new, have changed, or are gone; empty if none.
+
+    >>> count_shards(2, 0, 1)
+    '2 new, 1 gone'
+    """
+    kinds = {"new": new, "changed": changed, "gone": gone}
+    return ", ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number)
 
 
 def _get_pixels(image: ImageObject) -> Pixels:

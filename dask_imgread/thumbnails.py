@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -13,15 +12,17 @@ from PIL import Image
 
 from dask_imgread.decoding.contract import Pixels
 from dask_imgread.decoding.geometry import resize
-from dask_imgread.texts import shorten
+from dask_imgread.texts import LONGEST, escape_line, shorten
 
 _SIDE = 112  # pixels
-_QUALITY = 70  # 24 tiles then take at most some 300 kB, whatever their pixels and texts are
-_LONGEST = 100  # characters of a text
+_QUALITIES = (70, 40, 10)  # the first at which a picture takes no more than
+_MOST = 3200  # characters: 24 tiles then take less than 100 kB, unless their texts are long
 
 # Inline, since some notebooks drop style sheets; in the page's own colours, light or dark.
 _SHEET = "display:flex;flex-wrap:wrap;gap:10px;margin:6px 0;color:inherit"
-_TILE = f"width:{_SIDE + 8}px;font-size:11px;line-height:1.35;text-align:left"
+_TILE = (
+    f"width:{_SIDE + 8}px;font-size:11px;line-height:1.35;text-align:left;overflow-wrap:anywhere"
+)
 _PICTURE = (
     f"box-sizing:border-box;width:100%;height:{_SIDE + 8}px;padding:3px;overflow:hidden;"
     "margin-bottom:3px;display:flex;flex-direction:column;align-items:center;"
@@ -30,10 +31,7 @@ _PICTURE = (
 _PLAIN = "rgba(128,128,128,.35)"
 _FAILED = "rgba(224,86,106,.8);background:rgba(224,86,106,.12)"
 _IMAGE = "display:block;margin:0;max-width:100%;max-height:100%"
-_LINES = (
-    "display:-webkit-box;-webkit-box-orient:vertical;overflow:hidden;overflow-wrap:anywhere;"
-    "-webkit-line-clamp:"
-)
+_LINES = "display:-webkit-box;-webkit-box-orient:vertical;overflow:hidden;-webkit-line-clamp:"
 _SOFT = "opacity:.65"
 
 
@@ -60,8 +58,17 @@ def shrink(pixels: Pixels, side: int) -> Pixels:
 def embed_thumbnail(pixels: Pixels, side: int, quality: int = 82) -> str:
     """Return a data URL with a thumbnail, as JPEG."""
     buffer = io.BytesIO()
-    Image.fromarray(shrink(pixels, side)).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(shrink(pixels, side)).save(buffer, "JPEG", quality=quality, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _embed_small(pixels: Pixels) -> str:
+    small = shrink(pixels, _SIDE)
+    for quality in _QUALITIES:
+        source = embed_thumbnail(small, _SIDE, quality)
+        if len(source) <= _MOST:
+            break
+    return source
 
 
 def render_images(images: Sequence[Record], count: int = 24, title: str = "") -> str:
@@ -70,7 +77,7 @@ def render_images(images: Sequence[Record], count: int = 24, title: str = "") ->
     tiles = "".join(map(_render_tile, shown))
     more = f"and {len(images) - len(shown):,} more" if len(shown) < len(images) else ""
     return (
-        f"<div>{_escape(title, 2 * _LONGEST)}</div>" * bool(title)
+        f"<div>{escape_line(title, 2 * LONGEST)}</div>" * bool(title)
         + f'<div style="{_SHEET}">{tiles}</div>' * bool(tiles)
         + f"<div>{more}</div>" * bool(more)
     )
@@ -95,20 +102,20 @@ def _render_tile(image: Record) -> str:
     caption = image.metadata.get("txt", image.metadata.get("caption"))
     if isinstance(caption, str):
         lines.append(_render_lines(caption, 3))
-    title = _escape(shorten(image_id, _LONGEST))
+    title = escape_line(shorten(image_id, LONGEST))
     return f'<div style="{_TILE}" title="{title}">{_render_picture(image)}{"".join(lines)}</div>'
 
 
 def _render_lines(text: str, most: int, style: str = "") -> str:
-    return f'<div style="{_LINES}{most};{style}">{_escape(text)}</div>' if text else ""
+    return f'<div style="{_LINES}{most};{style}">{escape_line(text)}</div>' if text else ""
 
 
 def _render_picture(image: Record) -> str:
     if image.error:
         cause, _, detail = image.error.partition(":")
-        content = f"<b>{_escape(cause)}</b>{_render_lines(detail, 5)}"
+        content = f"<b>{escape_line(cause)}</b>{_render_lines(detail, 5)}"
     elif _can_show(image.image_data):
-        source = embed_thumbnail(image.image_data, _SIDE, _QUALITY)
+        source = _embed_small(image.image_data)
         content = f'<img alt="" style="{_IMAGE}" src="{source}">'
     else:
         content = _render_lines(_explain(image.image_data), 5, _SOFT)
@@ -139,11 +146,3 @@ def _describe_size(image: Record) -> str:
     sides = f"{image.width:,} \u00d7 {image.height:,}" if image.width and image.height else ""
     kib = f"{image.size / 1024:,.1f} KiB" if image.size else ""
     return " · ".join(filter(None, [sides, kib]))
-
-
-def _escape(text: str, length: int = _LONGEST) -> str:
-    """Return the beginning of a text, on one line, as HTML."""
-    line = " ".join(text[: 2 * length].split())
-    line = line if len(line) <= length else f"{line[: length - 1]}…"
-    # A notebook is UTF-8, in which half a surrogate pair can't be written.
-    return escape(line.encode("utf-8", "replace").decode())

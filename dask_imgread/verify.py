@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify_shards` found. As text, a table of the shards with bad images.
 
@@ -44,6 +44,8 @@ class Verification:
     >>> found = verify_shards(make_shards("shards", shards=2, images_per_shard=3, broken=1))
     >>> found.ok, int(found.table["truncated"].sum())
     (False, 1)
+    >>> found
+    <Verification: 5 good images in 2 shards: 1 bad, in 1 of them>
     """
 
     bad: pd.DataFrame
@@ -56,14 +58,22 @@ class Verification:
 
     def __str__(self) -> str:
         """Return the table of shards with bad images, and the totals."""
-        causes = self.table.drop(columns="good")
-        shown = self.table[causes.sum(axis=1) > 0]
-        total = self.table.sum().to_frame("total").T
-        verdict = "all good" if self.ok else f"{len(self.bad)} bad, in {len(shown)} of them"
-        summary = f"{int(total['good'].iloc[0])} good images in {len(self.table)} shards: {verdict}"
         if self.ok:
-            return summary
-        return f"{pd.concat([shown, total]).rename_axis('shard').to_string()}\n\n{summary}"
+            return self._summarize()
+        total = self.table.sum().to_frame("total").T
+        shown = pd.concat([self._find_bad_shards(), total]).rename_axis("shard")
+        return f"{shown.to_string()}\n\n{self._summarize()}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._summarize()}>"
+
+    def _find_bad_shards(self) -> pd.DataFrame:
+        return self.table[self.table.drop(columns="good").sum(axis=1) > 0]
+
+    def _summarize(self) -> str:
+        bad_shards = len(self._find_bad_shards())
+        verdict = "all good" if self.ok else f"{len(self.bad)} bad, in {bad_shards} of them"
+        return f"{int(self.table['good'].sum())} good images in {len(self.table)} shards: {verdict}"
 
 
 @dataclass(frozen=True)

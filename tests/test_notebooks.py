@@ -14,6 +14,7 @@ from dask_imgread import (
     ImageBatch,
     ImageObject,
     ImageReaderStage,
+    Summary,
     read_metadata,
     run_job,
     show,
@@ -23,6 +24,7 @@ from dask_imgread.testing import make_shards
 from dask_imgread.thumbnails import shrink
 from tests.helpers.pages import Page
 
+DETAILS = ("details", "summary")
 HOSTILE = "</div><img src=x onerror=\"alert('1')\"><script>document.title='taken'</script>"
 
 
@@ -140,9 +142,11 @@ def test_the_html_is_bounded(shape):
     image.image_id = "\"'" * 1000 + "/" + "\"'" * 10_000
     failed = make_failed(50, "\"'" * 5000 + ":" + "\"'" * 5000)
     batch = ImageBatch([image] * 100, task_id="'" * 10_000, failed=failed)
-    assert len(batch._repr_html_()) < 310_000
+    assert len(batch._repr_html_()) < 200_000
     assert "100 images, 50 failed" in Page(batch._repr_html_()).text
-    assert len(ImageBatch([image] * 100)._repr_html_()) < 310_000
+    assert len(ImageBatch([image] * 100)._repr_html_()) < 200_000
+    image.metadata, image.image_id = {"txt": "a caption " * 20}, "shard-1f0c/" + "0" * 100
+    assert len(ImageBatch([image] * 100)._repr_html_()) < 110_000
 
 
 def test_thumbnails_are_small_and_never_enlarged():
@@ -246,9 +250,50 @@ def test_reprs_are_a_line():
         "<ImageBatch 's_0': 98 images, 2 failed, 3 skipped>"
     )
     assert repr(ImageBatch([image])) == "<ImageBatch '': 1 image>"
-    long = ImageObject(image_id="a\n" * 10_000)
-    assert len(repr(long)) < 250
-    assert "\n" not in repr(long)
+    texts = ["a\n" * 10_000, "\0" * 10_000]
+    for long in (
+        *(ImageObject(image_id=text, error=text) for text in texts),
+        *(ImageBatch([image] * 100, task_id=text) for text in texts),
+        *(FileGroupTask(text, [f"/{text}.tar"] * 1000, text) for text in texts),
+        *(ImageReaderStage(relative_to=text, sidecars=(text,)) for text in texts),
+    ):
+        assert len(repr(long)) < 200
+        assert "\n" not in repr(long)
+
+
+def test_a_tasks_repr_says_what_it_reads():
+    assert repr(FileGroupTask()) == "<FileGroupTask '': no shards>"
+    assert repr(FileGroupTask(data=["a.tar"], task_id="t", byte_range=(0, 4096))) == (
+        "<FileGroupTask 't': a.tar, bytes 0 to 4,096>"
+    )
+    rows = make_frame(make_images(3))
+    shards = [f"s3://me:pw@host/{number}.tar" for number in range(1200)]
+    task = FileGroupTask(data=shards, task_id="t", rows=rows)
+    assert repr(task) == "<FileGroupTask 't': s3://host/0.tar and 1,199 more, 3 images>"
+    assert repr(FileGroupTask(data=["a.tar"], byte_range=(512, None))) == (
+        "<FileGroupTask '': a.tar, bytes 512 to the end>"
+    )
+
+
+def test_tasks_readers_and_summaries_show_themselves():
+    sizes = tuple(range(1 << 20, (1 << 20) + 1200))
+    options = {"relative_to": "s3://me:pw@host/d"}
+    shards = [f"s3://me:pw@host/d/{HOSTILE}{number}.tar" for number in range(1200)]
+    task = FileGroupTask(HOSTILE, shards, HOSTILE, options, sizes=sizes)
+    reader = ImageReaderStage(resize=64, fit="crop", relative_to=f"https://me:pw@h/{HOSTILE}")
+    numbers = dict.fromkeys(Summary.__dataclass_fields__, 1234) | {"decoded": False}
+    for thing, words in (
+        (task, ("shards 1,200", "1.00 MiB", "and 1,195 more")),
+        (reader, ("fit 'crop'", "resize 64", "19 options with their defaults", "max_pixels")),
+        (Summary(**numbers), ("failed 1,234", "1,234 new", "only headers were read")),
+    ):
+        page = Page(thing._repr_html_())
+        text = " ".join(page.text.split())
+        assert [word for word in words if word not in text] == []
+        assert {tag for tag, _ in page.tags} <= {"div", "table", "tr", "th", "td", *DETAILS}
+        assert "pw" not in text
+        assert len(thing._repr_html_()) < 10_000
+    assert "options with their defaults" in ImageReaderStage()._repr_html_()
 
 
 def test_a_readers_repr_shows_what_was_chosen_and_no_secret():
@@ -295,11 +340,15 @@ def test_stack():
         assert np.array_equal(pixels, image.image_data)
     assert stack([], failed=make_failed(1)).shape == (0, 0, 0, 3)
     assert stack([]).dtype == np.uint8
+    assert stack([], image_size=(224, 160)).shape == (0, 224, 160, 3)
 
 
 def test_what_can_not_be_stacked():
     mixed = [*make_images(2), *make_images(1, (8, 9, 3))]
-    message = r"2 shapes .*: \(30, 40, 3\), \(8, 9, 3\); read them with resize=\(height, width\)"
+    message = (
+        r"2 shapes .*: \(30, 40, 3\) of s-1/0.jpg and 1 more, \(8, 9, 3\) of s-1/0.jpg; "
+        r"read them with resize=\(height, width\)"
+    )
     with pytest.raises(ValueError, match=message):
         stack(mixed)
     many = [*mixed, *(image for side in range(1, 9) for image in make_images(1, (side, 1, 3)))]

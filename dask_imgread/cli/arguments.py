@@ -587,6 +587,9 @@ READER_HELP = {
     "max_batch_bytes": "maximum bytes of decoded images and sidecars in a batch",
     "read_ahead": "maximum bytes of a remote or compressed shard read in advance",
     "resize": "resize images, such as to 256 or 224x224",
+    "fit": "scale the shorter side, stretch to the exact size, or cover it and crop the rest; auto "
+    "is shorter for SIDE, exact for HEIGHTxWIDTH",
+    "resample": "filter of --resize",
     "decoder": "auto is the fastest for each format, dali is DALI on a CPU too",
     "scaled_decoding": "begin --resize with JPEGs decoded at 1/2, 1/4 or 1/8 of their size",
     "min_side": "reduce images to 1/8, 1/4 or 1/2, not below this length of the shorter side",
@@ -598,7 +601,7 @@ READER_HELP = {
 }
 # What a fingerprint needs of the reader.
 _FIXED_FOR_FINGERPRINTS = (
-    *("sidecars", "checksum", "md5", "resize", "scaled_decoding", "min_side"),
+    *("sidecars", "checksum", "md5", "resize", "fit", "resample", "scaled_decoding", "min_side"),
 )
 NOT_OFFERED = {  # the reader's other options, and why they are not on this list
     "decode": "only metadata has it, with a default of its own; apply and verify always decode",

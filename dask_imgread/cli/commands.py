@@ -62,7 +62,7 @@ from dask_imgread.shards.partition import Partitioning, partition_shards
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.storage.redaction import redact_url
-from dask_imgread.tasks import FileGroupTask
+from dask_imgread.tasks import FileGroupTask, count_shards
 from dask_imgread.verify import verify_shards
 
 _SHEET_IMAGES = 24
@@ -369,9 +369,10 @@ def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
     if arguments.log_format == "json":
         print(json.dumps(asdict(expected) | {"out": redact_url(arguments.out)}))
         return
+    changes = count_shards(expected.new_shards, expected.changed_shards, expected.gone_shards)
     rows = [
         ("shards", f"{expected.shards:,}"),
-        ("of the set", count_shards(expected) or "nothing has changed"),
+        ("of the set", changes or "nothing has changed"),
         ("bytes", f"{expected.bytes:,}"),
         ("images", "not known" if expected.images is None else f"about {expected.images:,}"),
         ("partitions", "not known" if expected.partitions is None else f"{expected.partitions:,}"),
@@ -387,17 +388,6 @@ def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
         print(f"  {name:<12} {value}")
 
 
-def count_shards(numbers: Forecast | Summary) -> str:
-    """Return as text how many shards are new, have changed, or are gone; empty if none."""
-    kinds = {
-        "new": numbers.new_shards,
-        "changed": numbers.changed_shards,
-        "gone": numbers.gone_shards,
-    }
-    counts = [f"{number:,} {kind}" for kind, number in kinds.items() if number]
-    return ", ".join(counts)
-
-
 def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -> None:
     """Print how many images were read, the first rows and failures, and where the rows are."""
     of_function = f", {summary.function_failed} of them in the function"
@@ -407,7 +397,8 @@ def print_summary(summary: Summary, out: str, storage_options: dict[str, Any]) -
     )
     if not summary.decoded:
         print("only headers were read: pixels were not checked (--decode checks them)")
-    if changes := count_shards(summary):
+    changes = count_shards(summary.new_shards, summary.changed_shards, summary.gone_shards)
+    if changes:
         print(f"shards: {changes}")
     if summary.new_partitions:
         print(f"{summary.new_partitions} of {summary.partitions} partitions now", end=": ")

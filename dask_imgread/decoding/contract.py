@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Content: TypeAlias = bytes | memoryview  # of an encoded file
+Box: TypeAlias = tuple[float, float, float, float]  # left, upper, right, lower
 
 # libjpeg-turbo has fast code for these; other eighths are slower than full size.
 SCALES = (8, 4, 2)
@@ -20,30 +21,58 @@ class DecoderOptions(NamedTuple):
     device: str  # "cpu" or "gpu"
     num_threads: int
     batch_size: int
-    resize: int | tuple[int, int] | None = None  # shorter side, or (height, width)
+    resize: int | tuple[int, int] | None = None  # a side, or (height, width)
     output: str = "host"  # or "device": the arrays stay where they were decoded
     decoder: str = "auto"  # or "dali": DALI on a CPU too
     scaled_decoding: bool = True
     min_side: int | None = None  # reduce by one of SCALES to no less than that
+    fit: str = "auto"  # or "shorter", "exact", "crop"
+    resample: str = "bilinear"  # the filter; in lower case what Pillow calls it
 
     @property
     def on_device(self) -> bool:
         """Whether pixels stay in the GPU's memory."""
         return self.device == "gpu" and self.output == "device"
 
+    @property
+    def target(self) -> tuple[int, int] | None:
+        """The height and width to which all images are resized; None if theirs differ."""
+        if isinstance(self.resize, int):
+            return (self.resize, self.resize) if self.fit in ("exact", "crop") else None
+        return self.resize
+
     def choose_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the output height and width of an upright image of this size."""
-        if self.resize is None:
+        if self.target is not None:
+            return self.target
+        if not isinstance(self.resize, int):
             scale = self.choose_scale(height, width)
             return -(-height // scale), -(-width // scale)
-        if isinstance(self.resize, tuple):
-            return self.resize
         short = min(height, width)
         # Halves are rounded up, as in DALI.
         rows, columns = (
             (2 * side * self.resize + short) // (2 * short) for side in (height, width)
         )
         return rows, columns
+
+    def choose_box(self, height: int, width: int) -> Box:
+        """Return the region of an upright image of this size that is resized.
+
+        To crop, it is computed step by step as in ``ImageOps.fit``, whose pixels it gives.
+        """
+        if self.target is None or self.fit != "crop":
+            return 0, 0, width, height
+        rows, columns = self.target
+        aspect = columns / rows
+        if width / height > aspect:
+            taken = aspect * height
+            left = (width - taken) * 0.5
+            return left, 0, left + taken, height
+        if width / height < aspect:
+            taken = width / aspect
+            upper = (height - taken) * 0.5
+            return 0, upper, width, upper + taken
+        return 0, 0, width, height
 
     def choose_scale(self, height: int, width: int) -> int:
         """Return by what an image of this size is to be divided for ``min_side``; 1 without it."""

@@ -53,6 +53,8 @@ class DaliDevice(NamedTuple):
 
 # A Dask-CUDA worker sees its own GPU first.
 DALI_DEVICES = {"gpu": DaliDevice(0, "mixed"), "cpu": DaliDevice(None, "cpu")}
+# What DALI calls the filters. It has no others of Pillow's, but NEAREST.
+_FILTERS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC", "lanczos": "INTERP_LANCZOS3"}
 
 
 @contextmanager
@@ -100,10 +102,15 @@ class Decoder:
                 # DALI has two EXIF parsers. Where they disagree, it writes past the image's end.
                 adjust_orientation=False,
             )
-            if isinstance(decoder_options.resize, int):
-                images = fn.resize(images, resize_shorter=float(decoder_options.resize))
-            elif decoder_options.resize is not None:
-                images = fn.resize(images, size=[float(side) for side in decoder_options.resize])
+            target = decoder_options.target
+            options = {"interp_type": getattr(types, _FILTERS[decoder_options.resample])}
+            if target is not None and decoder_options.fit == "crop":
+                options["roi_start"], options["roi_end"] = _find_middle(images, target)
+            if target is not None:
+                images = fn.resize(images, size=[float(side) for side in target], **options)
+            elif isinstance(decoder_options.resize, int):
+                shorter = float(decoder_options.resize)
+                images = fn.resize(images, resize_shorter=shorter, **options)
             elif decoder_options.min_side is not None:
                 images = fn.resize(images, size=_reduce_sides(images, decoder_options.min_side))
             # In the graph, since `as_cpu()` would hold the GIL while it copies.
@@ -148,6 +155,17 @@ class Decoder:
         (images,) = self._pipeline.outputs()
         self._buffers = []
         return images
+
+
+def _find_middle(images: Any, target: tuple[int, int]) -> tuple[Any, Any]:
+    """Return the nodes of a pipeline with the corners of ``DecoderOptions.choose_box``."""
+    from nvidia.dali import fn, types
+    from nvidia.dali import math as dali_math
+
+    sides = fn.cast(images.shape()[:2], dtype=types.FLOAT)  # on the host
+    scale = dali_math.min(sides[0] / target[0], sides[1] / target[1])
+    taken = scale * types.Constant([float(side) for side in target])
+    return (sides - taken) / 2, (sides + taken) / 2
 
 
 def _reduce_sides(images: Any, min_side: int) -> Any:
@@ -353,5 +371,5 @@ def can_apply_orientation(header: Header, decoder_options: DecoderOptions) -> bo
     if header.orientation == 1:
         return True
     # DALI resizes before that: height and width would come out swapped.
-    sideways = header.orientation >= 5 and isinstance(decoder_options.resize, tuple)
+    sideways = header.orientation >= 5 and decoder_options.target is not None
     return not decoder_options.on_device and not sideways

@@ -126,7 +126,13 @@ def _decode(image: Encoded, decoder_options: DecoderOptions, out: Pixels) -> Dec
     try:
         pixels = decode_with_pillow(image.content, image.header)
         if decoder_options.resize is not None:
-            pixels = resize(pixels, decoder_options.choose_size(*pixels.shape[:2]))
+            size = pixels.shape[:2]
+            pixels = resize(
+                pixels,
+                decoder_options.choose_size(*size),
+                decoder_options.choose_box(*size),
+                decoder_options.resample,
+            )
         scale = decoder_options.choose_scale(*pixels.shape[:2])
         if scale > 1:
             pixels = reduce(pixels, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from dask_imgread.decoding.contract import Pixels
+from dask_imgread.decoding.contract import Box, Pixels
 
 _PIXEL = np.dtype("V3")  # moving whole pixels is twice as fast as moving three channels
 
@@ -29,16 +29,16 @@ def apply_orientation(pixels: Pixels, orientation: int, out: Pixels) -> None:
 def resize(
     pixels: Pixels,
     size: tuple[int, ...],
-    box: tuple[float, float, float, float] | None = None,
+    box: Box | None = None,
+    resample: str = "bilinear",
 ) -> Pixels:
-    """Resize to ``size`` (height, width) as DALI does: bilinear, antialiased where it shrinks.
+    """Resize to ``size`` (height, width) as DALI does: antialiased where it shrinks.
 
-    ``box`` is the region to take (left, upper, right, lower), in fractions of a pixel if need be.
-    The result is read-only.
+    ``box`` is the region to take, in fractions of a pixel if need be. The result is read-only.
     """
     height, width = size
     image = Image.fromarray(pixels)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(image.resize((width, height), Image.Resampling[resample.upper()], box))
 
 
 def reduce(pixels: Pixels, scale: int) -> Pixels:

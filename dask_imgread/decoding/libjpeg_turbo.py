@@ -43,19 +43,24 @@ def decode_jpeg(
     if decoder_options.resize is None and header.orientation == 1:
         _decode(content, scale, out)
         return
-    target = out.shape[:2] if header.orientation < 5 else out.shape[1::-1]
+    left, upper, right, lower = decoder_options.choose_box(header.height, header.width)
+    target = out.shape[:2]
+    if header.orientation >= 5:  # what is mirrored besides has the same box: it is in the middle
+        left, upper, right, lower = upper, left, lower, right
+        target = target[::-1]
     if decoder_options.resize is not None and decoder_options.scaled_decoding:
-        scale = _choose_scale((height, width), target)
+        scale = _choose_scale((lower - upper, right - left), target)
     rows, columns = -(-height // scale), -(-width // scale)
     pixels = BUFFERS.take(rows * columns * 3).reshape(rows, columns, 3)
     _decode(content, scale, pixels)
     if decoder_options.resize is not None:
         # The last row and column may lie partly outside of the image.
-        pixels = resize(pixels, target, box=(0, 0, width / scale, height / scale))
+        box = left / scale, upper / scale, right / scale, lower / scale
+        pixels = resize(pixels, target, box, decoder_options.resample)
     apply_orientation(pixels, header.orientation, out)
 
 
-def _choose_scale(size: tuple[int, int], target: tuple[int, ...]) -> int:
+def _choose_scale(size: tuple[float, float], target: tuple[int, ...]) -> int:
     """Return the largest divisor that leaves enough pixels to resize to the target size."""
     ratio = min(side / target_side for side, target_side in zip(size, target, strict=True))
     return next((scale for scale in SCALES if ratio >= scale * _MIN_OVERSIZE), 1)

@@ -13,8 +13,8 @@ from dask_imgread.reading.reader import ImageReaderStage
 
 # The reader's other fields change only how fast the rows come.
 _FIELDS_THAT_CHANGE_ROWS = (
-    *("decode", "sidecars", "checksum", "md5", "on_error", "max_pixels", "resize", "output"),
-    *("decoder", "scaled_decoding", "min_side", "relative_to"),
+    *("decode", "sidecars", "checksum", "md5", "on_error", "max_pixels", "resize", "fit"),
+    *("resample", "output", "decoder", "scaled_decoding", "min_side", "relative_to"),
 )
 
 

@@ -32,7 +32,8 @@ from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
 from dask_imgread.storage.filesystems import is_local, resolve_path
-from dask_imgread.tasks import count_images
+from dask_imgread.tasks import count_images, count_shards
+from dask_imgread.texts import render_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +97,21 @@ class Summary:
             f"<{type(self).__name__}: {count_images(self.images, self.failed)}{failed}; "
             f"{partitions}, {self.seconds:.1f} s{headers}>"
         )
+
+    def _repr_html_(self) -> str:
+        new = count_images(self.new_images, self.new_failed)
+        rows = {
+            "images": f"{self.images:,}",
+            "failed": f"{self.failed:,}",
+            "of which in the function": f"{self.function_failed:,}" * bool(self.function_failed),
+            "partitions": f"{self.partitions:,}",
+            "shards": count_shards(self.new_shards, self.changed_shards, self.gone_shards),
+            "in this run": f"{new}; {self.new_partitions:,} partitions",
+            "seconds": f"{self.seconds:,.1f}",
+            "images/s": f"{self.images_per_second:,.1f}" * bool(self.images_per_second),
+            "pixels": "" if self.decoded else "not decoded: only headers were read",
+        }
+        return render_table([row for row in rows.items() if row[1]], type(self).__name__)
 
 
 def run_job(

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from dask_imgread.hints import suggest
 from dask_imgread.shards.ahead import READ_AHEAD
 
 
@@ -31,6 +32,8 @@ class ReaderOptions:
     max_pixels: int | None = 1 << 28
     max_batch_bytes: int = 256 << 20
     resize: int | tuple[int, int] | None = None
+    fit: Literal["auto", "shorter", "exact", "crop"] = "auto"
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     output: Literal["host", "device"] = "host"
     decoder: Literal["auto", "dali"] = "auto"
     scaled_decoding: bool = True
@@ -51,6 +54,24 @@ class ReaderOptions:
             )
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1 or None, not {self.max_pixels!r}")
+        self._check_sizes()
+        if not isinstance(self.sidecars, bool):
+            if isinstance(self.sidecars, str) or not isinstance(self.sidecars, Collection):
+                raise ValueError(
+                    "sidecars must be True, False or a collection of extensions, such as "
+                    f"('json', 'txt'), not {self.sidecars!r}"
+                )
+            # In one form, whatever was given: it is part of Dask's keys.
+            self.sidecars = tuple(sorted({clean_extension(name) for name in self.sidecars}))
+        for field, hint in get_type_hints(ReaderOptions).items():
+            if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
+                value = getattr(self, field)
+                raise ValueError(
+                    f"{field} must be one of {get_args(hint)}, not {value!r}"
+                    + suggest(str(value), get_args(hint))
+                )
+
+    def _check_sizes(self) -> None:
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
         if self.resize is not None and not (
             all(isinstance(side, int) and side > 0 for side in sides)
@@ -63,19 +84,14 @@ class ReaderOptions:
             raise ValueError(f"min_side must be at least 1 or None, not {self.min_side!r}")
         if self.min_side is not None and self.resize is not None:
             raise ValueError("resize and min_side can't be given together: leave one out")
-        if not isinstance(self.sidecars, bool):
-            if isinstance(self.sidecars, str) or not isinstance(self.sidecars, Collection):
-                raise ValueError(
-                    "sidecars must be True, False or a collection of extensions, such as "
-                    f"('json', 'txt'), not {self.sidecars!r}"
-                )
-            # In one form, whatever was given: it is part of Dask's keys.
-            self.sidecars = tuple(sorted({clean_extension(name) for name in self.sidecars}))
-        for field, hint in get_type_hints(ReaderOptions).items():
-            if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
-                raise ValueError(
-                    f"{field} must be one of {get_args(hint)}, not {getattr(self, field)!r}"
-                )
+        for field in ("fit", "resample"):
+            if self.resize is None and getattr(self, field) != getattr(ReaderOptions, field):
+                raise ValueError(f"{field} is for resize: give that, too, such as resize=224")
+        if self.fit == "shorter" and isinstance(self.resize, tuple):
+            raise ValueError(
+                f"fit='shorter' needs the length of one side, not resize={self.resize}: "
+                "give an int, or fit='crop' or 'exact'"
+            )
 
 
 def clean_extension(extension: str) -> str:

@@ -20,6 +20,7 @@ from dask_imgread.decoding.decode import Decoding, choose_backend, release
 from dask_imgread.decoding.header import ImageError, check_size
 from dask_imgread.decoding.isolation import DecoderProcess
 from dask_imgread.errors import StorageError
+from dask_imgread.hints import explain_keywords, suggest
 from dask_imgread.reading.batches import BatchBuilder, BatchRules, BeginDecoding
 from dask_imgread.reading.members import SidecarReader, is_apple_double, read_encoded
 from dask_imgread.reading.options import ReaderOptions
@@ -42,6 +43,7 @@ from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import CHECKSUM, MD5, FileGroupTask, ImageBatch, ImageObject, adopt_task
+from dask_imgread.texts import render_table, shorten
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +51,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dask_imgread")
 
+_SHOWN = 150  # characters of the options, in a line
 
+
+@explain_keywords
 @dataclass(repr=False)
 class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]):
     """Read the images of WebDataset tar shards and decode them, on a GPU or on CPU cores.
@@ -99,8 +104,18 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         CPU, counts with its resized or its encoded size, whichever is larger.
     resize
         Resize each image after decoding, on the same device: an int is the length of the
-        shorter side in pixels, a tuple the exact (height, width). ``width`` and ``height``
-        of an ImageObject stay those of the source.
+        shorter side in pixels, a tuple the exact (height, width), unless ``fit`` says otherwise.
+        ``width`` and ``height`` of an ImageObject stay those of the source.
+    fit
+        How ``resize`` is meant. ``"shorter"``: the length of the shorter side; the shape of the
+        image stays. ``"exact"``: height and width, equal if an int is given; the image is
+        stretched. ``"crop"``: the same size, but the image is scaled until it covers that, and
+        what sticks out on two sides is cut off: half on each, to fractions of a pixel, as
+        ``ImageOps.fit`` of Pillow does. (``Resize`` and ``CenterCrop`` of torchvision round to
+        whole pixels.) ``"auto"`` is ``"shorter"`` for an int and ``"exact"`` for a tuple.
+    resample
+        The filter of ``resize``, as Pillow calls it: ``"bilinear"``, ``"bicubic"`` or
+        ``"lanczos"``, antialiased where an image shrinks.
     output
         ``"host"`` gives NumPy arrays. ``"device"`` leaves images decoded by a GPU in its memory,
         as objects with ``__dlpack__`` and ``__cuda_array_interface__`` (``cupy.asarray`` and
@@ -148,6 +163,11 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     [(96, 128, 3), (96, 128, 3), (96, 128, 3)]
     >>> ImageReaderStage(device="cpu", resize=224)
     ImageReaderStage(device='cpu', resize=224)
+    >>> batch, = ImageReaderStage(device="cpu", resize=64, fit="crop").process(
+    ...     FileGroupTask(data=shards[:1])
+    ... )
+    >>> batch.stack().shape
+    (3, 64, 64, 3)
     """
 
     @property
@@ -303,7 +323,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         reader = copy(self)  # not a call of the class: a subclass's arguments may be different
         for name, value in options.items():
             if not hasattr(reader, name):
-                raise TypeError(f"{type(self).__name__} has no option {name!r}")
+                hint = suggest(name, [field.name for field in fields(self)])
+                raise TypeError(f"{type(self).__name__} has no option {name!r}{hint}")
             setattr(reader, name, value)
         ReaderOptions.__post_init__(reader)
         return reader
@@ -314,12 +335,28 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
     def __repr__(self) -> str:
         """Return the options that differ from their defaults, without secrets."""
+        changed, _ = self._describe_options()
+        options = ", ".join(f"{name}={value}" for name, value in changed)
+        return f"{type(self).__name__}({shorten(options, _SHOWN)})"
+
+    def _repr_html_(self) -> str:
+        changed, others = self._describe_options()
+        return (
+            render_table(changed, type(self).__name__)
+            + f"<details><summary>{len(others)} options with their defaults</summary>"
+            + f"{render_table(others)}</details>"
+        )
+
+    def _describe_options(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Return as texts the options that differ from their defaults, and the others."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        defaults = {field.name: field.default for field in fields(self)}
-        changed = [
-            f"{name}={value!r}" for name, value in options.items() if value != defaults[name]
-        ]
-        return hide_secrets(f"{type(self).__name__}({', '.join(changed)})", options)
+        changed: list[tuple[str, str]] = []
+        others: list[tuple[str, str]] = []
+        for field in fields(self):
+            value = options[field.name]
+            shown = field.name, hide_secrets(repr(value), options)
+            (others if value == field.default else changed).append(shown)
+        return changed, others
 
     def _hold_share(self) -> AbstractContextManager[None]:
         return gpu.hold_share(self.num_gpus_per_worker) if self._wants_gpu() else nullcontext()
@@ -341,6 +378,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
                     batch.task_id = f"{task.task_id}_{batches}"
                     batch._metadata = task._metadata.copy()
                     batch._stage_perf = task._stage_perf.copy()
+                    batch.image_size = decoder_options.target if self.decode else None
                     batches += 1
                     images += batch.num_items
                     failures += len(batch.failed) + batch.skipped
@@ -377,6 +415,8 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             self.decoder,
             self.scaled_decoding,
             self.min_side,
+            self.fit,
+            self.resample,
         )
 
     def _read_shard(

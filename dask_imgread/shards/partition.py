@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
+from dask_imgread.hints import check_keywords
+from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.frames import divide_rows, is_frame, is_lazy, open_frame
 from dask_imgread.shards.samples import cut_at_samples, index_members
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 PathsOrTasks: TypeAlias = "Paths | FileGroupTask | Iterable[FileGroupTask] | Frame"
 
+_FOR_READERS = {
+    field.name: f"it is an option of the reader: reader=ImageReaderStage({field.name}=...)"
+    for field in fields(ReaderOptions)
+}
 _WALKER_THREADS = 8  # each reads the headers of one remote shard
 
 
@@ -171,11 +177,9 @@ class Division:
         Raises
         ------
         TypeError
-            If the function has no such argument, with the same message as Python's own.
+            If the function has no such argument.
         """
-        for name in partitioning:
-            if name not in Partitioning.__optional_keys__:
-                raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        check_keywords(function, partitioning, Partitioning.__optional_keys__, _FOR_READERS)
         return cls(**partitioning)
 
 
@@ -204,6 +208,8 @@ def list_tasks(
     paths_or_tasks: PathsOrTasks, **partitioning: Unpack[PartitionOptions]
 ) -> list[FileGroupTask]:
     """Return tasks as they are; divide paths into tasks with ``partition_shards``."""
+    known = PartitionOptions.__optional_keys__
+    check_keywords("partition_shards", partitioning, known, _FOR_READERS)
     if is_task(paths_or_tasks):
         return [adopt_task(paths_or_tasks)]
     frame = is_frame(paths_or_tasks)

@@ -117,6 +117,7 @@ def test_the_readers_options_are_parsed_as_its_types_say():
     plain = make_parser().parse_args(["apply"])
     assert make_reader(plain) == ImageReaderStage(verbose=False)
     words = "--no-sidecars --num-gpus-per-worker 0.5 --max-pixels 9 --resize 3x4 --decoder dali"
+    words += " --fit crop --resample lanczos"
     given = make_parser().parse_args(["apply", *words.split(), "--max-batch-bytes", "1MiB"])
     assert make_reader(given) == ImageReaderStage(
         verbose=False,
@@ -124,6 +125,8 @@ def test_the_readers_options_are_parsed_as_its_types_say():
         num_gpus_per_worker=0.5,
         max_pixels=9,
         resize=(3, 4),
+        fit="crop",
+        resample="lanczos",
         decoder="dali",
         max_batch_bytes=1 << 20,
     )

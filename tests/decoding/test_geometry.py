@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dask_imgread import FileGroupTask, ImageReaderStage
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
@@ -124,6 +124,86 @@ def test_pictures_of_every_size_are_resized(tmp_path, decoder):
             expected = resize_exactly(content, image.image_data.shape[:2])
             difference = np.abs(image.image_data.astype(int) - expected)
             assert difference.mean() < 12, (image.width, image.height, resize)
+
+
+SIZES = [(1, 1), (1, 90), (90, 1), (2, 1), (33, 100), (300, 200), (201, 301), (3000, 4), (64, 64)]
+FILTERS = ("bilinear", "bicubic", "lanczos")
+
+
+def fit_exactly(content, size, fit, resample):
+    image = Image.fromarray(read_with_pillow(content))
+    method = Image.Resampling[resample.upper()]
+    if fit == "exact":
+        return np.asarray(image.resize(size[::-1], method))
+    return np.asarray(ImageOps.fit(image, size[::-1], method))
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("fit", ["exact", "crop"])
+@pytest.mark.parametrize("resize", [64, (50, 90), (100, 6)])
+def test_all_sizes_are_fitted_as_pillow_does(tmp_path, photographs, resize, fit, resample):
+    """Bit for bit where Pillow resizes; and DALI comes near it."""
+    size = (resize, resize) if isinstance(resize, int) else resize
+    options = {"resize": resize, "fit": fit, "resample": resample, "scaled_decoding": False}
+    pictures = [photographs[1].resize(size) for size in SIZES]
+    for codec, decoder, least in (
+        *(("BMP", "auto", np.inf), ("WEBP", "auto", np.inf), ("JPEG", "auto", np.inf)),
+        *(("PNG", "auto", 37), ("JPEG", "dali", 37)),
+    ):
+        contents = [encode(picture, codec) for picture in pictures]
+        images = read(tmp_path, contents, decoder=decoder, **options)
+        for image, content in zip(images, contents, strict=True):
+            expected = fit_exactly(content, size, fit, resample)
+            assert image.image_data.shape == (*size, 3)
+            assert measure_psnr(image.image_data, expected) >= least, (codec, image)
+
+
+@both_decoders
+@pytest.mark.parametrize("codec", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_cropped_upright(tmp_path, photographs, orientation, codec, decoder):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(photographs[1].resize((450, 301)), codec, exif=exif)
+    for size in ((90, 40), (64, 64)):
+        (image,) = read(tmp_path, [content], resize=size, fit="crop", decoder=decoder)
+        expected = fit_exactly(content, size, "crop", "bilinear")
+        assert image.image_data.shape == (*size, 3)
+        least = np.inf if image.backend == "pillow" else 38
+        assert measure_psnr(image.image_data, expected) >= least
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("fit", ["shorter", "crop"])
+def test_scaled_decoding_suits_every_filter(tmp_path, large_photographs, fit, resample):
+    options = {"fit": fit, "resample": resample}
+    for resize in (224, 96):
+        scaled = read(tmp_path, large_photographs, resize=resize, **options)
+        exact = read(tmp_path, large_photographs, resize=resize, scaled_decoding=False, **options)
+        psnr = [
+            measure_psnr(one.image_data, other.image_data)
+            for one, other in zip(scaled, exact, strict=True)
+        ]
+        assert np.isfinite(psnr).sum() >= 5
+        assert min(psnr) >= 41
+
+
+@pytest.mark.parametrize("options", [{}, {"decoder": "dali"}, {"isolate": True}])
+def test_what_is_cropped_can_be_stacked(tmp_path, options):
+    """Of any shape, without a limit for one that would be long if its shorter side were scaled."""
+    sizes = [(640, 480), (3, 5000), (1, 1), (480, 640)]
+    contents = [encode_picture(draw_picture(1, size)) for size in sizes] + [b"no image"]
+    shard = write_shard(tmp_path / "s.tar", [(f"{n}.jpg", c) for n, c in enumerate(contents)])
+    cropping = {"resize": (224, 160), "fit": "crop", "max_pixels": 640 * 480}
+    reader = ImageReaderStage(device="cpu", **cropping, **options)
+    (batch,) = reader.process(FileGroupTask(data=[shard]))
+    assert batch.stack().shape == (4, 224, 160, 3)
+    assert [(image.width, image.height) for image in batch] == sizes
+    broken = write_shard(tmp_path / "b.tar", [("a.jpg", b"no image")])
+    (none,) = reader.process(FileGroupTask(data=[broken]))
+    assert none.stack().shape == (0, 224, 160, 3)
+    (header,) = reader.with_options(decode=False).process(FileGroupTask(data=[broken]))
+    assert header.image_size is None
 
 
 def reduce_exactly(content, scale):

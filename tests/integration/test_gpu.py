@@ -162,7 +162,16 @@ def test_rgb_without_ycbcr(photographs, tmp_path):
     assert find_unlike(good, members) == {}
 
 
-@pytest.mark.parametrize("options", [{"resize": 100}, {"resize": (96, 128)}, {"min_side": 20}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resize": 100},
+        {"resize": (96, 128)},
+        {"min_side": 20},
+        {"resize": 96, "fit": "crop", "resample": "bicubic"},
+        {"resize": (60, 90), "fit": "crop", "resample": "lanczos"},
+    ],
+)
 def test_resize(photo_shards, tmp_path, options):
     """As DALI does it on a CPU."""
     members = {n: c for n, c in members_of(photo_shards[0]).items() if n.endswith("jpg")}

@@ -293,11 +293,13 @@ def test_the_cluster_that_a_job_starts_fits_its_reader(folder, shards, monkeypat
 
 
 def test_a_wrong_keyword_is_named(folder, shards):
-    for wrong in ("image_per_partition", "scheduler"):
-        told = rf"^run_job\(\) got an unexpected keyword argument '{wrong}'$"
+    near = {"image_per_partition": "; did you mean 'images_per_partition'\\?", "scheduler": ""}
+    near["fit"] = r"; it is an option of the reader: reader=ImageReaderStage\(fit=\.\.\.\)"
+    for wrong, hint in near.items():
+        told = rf"^run_job\(\) got an unexpected keyword argument '{wrong}'{hint}$"
         with pytest.raises(TypeError, match=told):
             run_job(shards, "out", **{wrong: 1})
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'{hint}$"):
             read_bag(shards, **{wrong: 1})
     assert not (folder / "out").exists()
 
@@ -308,6 +310,9 @@ def test_another_job_is_refused_and_told_apart(folder, client, shards):
         run_job(shards, "out", client=client, images_per_partition=200)
     with pytest.raises(OtherJobError, match=r"decode was False, and is True"):
         run_job(shards, "out", client=client, reader=DECODING, images_per_partition=100)
+    cropping = DECODING.with_options(resize=64, fit="crop")
+    with pytest.raises(OtherJobError, match=r"fit was 'auto', and is 'crop'"):
+        run_job(shards, "out", client=client, reader=cropping, images_per_partition=100)
     with pytest.raises(OtherJobError, match=r"command was 'metadata', and is 'apply'"):
         run_job(shards, "out", count_rows, client=client, images_per_partition=100)
     with pytest.raises(OtherJobError, match=r"1 shard is gone: .*00003.tar"):

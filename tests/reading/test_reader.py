@@ -96,6 +96,11 @@ def test_no_paths():
         {"max_pixels": 0},
         {"resize": 0},
         {"resize": (8,)},
+        {"fit": "cover", "resize": 8},
+        {"fit": "crop"},
+        {"fit": "shorter", "resize": (8, 9)},
+        {"resample": "nearest", "resize": 8},
+        {"resample": "bicubic"},
         {"output": "disk"},
     ],
 )
