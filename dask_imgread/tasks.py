@@ -188,7 +188,8 @@ class FileGroupTask(_Carried):
 
     def __repr__(self) -> str:
         """Return the text that Dask logs when the task fails: without credentials."""
-        shards = [shorten(redact_url(path), _SHOWN) for path in self.data[:1]] or ["no shards"]
+        names = [repr(redact_url(path))[1:-1] for path in self.data[:1]]
+        shards = [shorten(name, _SHOWN) for name in names] or ["no shards"]
         shards += [f"and {len(self.data) - 1:,} more"] * (len(self.data) > 1)
         what = ", ".join([" ".join(shards), *self._describe_part().values()])
         return f"<{type(self).__name__} {shorten(repr(self.task_id), _SHORT)}: {what}>"

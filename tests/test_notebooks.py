@@ -284,7 +284,7 @@ def test_tasks_readers_and_summaries_show_themselves():
     numbers = dict.fromkeys(Summary.__dataclass_fields__, 1234) | {"decoded": False}
     for thing, words in (
         (task, ("shards 1,200", "1.00 MiB", "and 1,195 more")),
-        (reader, ("fit 'crop'", "resize 64", "19 options with their defaults", "max_pixels")),
+        (reader, ("fit 'crop'", "resize 64", "20 options with their defaults", "max_pixels")),
         (Summary(**numbers), ("failed 1,234", "1,234 new", "only headers were read")),
     ):
         page = Page(thing._repr_html_())
