@@ -81,6 +81,12 @@ def client(imgread_client):
     return imgread_client
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take long: one that begins last leaves the other process idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 FUZZED = {}
 
 

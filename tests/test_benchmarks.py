@@ -1,7 +1,6 @@
 """The benchmarks run; what they measure is not tested."""
 
 import json
-import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +13,16 @@ from benchmarks.planted import main as measure_planted
 from benchmarks.remote import main as measure_remote
 from benchmarks.rounds import Contender
 from benchmarks.scale import main as scale
-
-IMPORTED = ["dask_imgread.collections", "nvidia.dali", "simplejpeg", "skimage", "sklearn.datasets"]
+from tests.helpers.commands import start_server
 
 
 @pytest.fixture
 def quick_start(monkeypatch):
     """Fork contenders from one process that has imported the large packages."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    monkeypatch.setattr(Contender, "context", context)
+    monkeypatch.setattr(Contender, "context", start_server())
 
 
+@pytest.mark.slow
 def test_a_tiny_run_of_every_measure(tmp_path, capfd, quick_start):
     out = tmp_path / "table.json"
     arguments = ["--images", "12", "--long", "24", "--rounds", "1", "--kinds", "1"]

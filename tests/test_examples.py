@@ -429,6 +429,7 @@ def test_the_job_of_a_worker(slurm_cluster):
     assert "--resources GPU=1" in script
 
 
+@pytest.mark.slow
 def test_workers_that_are_jobs(tmp_path, photo_shards, environment):
     write_commands(tmp_path, sbatch=SBATCH_COMMAND, scancel=SCANCEL)
     script = EXAMPLES / "slurm" / "slurm_cluster.py"

@@ -205,6 +205,7 @@ def test_only_one_file_runs_dali():
     assert users == ["decoding.dali"]
 
 
+@pytest.mark.slow
 def test_the_batch_script(tmp_path, photo_shards):
     import pandas as pd
 

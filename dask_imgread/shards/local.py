@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from dask_imgread.buffers import BUFFERS
 
-_AHEAD_BYTES = 4 << 20  # read at once where reads are sequential
+_AHEAD_BYTES = 2 << 20  # read at once where reads are sequential; two such blocks may be in use
 _AHEAD_GAP = 64 << 10  # that sequential reads may skip
 
 

@@ -86,18 +86,25 @@ def make_shard_id(shard: str, relative_to: str | None = None) -> str:
 class ImageEntry:
     """One image member of a shard, and the sidecars of its sample, none of them read yet.
 
-    The images of a sample share one tuple of sidecars. ``warning`` is set if an earlier sample
-    has the same key, ``repeated`` if an earlier member of the shard has the same name. ``extent``
-    is where the whole sample lies, headers included: its first offset and the next sample's; None
-    if anything else lies between its members.
+    The sample's key is the beginning of the member's name: kept as a length, as strings of their
+    own take megabytes for all entries of a long shard. The images of a sample share one tuple of
+    sidecars. ``warning`` is set if an earlier sample has the same key, ``repeated`` if an earlier
+    member of the shard has the same name. ``extent`` is where the whole sample lies, headers
+    included: its first offset and the next sample's; None if anything else lies between its
+    members.
     """
 
     member: Member
-    key: str
+    key_length: int
     sidecars: tuple[tuple[str, Member], ...] = ()
     warning: str | None = None
     repeated: bool = False
     extent: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """The sample's key."""
+        return self.member.name[: self.key_length]
 
 
 @dataclass(slots=True)
@@ -137,7 +144,7 @@ class ShardIndex:
         entries = [
             ImageEntry(
                 Member(*member),
-                key,
+                len(key),
                 tuple((e, Member(*m)) for e, m in sidecars),
                 warning,
                 repeated,
@@ -206,7 +213,7 @@ def index_members(members: Iterable[Member], seen: Seen | None = None) -> ShardI
                 here.names.add(member.name)
                 index.scattered |= repeated
                 index.images.append(
-                    ImageEntry(member, sample.key, sidecars, warning, repeated, extent)
+                    ImageEntry(member, len(sample.key), sidecars, warning, repeated, extent)
                 )
     repeated_names = [entry.member.name for entry in index.images if entry.repeated]
     if repeated_names:

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,24 +10,17 @@ from dask_imgread import ImageReaderStage
 from dask_imgread.cli.arguments import NOT_OFFERED, READER_HELP, make_parser
 from dask_imgread.cli.commands import find_free, make_reader
 from dask_imgread.cli.main import main
-from tests.helpers.workers import QUICK_START
+from tests.helpers.commands import run_command
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    environment = os.environ | QUICK_START
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=100, env=environment
-    )
-
-
-def test_demo(tmp_path):
-    done = run("demo", "--images", 40, "--workers", 2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "39 images, 1 failed" in done.stdout
-    assert "truncated" in done.stdout
-    assert "images/s" in done.stdout
-    assert "/000000.jpg" in done.stdout
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_command("demo", "--images", 40, "--workers", 2)
+    assert status == 0, err
+    assert "39 images, 1 failed" in out
+    assert "truncated" in out
+    assert "images/s" in out
+    assert "/000000.jpg" in out
     folder = tmp_path / "dask-imgread-demo"
     rows = pd.read_parquet(folder / "metadata")
     assert len(rows) == 40
@@ -36,21 +28,21 @@ def test_demo(tmp_path):
     assert "<svg" in (folder / "report.html").read_text()
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sum(count > 0 for count in sheet.convert("L").histogram()) > 50
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in err
     before = sorted(folder.rglob("*"))
-    again = run("demo", "--folder", folder, cwd=tmp_path)
-    assert (again.returncode, again.stdout) == (2, "")
-    assert "is not empty, and stays as it is: give another --folder" in again.stderr
+    status, out, err = run_command("demo", "--folder", folder)
+    assert (status, out) == (2, "")
+    assert "is not empty, and stays as it is: give another --folder" in err
     assert sorted(folder.rglob("*")) == before
     assert find_free(str(folder)) == f"{folder}-2"
 
 
-def test_metadata(tmp_path, photo_shards):
-    done = run(
-        "metadata", *photo_shards, "--out", "out", "--images-per-partition", 10, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "100 images, 0 failed" in done.stdout
+def test_metadata(tmp_path, photo_shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = ["metadata", *photo_shards, "--out", "out", "--images-per-partition", 10]
+    status, out, err = run_command(*job)
+    assert status == 0, err
+    assert "100 images, 0 failed" in out
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 12
     assert len(pd.read_parquet(tmp_path / "out")) == 100
 
@@ -70,12 +62,13 @@ def test_wrong_paths(tmp_path, monkeypatch, capsys, wrong):
     assert wrong in printed.err
 
 
-def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards):
+def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.tar").write_text("hello")
-    done = run("metadata", "text.tar", photo_shards[0], "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "25 images, 1 failed" in done.stdout
-    assert "unreadable shard: not a tar archive" in done.stdout
+    status, out, err = run_command("metadata", "text.tar", photo_shards[0], "--out", "out")
+    assert status == 0, err
+    assert "25 images, 1 failed" in out
+    assert "unreadable shard: not a tar archive" in out
 
 
 LIST_MODULES = """

@@ -1,10 +1,9 @@
 """What the command line says: help, refusals, progress, previews."""
 
 import argparse
+import contextlib
 import os
 import re
-import subprocess
-import sys
 import termios
 from dataclasses import fields
 
@@ -17,7 +16,7 @@ from dask_imgread.cli.arguments import make_parser, parse_arguments
 from dask_imgread.cli.main import main
 from dask_imgread.cli.preview import format_rows
 from dask_imgread.testing import make_shards, write_shard
-from tests.helpers.workers import QUICK_START
+from tests.helpers.commands import Command, run_command
 
 MODULE = "def measure(batch):\n    return {'width': [image.width for image in batch.data]}\n"
 
@@ -34,26 +33,17 @@ def run_on_terminal(*arguments, width=80):
     """Return the exit status, and what a terminal of that width is sent as stdout and stderr."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, width))
-    command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    environment |= QUICK_START
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while piece := os.read(ours, 1 << 16):
-                shown += piece
-        except OSError:  # so a terminal says that nobody writes to it any more
-            pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        command = Command(*arguments, terminal=theirs)
+    shown = os.read(ours, 1 << 16)
+    os.close(theirs)  # only now: the command has opened it
+    with contextlib.suppress(OSError):  # so a terminal says that nobody writes to it any more
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
     os.close(ours)
-    return process.returncode, shown.decode()
-
-
-def run(*arguments):
-    command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    environment = os.environ | QUICK_START
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    return done.returncode, done.stdout, done.stderr
+    (status,) = command.wait()
+    return status, shown.decode()
 
 
 def list_commands():
@@ -157,7 +147,7 @@ def test_lists_that_are_cut_say_how_many_more(folder, capsys):
 def test_nothing_left_to_do(folder):
     shards = make_shards("shards", images_per_shard=4)
     job = ["metadata", *shards, "--out", "out", "--workers", 1]
-    first, again = run(*job), run(*job)
+    first, again = run_command(*job), run_command(*job)
     assert first[0] == again[0] == 0
     assert "nothing left to read: all 2 partitions are done" in again[1]
     assert "nothing left" not in first[1]
@@ -168,7 +158,7 @@ def test_nothing_left_to_do(folder):
 def test_no_bar_goes_into_a_log(folder, command):
     make_shards("shards", images_per_shard=4)
     what = {"metadata": ["shards", "--out", "out"], "verify": ["shards"], "demo": ["--images", 8]}
-    status, _, err = run(command, *what[command], "--workers", 1)
+    status, _, err = run_command(command, *what[command], "--workers", 1)
     assert status == 0
     assert "\r" not in err
     assert re.search(r"\d+ of \d+ partitions, 8|7 images, .* images/s, 0 s left\n", err)

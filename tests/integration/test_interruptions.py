@@ -26,6 +26,7 @@ from dask_imgread.errors import NoWorkersError
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
+from tests.helpers.commands import start_server
 
 MODULE = """
 import time
@@ -52,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def impatient(quick_start, monkeypatch):
     monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with dask.config.set({cluster.WAIT_SETTING: "1s"}):
         yield
@@ -61,6 +62,14 @@ def impatient(monkeypatch):
 def start(*arguments, **options):
     command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
     return subprocess.Popen(command, text=True, **options)
+
+
+@pytest.fixture
+def quick_start():
+    """Fork workers from a process that has imported what they need."""
+    start_server()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 def start_local(workers):
@@ -105,7 +114,7 @@ def test_a_job_without_workers_ends(folder, shards, impatient, monkeypatch, caps
     assert 1 <= len(list(Path("out").glob("part-*"))) < 200
 
 
-def test_a_job_goes_on_when_workers_come_back(folder, shards, monkeypatch):
+def test_a_job_goes_on_when_workers_come_back(folder, shards, quick_start, monkeypatch):
     monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with start_local(1) as local, Client(local) as client:
         scale_when_begun(local, "out", 0)
@@ -139,7 +148,7 @@ def test_workers_that_can_not_do_the_work_are_none(client, impatient):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_an_adaptive_cluster_starts_from_nothing(folder, shards, workers):
+def test_an_adaptive_cluster_starts_from_nothing(folder, shards, quick_start, workers):
     with start_local(0) as local:
         local.adapt(minimum=0, maximum=2, interval="100ms")
         client = connect_client(scheduler=local.scheduler_address, n_workers=workers)
@@ -147,7 +156,7 @@ def test_an_adaptive_cluster_starts_from_nothing(folder, shards, workers):
         assert run_job(shards, "out", count_slowly, **options).images == 199
 
 
-def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, monkeypatch):
+def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, quick_start, monkeypatch):
     """What its tasks ask for is not known before there is a worker."""
     monkeypatch.setenv("DASK_IMGREAD__DEVICE", "cpu")
     options = {"threads_per_worker": 1, "dashboard_address": ":0", "resources": {"GPU": 1}}

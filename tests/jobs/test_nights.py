@@ -1,7 +1,6 @@
 """Ten nights of a job over shards that change, killed in each of them."""
 
 import collections
-import multiprocessing
 import os
 import random
 import time
@@ -15,6 +14,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from dask_imgread import ImageReaderStage, run_job
+from tests.helpers.commands import start_server
 from tests.helpers.nights import OpenedReader, ShardSet, keep_gone, read_all, sum_pixels
 
 PLAIN = ImageReaderStage(device="cpu", verbose=False)
@@ -71,8 +71,7 @@ def wait_for(found, process):
 
 def disturb_a_night(folder, division, chance):
     """Run a job, and kill something at a random moment; return what was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.jobs.test_nights"])
+    context = start_server()
     where = chance.choice(["client", "client", "client", "worker", "scheduler"])
     cluster = None
     if where == "scheduler":

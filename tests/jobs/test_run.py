@@ -37,8 +37,8 @@ from dask_imgread.jobs.parts import PartName, Place
 from dask_imgread.jobs.writer import PartSink
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards, write_shard
+from tests.helpers.commands import Command, run_command
 from tests.helpers.images import encode
-from tests.helpers.workers import QUICK_START
 
 MODULE = """
 import os, time
@@ -69,30 +69,9 @@ def shards(tmp_path_factory):
     return make_shards(folder, shards=4, images_per_shard=500, size=(48, 32), broken=3)
 
 
-def start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **environment):
-    command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    variables = os.environ | QUICK_START | environment
-    return subprocess.Popen(command, env=variables, stdout=stdout, stderr=stderr, text=True)
-
-
-def list_workers(process):
-    """Return the worker processes, which a process forks that was started for that."""
-    workers = []
-    for child in psutil.Process(process.pid).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            workers += child.children()
-    return workers
-
-
-def run(*arguments, **environment):
-    process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
-
-
 @pytest.fixture
 def run_here(client, capsys, monkeypatch):
-    """What ``run`` does, on the tests' own cluster and without a new process: many times faster."""
+    """What ``run_command`` does, on the tests' own cluster and without a new process."""
     monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
 
     def run_here(*arguments):
@@ -107,7 +86,7 @@ def wait_for_parts(folder, count, process):
     """Wait until a job has written some parts."""
     end = time.monotonic() + 60
     while len(list(folder.glob("part-*"))) < count:
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.wait()
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -134,11 +113,10 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(folder, client, 
     started = []
     for kill in range(10):
         before = len(list(out.glob("part-*")))
-        with open("kills.log", "w") as log:
-            process = start(*job, PAUSE="0.05", stdout=log, stderr=log)
+        process = Command(*job, PAUSE="0.05")
         wait_for_parts(out, before + 1, process)
         time.sleep(chance.uniform(0, 0.6))
-        while not (workers := list_workers(process)):  # none, for a moment: they start anew
+        while not (workers := process.list_workers()):  # none, for a moment: they start anew
             time.sleep(0.05)
         started += workers
         if kill % 2:
@@ -151,7 +129,7 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(folder, client, 
     done = len(list(out.glob("part-*")))
     assert 10 <= done < 100
     written = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
-    status, printed, _ = run(*job)
+    status, printed, _ = run_command(*job)
     assert status == 0
     assert "1997 images, 3 failed" in printed
     assert f"{100 - done} of 100 partitions now" in printed
@@ -174,11 +152,11 @@ def test_killed_at_ten_random_moments_it_ends_as_if_undisturbed(folder, client, 
 
 @pytest.mark.slow
 def test_a_worker_killed_is_no_matter_for_the_client(folder, shards):
-    process = start("metadata", *shards, "--out", "out", "--decode", "--workers", 2, *PARTS)
+    process = Command("metadata", *shards, "--out", "out", "--decode", "--workers", 2, *PARTS)
     wait_for_parts(folder / "out", 3, process)
-    list_workers(process)[0].kill()
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+    process.list_workers()[0].kill()
+    status, out, err = process.wait()
+    assert status == 0, err
     assert "1997 images, 3 failed" in out
 
 
@@ -188,11 +166,11 @@ PARTS = ["--images-per-partition", 20, "--device", "cpu"]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_it_keeps_what_is_done(folder, shards, number):
     job = ["apply", "measuring:measure", *shards, "--out", "out", "--workers", 1, *PARTS]
-    process = start(*job, PAUSE="0.2")
+    process = Command(*job, PAUSE="0.2")
     wait_for_parts(folder / "out", 2, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    status, out, err = process.wait()
+    assert status == 128 + number
     assert out == ""
     assert f"stopped by {number.name}; what is done is kept" in err
     assert "Traceback" not in err
@@ -215,13 +193,13 @@ def test_a_scheduler_that_is_there_and_is_lost(folder, shards):
     )
     job = ["apply", "measuring:measure", *shards, "--out", "out", *PARTS]
     try:
-        process = start(
+        process = Command(
             *job, "--scheduler-file", "where.json", DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="2s"
         )
         wait_for_parts(folder / "out", 2, process)
         scheduler.kill()
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == 3, err
+        status, out, err = process.wait()
+        assert status == 3, err
         assert "dask-imgread: the scheduler was lost" in err
         assert "could not be done" not in err
         assert out == ""
@@ -229,7 +207,7 @@ def test_a_scheduler_that_is_there_and_is_lost(folder, shards):
         for each in (scheduler, worker):
             each.terminate()
             each.wait()
-    status, out, _ = run(*job, "--workers", 2)
+    status, out, _ = run_command(*job, "--workers", 2)
     assert status == 0
     assert "1997 images, 3 failed" in out
 
@@ -400,7 +378,7 @@ def test_failures_of_a_function_have_an_exit_status_of_their_own(folder, shards,
         "    return [{'n': 6 / (int(image.key) - 20)} for image in batch.data]\n"
     )
     job = ["apply", "picky:measure", shards[0], "--out", "out", *PARTS]
-    status, out, _ = run(*job, "--workers", 1)
+    status, out, _ = run_command(*job, "--workers", 1)
     assert status == 4
     assert ", 1 of them in the function" in out
     assert "failed: " in out
@@ -583,7 +561,7 @@ def test_a_sidecars_grammar(capsys, text):
 
 def test_exit_statuses_and_what_goes_where(folder, shards):
     job = ["metadata", *shards, "--out", "out", "--workers", 1, "--log-format", "json"]
-    status, out, err = run(*job, "--decode", "--device", "cpu", "--fail-on-error")
+    status, out, err = run_command(*job, "--decode", "--device", "cpu", "--fail-on-error")
     assert status == 1
     result = json.loads(out)
     assert (result["images"], result["failed"], result["out"]) == (1997, 3, "out")
@@ -592,7 +570,7 @@ def test_exit_statuses_and_what_goes_where(folder, shards):
     assert lines[-1]["images_per_second"] == pytest.approx(result["images_per_second"], rel=0.5)
     assert {"partitions_done", "images_per_second", "seconds_left"} <= lines[-1].keys()
     assert sum("truncated" in line["message"] for line in lines) == 3
-    status, out, err = run(*job)
+    status, out, err = run_command(*job)
     assert (status, out) == (2, "")
     assert "decode was True, and is False" in json.loads(err)["message"]
 
@@ -635,7 +613,7 @@ def test_a_configuration_file(folder, shards, capsys):
         log-format = "json"
         """
     )
-    status, out, err = run("apply", "--config", "job.toml", "--out", "other")
+    status, out, err = run_command("apply", "--config", "job.toml", "--out", "other")
     assert status == 0, err
     assert json.loads(out)["out"] == "other"
     options = json.loads((folder / "other" / "_job.json").read_text())["options"]
@@ -829,7 +807,7 @@ def test_only_the_result_is_on_stdout(folder, shards):
     noisy = MODULE.replace("    ids =", "    print('chatter')\n    ids =") + "print('import')\n"
     (folder / "measuring.py").write_text(noisy)
     job = ["apply", "measuring:measure", shards[0], "--out", "out", "--workers", 1]
-    status, out, err = run(*job, "--log-format", "json", "--device", "cpu")
+    status, out, err = run_command(*job, "--log-format", "json", "--device", "cpu")
     assert status == 0, err
     assert json.loads(out)["partitions"] == 1
     assert "chatter" in err
