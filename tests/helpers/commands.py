@@ -20,7 +20,8 @@ from distributed.config import initialize_logging
 ROOT = Path(__file__).parents[2]
 IMPORTED = [
     *("tests.helpers.commands", "dask_imgread.cli.commands", "dask_imgread.decoding.dali"),
-    *("distributed.nanny", "nvidia.dali.fn", "simplejpeg", "skimage", "sklearn.datasets"),
+    *("distributed.nanny", "distributed.dashboard.scheduler", "dask_imgread.report.page"),
+    *("nvidia.dali.fn", "simplejpeg", "skimage", "sklearn.datasets"),
 ]
 
 
