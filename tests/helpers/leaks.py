@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from multiprocessing import resource_tracker
+from multiprocessing import active_children, resource_tracker
 
 import fsspec.asyn
 import pytest
@@ -22,6 +22,8 @@ KEPT_THREADS = (
     "Dask-Callback-Thread",
     "Dask-Offload",
 )
+# They handle requests, and the server that has them waits for them when it is closed.
+SERVER_THREADS = "(process_request_thread)"
 KEPT_FILES = (
     "/memfd:stderr",  # where what DALI prints is led
     "/proc/",  # read again and again by what watches Dask's processes
@@ -51,8 +53,10 @@ def _list_threads():
     scheduler = sys.modules.get("dask.threaded")  # its pool starts a thread when it needs one
     kept = getattr(scheduler and scheduler.default_pool, "_threads", ())
     for thread in threading.enumerate():
-        if thread not in kept and not thread.name.startswith(KEPT_THREADS):
-            yield "thread", str(thread.ident), thread.name
+        name = thread.name
+        stays = name.startswith(KEPT_THREADS) or name.endswith(SERVER_THREADS)
+        if thread not in kept and not stays:
+            yield "thread", str(thread.ident), name
 
 
 def _list_children():
@@ -73,28 +77,49 @@ def check_leaks(before):
             gc.collect()
             collected = True
         left &= list_open()
-    left = {one for one in left if not _is_of_a_cluster(*one)}
+    left = _leave_out_what_is_shared(left, before)
     if left:
         pytest.fail(f"the test leaves behind: {sorted(left)}", pytrace=False)
 
 
-def _is_of_a_cluster(kind, number, target):
-    """Return whether a socket connects the parts of a cluster, which do so when they like."""
-    if not target.startswith("socket:"):
-        return False
-    with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connection:
-        return not _list_ports().isdisjoint(
-            (connection.getsockname()[1], connection.getpeername()[1])
-        )
-    return False
+def _leave_out_what_is_shared(left, before):
+    """Leave out connections with servers and clusters that began before the test.
+
+    Their clients keep connections for later, and so do the parts of a cluster. A cluster whose
+    worker was killed has a new one, too, with its pipes.
+    """
+    clusters = _list_clusters()
+    ports = {p for _, n, target in before if _is_socket(target) for p in _read_ports(n, True)}
+    for scheduler in clusters:
+        for worker in list(scheduler.workers.values()):
+            ports.add(int(worker.address.rpartition(":")[2]))
+    workers = {str(child.pid) for child in active_children()} if clusters else set()
+    left = {one for one in left if one[0] != "child" or one[1] not in workers}
+    return {
+        (kind, number, target)
+        for kind, number, target in left
+        if not (_is_socket(target) and ports & set(_read_ports(number, False)))
+        and not (clusters and target.startswith("pipe:"))
+    }
 
 
-def _list_ports():
-    """Return the ports of the schedulers in this process, their workers and nannies."""
+def _is_socket(target):
+    return target.startswith("socket:")
+
+
+def _read_ports(number, listening):
+    """Return the ports of a socket that listens, or of both ends of a connection."""
+    with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as one:
+        if one.family in (socket.AF_INET, socket.AF_INET6):
+            listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listening:
+                return [one.getsockname()[1]] if listens else []
+            return [one.getsockname()[1], one.getpeername()[1]]
+    return []
+
+
+def _list_clusters():
+    """Return the schedulers in this process."""
     module = sys.modules.get("distributed.scheduler")
     schedulers = list(module.Scheduler._instances) if module else []
-    addresses = [scheduler.address for scheduler in schedulers]
-    for scheduler in schedulers:
-        for worker in list(scheduler.workers.values()):
-            addresses += [worker.address, worker.nanny or ""]
-    return {int(a.rpartition(":")[2]) for a in addresses if a.startswith("tcp:")}
+    return [scheduler for scheduler in schedulers if scheduler.workers]
