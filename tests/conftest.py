@@ -9,6 +9,7 @@ from PIL import Image
 
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode
+from tests.helpers.leaks import check_leaks, list_open, start_what_stays
 
 pytest_plugins = ["pytester"]
 
@@ -58,6 +59,19 @@ def photo_shards(photographs, tmp_path_factory):
             ]
         paths.append(write_shard(folder / f"photos-{shard:02d}.tar", members))
     return paths
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_stays():
+    start_what_stays()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(what_stays):
+    """Fail a test that leaves descriptors, threads or children behind."""
+    before = list_open()
+    yield
+    check_leaks(before)
 
 
 @pytest.fixture(autouse=True)

@@ -78,6 +78,16 @@ def test_the_readme_has_two_commands_for_a_fresh_machine():
     assert [command.rsplit("/", 1)[1] for command in commands] == ["dask-imgread demo", "pytest"]
 
 
+def test_the_changelog_has_this_version():
+    """Under its own heading, or what is to be in it as unreleased."""
+    headings = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert dask_imgread.__version__ == project["version"]
+    released = [heading for heading in headings if heading != "[Unreleased]"]
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", h) for h in released)
+    assert headings[0].partition(" - ")[0] in ("[Unreleased]", f"[{project['version']}]")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_examples(name, tmp_path, monkeypatch):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
@@ -113,7 +123,7 @@ def test_the_source_distribution_has_all_files(tmp_path):
         packed = {name.partition("/")[2] for name in tar.getnames()}
     folders = [".ci", "benchmarks", "dask_imgread", "docs", "examples", "tests"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    files += [path for path in ROOT.iterdir() if path.name not in (".git", ".coverage")]
+    files += [p for p in ROOT.iterdir() if p.name != ".git" and not p.match(".coverage*")]
     wanted = {
         str(path.relative_to(ROOT))
         for path in files

@@ -53,6 +53,7 @@ from dask_imgread.progress import start_logging
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
+from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
 from dask_imgread.selection.write import check_apart, resolve_out
 from dask_imgread.shards.find import Shard, find_shards
@@ -69,8 +70,6 @@ _SHEET_IMAGES = 24
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Make shards, one of their pictures broken, read them, and draw what was read."""
-    from dask_imgread.report.page import write_report  # imports Bokeh, which few commands need
-
     start_logging("text")
     folder = Path(arguments.folder or find_free("dask-imgread-demo"))
     if folder.exists() and any(folder.iterdir()):
@@ -322,8 +321,6 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """Write the page about a job's output."""
-    from dask_imgread.report.page import write_report
-
     storage_options, out_options = read_storage_options(arguments)
     page = write_report(
         arguments.folder,

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from huggingface_hub import close_session
+
 from tests.helpers.servers import Handler, Server, serve_http
 
 
@@ -84,3 +86,4 @@ def serve_hub(folder, dataset="owner/name", *, token=None):
     """
     with serve_http(folder) as files, HubServer(folder, dataset, token, files).running() as server:
         yield server
+    close_session()  # the client of this process keeps connections

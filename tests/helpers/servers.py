@@ -382,7 +382,7 @@ def serve_s3(*, faults=None):
     moto._server.daemon_threads = False  # so that stop() waits for them
     try:
         with S3Server(moto.get_host_and_port(), faults).running() as server:
-            server.ask_moto("POST", "/moto-api/reset")  # its state is the process's
             yield server
+            server.ask_moto("POST", "/moto-api/reset")  # its state is the process's
     finally:
         moto.stop()
