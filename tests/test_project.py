@@ -1,6 +1,7 @@
 """What the project says of itself: its environments, its README, its examples, its docstrings."""
 
 import ast
+import asyncio
 import doctest
 import importlib.util
 import inspect
@@ -250,7 +251,8 @@ def test_the_notebooks(tmp_path, name, shown, picture):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client = NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}})
+    asyncio.run(client.async_execute())  # execute() leaves an event loop behind
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = str([output.get("text", output.get("data")) for output in outputs])
     assert [text for text in shown if text not in printed] == []
