@@ -1,6 +1,7 @@
 """What the project says of itself: its environments, its README, its examples, its docstrings."""
 
 import ast
+import asyncio
 import doctest
 import importlib.util
 import inspect
@@ -263,5 +264,6 @@ def test_the_notebooks(tmp_path, name, shown, picture):
 
     notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
     check(notebook)  # with the outputs that it was committed with
-    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client = NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}})
+    asyncio.run(client.async_execute())  # execute() leaves an event loop behind
     check(notebook)

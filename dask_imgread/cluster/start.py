@@ -337,9 +337,12 @@ def _connect(scheduler: str | None, scheduler_file: str | None) -> Client:
 
     end = time.monotonic() + _TIMEOUT  # Dask's own timeout would apply to reconnecting, too
     while True:
+        client = Client.__new__(Client)
         try:
-            return Client(scheduler, scheduler_file=scheduler_file)
+            client.__init__(scheduler, scheduler_file=scheduler_file)
+            return client
         except OSError as error:
+            client._loop_runner.stop()  # Dask leaves the thread of its event loop running
             if time.monotonic() > end:
                 raise TimeoutError(f"no scheduler was reached in {_TIMEOUT} s: {error}") from error
             time.sleep(1)

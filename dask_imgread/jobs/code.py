@@ -138,6 +138,8 @@ class _Walk:
         name, names, code = _name(fn), fn.__globals__, fn.__code__
         if code.co_qualname.startswith("__create_fn__"):
             return  # made by dataclasses, from the fields
+        if code.co_name == "__annotate__":
+            return  # made by Python 3.14: annotations do nothing
         cells, uses = _get_cells(fn), list(_list_uses(code))
         place = (code.co_firstlineno, code.co_name)
         source = self._find_source(code.co_filename, names, *place)
