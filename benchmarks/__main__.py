@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", type=int, default=Size.long, help="images of the longest run")
     parser.add_argument("--rounds", type=int, default=Size.rounds)
     parser.add_argument("--kinds", type=int, default=Size.kinds, help="sizes of pictures")
-    parser.add_argument("--only", metavar="WORD", default="", help="rows whose name has the word")
+    parser.add_argument("--only", metavar="WORD", default="", help="measures whose name has it")
     args = parser.parse_args(argv)
     size = Size(args.images, args.rounds, args.kinds, args.long)
     with tempfile.TemporaryDirectory() as folder:
