@@ -94,7 +94,8 @@ def _leave_out_what_is_shared(left, before):
     ports = {p for _, n, target in before if _is_socket(target) for p in _read_ports(n, True)}
     for scheduler in clusters:
         for worker in list(scheduler.workers.values()):
-            ports.add(int(worker.address.rpartition(":")[2]))
+            if not worker.address.startswith("inproc:"):
+                ports.add(int(worker.address.rpartition(":")[2]))
     workers = {str(child.pid) for child in active_children()} if clusters else set()
     left = {one for one in left if one[0] != "child" or one[1] not in workers}
     return {
