@@ -93,8 +93,8 @@ def _leave_out_what_is_shared(left, before):
     clusters = _list_clusters()
     ports = {p for _, n, target in before if _is_socket(target) for p in _read_ports(n, True)}
     for scheduler in clusters:
-        for worker in list(scheduler.workers.values()):
-            ports.add(int(worker.address.rpartition(":")[2]))
+        addresses = (worker.address.rpartition(":")[2] for worker in [*scheduler.workers.values()])
+        ports.update(int(port) for port in addresses if port.isdigit())  # in this process: none
     workers = {str(child.pid) for child in active_children()} if clusters else set()
     left = {one for one in left if one[0] != "child" or one[1] not in workers}
     return {

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from distributed import Client
 
 from tests.helpers import leaks
 
@@ -47,6 +48,11 @@ def test_connections_of_a_cluster_are_its_own(client, monkeypatch):
     address = client.scheduler.address.removeprefix("tcp://").split(":")
     with socket.create_connection((address[0], int(address[1]))):
         leaks.check_leaks(before)
+
+
+def test_a_cluster_in_this_process():
+    with Client(n_workers=1, processes=False, dashboard_address=":0"):
+        leaks.check_leaks(leaks.list_open())
 
 
 @pytest.mark.parametrize("used", ["bag", "fsspec"])
