@@ -24,6 +24,7 @@ KEPT_THREADS = (
 )
 # They handle requests, and the server that has them waits for them when it is closed.
 SERVER_THREADS = "(process_request_thread)"
+WORKER_THREADS = "-Dask-Default-Threads-"  # of a worker in this process: started for its tasks
 KEPT_FILES = (
     "/memfd:stderr",  # where what DALI prints is led
     "/proc/",  # read again and again by what watches Dask's processes
@@ -55,7 +56,7 @@ def _list_threads():
     for thread in threading.enumerate():
         name = thread.name
         stays = name.startswith(KEPT_THREADS) or name.endswith(SERVER_THREADS)
-        if thread not in kept and not stays:
+        if thread not in kept and not stays and WORKER_THREADS not in name:
             yield "thread", str(thread.ident), name
 
 

@@ -51,8 +51,10 @@ def test_connections_of_a_cluster_are_its_own(client, monkeypatch):
 
 
 def test_a_cluster_in_this_process():
-    with Client(n_workers=1, processes=False, dashboard_address=":0"):
-        leaks.check_leaks(leaks.list_open())
+    with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
+        before = leaks.list_open()
+        assert client.submit(abs, -1).result() == 1
+        leaks.check_leaks(before)
 
 
 @pytest.mark.parametrize("used", ["bag", "fsspec"])
