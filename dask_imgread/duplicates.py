@@ -103,8 +103,7 @@ def find_duplicates(
     ``distance + 1`` parts. A worker has the hashes of one partition at a time. The pairs that were
     found are joined to groups by one worker, whose memory holds one entry for each hash that is
     repeated or near to another one; these are sent to all workers, and only rows with these hashes
-    are shuffled. 2,000,000 rows take half a minute on two
-    cores.
+    are shuffled. 2,000,000 rows take half a minute on two cores.
 
     Examples
     --------
@@ -206,8 +205,7 @@ def _label(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     hashes, roots = links.to_numpy().T
     labels = rows["_label"].to_numpy()
     places = np.searchsorted(hashes, labels)
-    linked = np.append(hashes, 0)[places] == labels
-    linked &= places < len(hashes)
+    linked = np.searchsorted(hashes, labels, "right") > places
     return rows[linked].assign(_label=roots[places[linked]])
 
 

@@ -72,6 +72,15 @@ def test_near_hashes_are_linked():
     assert find_duplicates(signed, "phash")["phash"].tolist() == [(1 << 64) - 1, (1 << 64) - 2]
 
 
+def test_hashes_that_floats_confuse():
+    """Next to each other as numbers, and equal as floats, two hashes may differ in many bits."""
+    value = 0xF000_0000_0000_0400
+    rows = make_rows([{"phash": value}, {"phash": value - 1}, {"phash": value}])
+    found = find_duplicates(rows, "phash")
+    assert sum_up(found) == ["00 00 kept 0", "02 00 - 0"]
+    assert_same(find_duplicates(dd.from_pandas(rows, 2), "phash"), found)
+
+
 def test_which_one_is_kept():
     rows = make_rows(
         [

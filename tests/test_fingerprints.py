@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import tracemalloc
 
 import imagehash
 import numpy as np
@@ -124,6 +125,18 @@ def test_pictures_are_shrunk_as_by_pillow(height, width, outside):
     for shrunk, size in zip(shrink(levels, box), [(32, 32), (9, 8)], strict=True):
         expected = Image.fromarray(levels).resize(size, Image.Resampling.LANCZOS, box)
         assert np.array_equal(shrunk, np.asarray(expected))
+
+
+def test_weights_of_long_lines_are_not_kept():
+    box = 0, 0, 3000, 1
+    shrink(np.zeros((1, 3000), np.uint8), box)
+    tracemalloc.start()
+    try:
+        for width in range(3001, 3021):
+            shrink(np.zeros((1, width), np.uint8), box)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])

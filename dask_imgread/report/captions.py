@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
 from dask_imgread.report.statistics import Row, count_threads, open_part, read_columns
-from dask_imgread.tasks import CHECKSUM, COLUMNS, PROBLEMS
+from dask_imgread.tasks import COLUMNS, DIGESTS, PROBLEMS
 
-_KNOWN = {*COLUMNS, "image_id", CHECKSUM, PROBLEMS}
+_KNOWN = {*COLUMNS, "image_id", *DIGESTS, PROBLEMS}
 _COLUMNS, _CHARACTERS = 3, 300  # columns that are shown, and the beginning of each text
 
 

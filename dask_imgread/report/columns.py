@@ -57,11 +57,13 @@ class Spread:
     logarithmic: Histogram = field(default_factory=Histogram)
     low: float = inf
     high: float = -inf
+    is_integer: bool = False
 
     def add(self, values: Floats, is_integer: bool = False) -> None:
         """Add finite numbers."""
         if not len(values):
             return
+        self.is_integer = is_integer
         values = values.clip(-1e300, 1e300)
         self._widen(float(values.min()), float(values.max()), 0 if is_integer else self.power)
         bins, counts = np.unique(np.floor(np.ldexp(values, -self.power)), return_counts=True)
@@ -71,6 +73,7 @@ class Spread:
     def merge(self, other: Spread) -> None:
         """Add the numbers of another one."""
         if other.counts:
+            self.is_integer = other.is_integer
             self._widen(other.low, other.high, other.power)
             self.counts += _join_bins(other.counts, self.power - other.power)
             self.logarithmic.merge(other.logarithmic)
@@ -97,7 +100,8 @@ class Spread:
         places = sorted(self.counts)
         reached = np.cumsum([self.counts[place] for place in places])
         half = places[int(np.searchsorted(reached, reached[-1] / 2))] + 0.5
-        return min(max(float(np.ldexp(half, self.power)), self.low), self.high)
+        middle = float(np.ldexp(half, self.power)) - 0.5 * self.is_integer  # 7 is alone in [7, 8)
+        return min(max(middle, self.low), self.high)
 
     def bins(self) -> tuple[Floats, NDArray[np.int64]]:
         """Return edges and counts of the bins that are drawn."""
@@ -146,13 +150,16 @@ class Column:
 
     @property
     def categories(self) -> Counter[str]:
-        """How often each value is there, if they are few, and each is there more than once."""
+        """How often each value is there, if they are few, and each is there twice on average."""
         most = _VALUES if self.is_text else _CATEGORIES
         values = self.values or Counter()
         is_bool = pa.types.is_boolean(self.type)
         if len(values) > most or not (is_bool or 2 * len(values) <= self.present):
             return Counter()
-        return Counter({_name_value(value): count for value, count in values.items()})
+        named: Counter[str] = Counter()
+        for value, count in values.items():
+            named[_name_value(value)] += count
+        return named if len(named) == len(values) else Counter()  # else digits are missing
 
     def add(self, column: pa.ChunkedArray) -> None:
         """Add rows."""
@@ -267,7 +274,9 @@ def _describe(column: Column) -> str:
     if not column.present:
         return "none"
     if column.values and len(column.values) == 1:
-        return f"all {next(map(_name_value, column.values))}"
+        name = next(map(_name_value, column.values))
+        cut = column.is_text and column.spread.high > _CHARACTERS
+        return f"all begin with {name}" if cut else f"all {name}"
     if column.categories:
         return f"{len(column.categories):,} different"
     if not column.spread.counts:

@@ -226,7 +226,9 @@ def describe_range(histogram: Distribution, unit: str) -> str:
     low, middle, high = (
         format_number(n, unit) for n in (histogram.low, histogram.median(), histogram.high)
     )
-    return f"all {low}" if low == high else f"{low} to {high}, median about {middle}"
+    if low == high:
+        return f"{'all' if histogram.low == histogram.high else 'about'} {low}"
+    return f"{low} to {high}, median about {middle}"
 
 
 def format_time(seconds: float) -> str:

@@ -24,6 +24,7 @@ KEPT_THREADS = (
 )
 # They handle requests, and the server that has them waits for them when it is closed.
 SERVER_THREADS = "(process_request_thread)"
+WORKER_THREADS = "-Dask-Default-Threads-"  # of a worker in this process: started for its tasks
 KEPT_FILES = (
     "/memfd:stderr",  # where what DALI prints is led
     "/proc/",  # read again and again by what watches Dask's processes
@@ -55,7 +56,7 @@ def _list_threads():
     for thread in threading.enumerate():
         name = thread.name
         stays = name.startswith(KEPT_THREADS) or name.endswith(SERVER_THREADS)
-        if thread not in kept and not stays:
+        if thread not in kept and not stays and WORKER_THREADS not in name:
             yield "thread", str(thread.ident), name
 
 
@@ -93,9 +94,8 @@ def _leave_out_what_is_shared(left, before):
     clusters = _list_clusters()
     ports = {p for _, n, target in before if _is_socket(target) for p in _read_ports(n, True)}
     for scheduler in clusters:
-        for worker in list(scheduler.workers.values()):
-            if not worker.address.startswith("inproc:"):
-                ports.add(int(worker.address.rpartition(":")[2]))
+        addresses = (worker.address.rpartition(":")[2] for worker in [*scheduler.workers.values()])
+        ports.update(int(port) for port in addresses if port.isdigit())  # in this process: none
     workers = {str(child.pid) for child in active_children()} if clusters else set()
     left = {one for one in left if one[0] != "child" or one[1] not in workers}
     return {

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from distributed import Client
 
 from tests.helpers import leaks
 
@@ -46,6 +47,13 @@ def test_connections_of_a_cluster_are_its_own(client, monkeypatch):
     before = leaks.list_open()
     address = client.scheduler.address.removeprefix("tcp://").split(":")
     with socket.create_connection((address[0], int(address[1]))):
+        leaks.check_leaks(before)
+
+
+def test_a_cluster_in_this_process():
+    with Client(n_workers=1, processes=False, dashboard_address=":0") as client:
+        before = leaks.list_open()
+        assert client.submit(abs, -1).result() == 1
         leaks.check_leaks(before)
 
 

@@ -54,8 +54,11 @@ def say(column):
         ([True, False, True], None, "bool 0 2 different a 2 values true 2 (66.7%) false 1 (33.3%)"),
         ([1, 2, 1, 2], None, "int64 0 2 different a 2 values 1 2 (50.0%) 2 2 (50.0%)"),
         ([None, None], pa.int32(), "int32 2 (100.0%) none"),
+        ([1.0000001, 1.0000002, 3.0] * 3, None, "double 0 1 to 3, median about 1"),
+        ([10_000.1, 10_000.2], None, "double 0 about 10 k"),
+        (["x" * 120, "x" * 130], None, f"string 0 all begin with {'x' * 100}"),
         ([math.inf] * 3 + [-math.inf] * 3, None, "double 0 2 different"),
-        (["a", "bc", "def"], None, "3 different; characters: 1 to 3, median about 2"),
+        (["a", "bc", "def"], None, "3 different; characters: 1 to 3, median about 2 Length"),
         ([f"{n:05}" for n in range(3000)], None, "more than 1,000 different; characters: all 5"),
         ([[1, 2], [3]], None, "list<item: int64> not counted"),
     ],
@@ -154,6 +157,7 @@ def test_what_sidecars_hold(tmp_path, client, shards):
     run_job(
         shards,
         tmp_path / "out",
+        reader=ImageReaderStage(device="cpu", verbose=False, decode=False, md5=True),
         client=client,
         sidecars={"txt": "caption", "json": {"score": "float64", "kind": "string"}},
     )
@@ -170,6 +174,7 @@ def test_what_sidecars_hold(tmp_path, client, shards):
         assert words in page.text, words
     assert page.count("script") == 1
     assert "long " * 70 not in page.text
+    assert "md5:" not in page.text.partition("Samples, drawn at random")[2]  # no caption
 
 
 def measure(batch):

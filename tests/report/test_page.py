@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import fsspec
@@ -57,12 +58,17 @@ def read_report(out, **options):
 
 @pytest.fixture(scope="module")
 def hostile_out(tmp_path_factory):
-    """A job whose shards and members, read and broken, have names that try to be HTML."""
+    """A job whose shards and members, read and broken, have names that try to be HTML.
+
+    Its folder's name has blanks, which HTML does not keep.
+    """
     folder = tmp_path_factory.mktemp("hostile")
     names = ["a.jpg", f"{HOSTILE}1.jpg", f"{HOSTILE}2.jpg", "<img src=x onerror=alert(1)>.jpg"]
     members = zip(names, [JPEG, JPEG[:-300], JPEG, b"<script>"], strict=True)
     hostile = write_shard(folder / "<img src=x onerror=alert(1)>$$x$$.tar", list(members))
-    return write_job(folder, [hostile, *make_shards(folder, images_per_shard=40, broken=7)])
+    return write_job(
+        folder / "a  b\tc\n d", [hostile, *make_shards(folder, images_per_shard=40, broken=7)]
+    )
 
 
 def test_the_numbers(tmp_path):
@@ -242,7 +248,9 @@ def test_a_browser_shows_it(hostile_out, tmp_path, size, is_dark):
     ascending, descending, by_name = found["sorted"]
     assert ascending == descending[::-1] == sorted(ascending, key=lambda rate: float(rate[:-1]))
     assert by_name == sorted(by_name)
-    assert found["selected"].startswith("dask-imgread metadata")
+    program, command, *words = shlex.split(found["selected"])
+    assert (program, command) == ("dask-imgread", "metadata")
+    assert words[-3:] == ["--out", hostile_out, "--retry-failed"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
