@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ def serve(
     """Make a contender in this process; run a round for each request."""
     import importlib
 
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as in Dask's workers
     contender = getattr(importlib.import_module(module), name)(*args, **kwargs)
     contender.run()  # a warm-up: what is loaded and built once is not measured
     pipe.send("ready")

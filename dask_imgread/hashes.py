@@ -24,7 +24,7 @@ _SIZES = (_DCT_SIDE, _DCT_SIDE), (_SIDE + 1, _SIDE)  # columns and rows
 _BAND = 128  # rows that are converted to floats at a time
 # Lines of which the weights are kept, and their most pixels. If all lines differ, those of reduced
 # pictures take some 50 MB; the longest would take 340.
-_KEPT, _KEPT_LENGTH = 2048, 1024
+_KEPT, _KEPT_LENGTH = 1024, 1024
 
 # Of Pillow's resize: how far the filter reaches, and the precision of its weights.
 _REACH = 3
@@ -69,16 +69,12 @@ def _multiply(levels: Levels | Floats, weights: Floats) -> Floats:
 def _weigh(sides: tuple[int, ...], length: int, start: float, stop: float) -> Floats:
     """Return how much each pixel of a line counts for each one of the lines made of it."""
     weigh = _weigh_once if length <= _KEPT_LENGTH else _weigh_once.__wrapped__
-    return weigh(sides, length, start, stop).astype(float)
+    return weigh(sides, length, start, stop)
 
 
 @functools.lru_cache(_KEPT)
-def _weigh_once(
-    sides: tuple[int, ...], length: int, start: float, stop: float
-) -> NDArray[np.float32]:
-    # With 32 bits they are the same numbers, in half the memory.
-    weights = [_weigh_for(side, length, start, stop) for side in sides]
-    return np.hstack(weights).astype(np.float32)
+def _weigh_once(sides: tuple[int, ...], length: int, start: float, stop: float) -> Floats:
+    return np.hstack([_weigh_for(side, length, start, stop) for side in sides])
 
 
 def _weigh_for(side: int, length: int, start: float, stop: float) -> Floats:
