@@ -25,7 +25,13 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.reading.records import UNREACHABLE
 from dask_imgread.rows import INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS
 from dask_imgread.shards.samples import find_sidecar_type, is_image
-from dask_imgread.tasks import COLUMNS, DIGESTS, PROBLEMS, FileGroupTask, ImageBatch, ImageObject
+from dask_imgread.tasks import (
+    OWN_COLUMNS,
+    PROBLEMS,
+    FileGroupTask,
+    ImageBatch,
+    ImageObject,
+)
 
 # The columns by the extension of the sidecar: a name for the whole sidecar, or names of keys.
 Sidecars: TypeAlias = Mapping[str, str | Sequence[str] | Mapping[str, Any]]
@@ -264,8 +270,7 @@ def _check_names(names: list[Any]) -> None:
     """Raise ValueError unless the columns' names are new, and each is there once."""
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
         raise ValueError(f"sidecars: {wrong[0]!r} is no column's name")
-    taken = {*COLUMNS, "image_id", *DIGESTS, PROBLEMS}
-    clashing = [name for name, count in Counter(names).items() if count > 1 or name in taken]
+    clashing = [name for name, count in Counter(names).items() if count > 1 or name in OWN_COLUMNS]
     if clashing:
         raise ValueError(
             f"sidecars: {', '.join(clashing)}: the metadata would have two columns of that name"

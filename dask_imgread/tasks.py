@@ -45,6 +45,7 @@ COLUMNS = {
 # Columns that metadata has if it is asked for them.
 DIGESTS = CHECKSUM, MD5 = "sha256", "md5"
 PROBLEMS = "error_sidecar"
+OWN_COLUMNS = frozenset({*COLUMNS, "image_id", *DIGESTS, PROBLEMS})
 
 _SHOWN, _SHORT = 100, 40  # characters of a name
 _LISTED = 5  # shapes, or shards

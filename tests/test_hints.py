@@ -31,6 +31,12 @@ def test_a_wrong_option_of_the_reader(options, hint):
             read("a.tar", **options)
 
 
+@pytest.mark.parametrize("name", ["process", "digests", "resources"])
+def test_a_method_is_no_option(name):
+    with pytest.raises(TypeError, match=f"has no option '{name}'"):
+        ImageReaderStage().with_options(**{name: 1})
+
+
 @pytest.mark.parametrize(
     ("options", "hint"),
     [

@@ -321,10 +321,12 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             If an option can't have the value.
         """
         reader = copy(self)  # not a call of the class: a subclass's arguments may be different
+        names = [field.name for field in fields(self)]
         for name, value in options.items():
-            if not hasattr(reader, name):
-                hint = suggest(name, [field.name for field in fields(self)])
-                raise TypeError(f"{type(self).__name__} has no option {name!r}{hint}")
+            if name not in names and name not in vars(self):
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}{suggest(name, names)}"
+                )
             setattr(reader, name, value)
         ReaderOptions.__post_init__(reader)
         return reader

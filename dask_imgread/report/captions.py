@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 from fsspec import AbstractFileSystem
 
 from dask_imgread.report.statistics import Row, count_threads, open_part, read_columns
-from dask_imgread.tasks import COLUMNS, DIGESTS, PROBLEMS
+from dask_imgread.tasks import OWN_COLUMNS
 
-_KNOWN = {*COLUMNS, "image_id", *DIGESTS, PROBLEMS}
 _COLUMNS, _CHARACTERS = 3, 300  # columns that are shown, and the beginning of each text
 
 
@@ -38,7 +37,7 @@ def _read_texts(fs: AbstractFileSystem, path: str, wanted: set[str]) -> dict[str
         names = [
             field.name
             for field in parquet.schema_arrow
-            if field.name not in _KNOWN and _is_text(field.type)
+            if field.name not in OWN_COLUMNS and _is_text(field.type)
         ]
         names = sorted(names, key=lambda name: name != "caption")[:_COLUMNS]
         if not names or "image_id" not in parquet.schema_arrow.names:

@@ -48,11 +48,11 @@ from dask_imgread.storage.files import write_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
-from dask_imgread.tasks import COLUMNS, DIGESTS
+from dask_imgread.tasks import OWN_COLUMNS, PROBLEMS
 
 _IN_CONTEXT = 6  # failures that are shown between their neighbours
 # Columns that other sections are about, or that only say which image a row is of.
-_RECORDS = {*COLUMNS, "image_id", *DIGESTS}
+_RECORDS = OWN_COLUMNS - {PROBLEMS}
 _IDENTITY = {"image_id", "image_path", "shard", "shard_version", "key"}
 
 

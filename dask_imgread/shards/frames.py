@@ -18,7 +18,7 @@ from dask_imgread.shards.find import SHARD_SUFFIXES
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
-from dask_imgread.tasks import COLUMNS, DIGESTS, PROBLEMS, FileGroupTask
+from dask_imgread.tasks import COLUMNS, OWN_COLUMNS, FileGroupTask
 
 if TYPE_CHECKING:
     from dask.dataframe import DataFrame
@@ -166,8 +166,7 @@ def index_by_id(rows: pd.DataFrame) -> pd.DataFrame:
 
 def list_extra_columns(rows: pd.DataFrame) -> list[str]:
     """Return the columns that are not the package's own: sidecars', or the user's."""
-    ours = {*COLUMNS, *DIGESTS, PROBLEMS, "image_id"}
-    return [name for name in rows.columns if name not in ours]
+    return [name for name in rows.columns if name not in OWN_COLUMNS]
 
 
 def group_by_shard(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
