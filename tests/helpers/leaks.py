@@ -29,6 +29,7 @@ KEPT_FILES = (
     "/memfd:stderr",  # where what DALI prints is led
     "/proc/",  # read again and again by what watches Dask's processes
 )
+FORKSERVER = forkserver._forkserver  # from whose process tests fork others
 
 
 def start_what_stays():
@@ -43,10 +44,11 @@ def list_open():
 
 
 def _list_descriptors():
+    kept = str(FORKSERVER._forkserver_alive_fd)
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # that of the listing, or closed by another thread
             target = os.readlink(f"/proc/self/fd/{number}")
-            if not target.startswith(KEPT_FILES):
+            if number != kept and not target.startswith(KEPT_FILES):
                 yield "descriptor", number, target
 
 
@@ -61,7 +63,7 @@ def _list_threads():
 
 
 def _list_children():
-    server = str(forkserver._forkserver._forkserver_pid)  # from which tests fork processes
+    server = str(FORKSERVER._forkserver_pid)
     for thread in os.listdir("/proc/self/task"):
         with suppress(OSError), open(f"/proc/self/task/{thread}/children", "rb", 0) as file:
             for child in file.read().decode().split():
