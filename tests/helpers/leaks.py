@@ -76,15 +76,15 @@ def check_leaks(before):
     start = time.monotonic()
     collected = False
     left = list_open() - before
-    while left and time.monotonic() - start < ENDING_SECONDS:
-        time.sleep(0.01)
-        if not collected and time.monotonic() - start > GARBAGE_SECONDS:
+    while left := left and _leave_out_what_is_shared(left, before):
+        waited = time.monotonic() - start
+        if waited > ENDING_SECONDS:
+            pytest.fail(f"the test leaves behind: {sorted(left)}", pytrace=False)
+        if waited > GARBAGE_SECONDS and not collected:
             gc.collect()
             collected = True
+        time.sleep(0.01)
         left &= list_open()
-    left = _leave_out_what_is_shared(left, before)
-    if left:
-        pytest.fail(f"the test leaves behind: {sorted(left)}", pytrace=False)
 
 
 def _leave_out_what_is_shared(left, before):
