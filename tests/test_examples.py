@@ -562,14 +562,14 @@ def test_the_client_on_kubernetes(
     monkeypatch.setattr(kube_cluster, "KubeCluster", make_cluster)
     monkeypatch.setattr(sys, "argv", ["kube_cluster.py", *arguments])
     copy_shards(photo_shards[:3], tmp_path / "shards")
-    kube_cluster.main()
+    kube_cluster.main(**kube_cluster.read_arguments())
     assert made[0]["custom_cluster_spec"]["spec"]["worker"]["replicas"] == 8
     assert "75 images, 0 failed" in capsys.readouterr().out
 
     before = read_times(tmp_path / "metadata")
     copy_shards(photo_shards[3:], tmp_path / "shards")
     for _ in range(2):  # the second time nothing is left to do
-        kube_cluster.main()
+        kube_cluster.main(**kube_cluster.read_arguments())
         assert "100 images, 0 failed" in capsys.readouterr().out
     check_update(tmp_path / "metadata", before)
     assert len(made) == 2

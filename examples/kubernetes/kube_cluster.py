@@ -61,31 +61,33 @@ def start_cluster(spec: dict[str, Any]) -> Iterator[Client]:
         yield client
 
 
-def main() -> None:
+def main(
+    path: str | list[str],
+    out: str,
+    image: str,
+    update: bool = False,
+    workers: int = 8,
+    name: str = "imgread",
+) -> None:
+    # Raised as an exception, SIGTERM deletes the cluster; process 1 of a pod would ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
+    # Started only if anything is left to do, and nobody else is at it.
+    cluster = start_cluster(make_spec(name, image, workers))
+    summary = run_job(path, out, client=cluster, reader=reader, update=update, progress=True)
+    print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
+
+
+def read_arguments() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards", nargs="+", help="URLs that workers can open")
+    parser.add_argument("path", nargs="+", help="URLs of shards, which workers can open")
     parser.add_argument("--out", required=True, help="URL for the metadata")
     parser.add_argument("--update", action="store_true", help="read what is new or has changed")
     parser.add_argument("--image", required=True, help="of scheduler and workers")
     parser.add_argument("--workers", type=int, default=8, help="pods, one GPU each")
     parser.add_argument("--name", default="imgread", help="of the DaskCluster")
-    args = parser.parse_args()
-
-    # Raised as an exception, SIGTERM deletes the cluster; process 1 of a pod would ignore it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
-    # Started only if anything is left to do, and nobody else is at it.
-    cluster = start_cluster(make_spec(args.name, args.image, args.workers))
-    summary = run_job(
-        args.shards,
-        args.out,
-        client=cluster,
-        reader=reader,
-        update=args.update,
-        progress=True,
-    )
-    print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    main(**read_arguments())

@@ -53,27 +53,26 @@ def start_workers(jobs: int) -> Iterator[Client]:
         yield client
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
-    parser.add_argument("--out", required=True, help="folder or URL for the metadata")
-    parser.add_argument("--update", action="store_true", help="read what is new or has changed")
-    parser.add_argument("--jobs", type=int, default=8, help="Slurm jobs, one GPU each")
-    args = parser.parse_args()
-
+def main(path: str | list[str], out: str, update: bool = False, jobs: int = 8) -> None:
     # Raised as an exception, SIGTERM closes the cluster, which cancels its workers' jobs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     reader = ImageReaderStage(num_gpus_per_worker=1 / READERS, sidecars=False)
     summary = run_job(
-        args.shards,
-        args.out,
-        client=start_workers(args.jobs),  # if anything is left to do
+        path,
+        out,
+        client=start_workers(jobs),  # if anything is left to do
         reader=reader,
-        update=args.update,
+        update=update,
         progress=True,
     )
     print(f"{summary.images} images, {summary.failed} failed, {summary.seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards", nargs="+", help="file, folder, glob or URL")
+    parser.add_argument("--out", required=True, help="folder or URL for the metadata")
+    parser.add_argument("--update", action="store_true", help="read what is new or has changed")
+    parser.add_argument("--jobs", type=int, default=8, help="Slurm jobs, one GPU each")
+    args = parser.parse_args()
+    main(args.shards, args.out, args.update, args.jobs)
