@@ -325,7 +325,7 @@ def test_a_gpu_that_decodes_nothing(watch, tmp_path):
 
 def test_a_reader_that_is_closed_while_a_batch_is_begun(watch, photo_shards, capfd):
     descriptor = _find_descriptor()
-    usual, threads = descriptor.value, threading.active_count()
+    usual, threads = descriptor.value, {*threading.enumerate()}
     batches = ImageReaderStage(dali_batch_size=5).stream(FileGroupTask(data=photo_shards[:1]))
     first = next(batches)
     assert watch.list_runs() == [("start", 5), ("start", 5), ("finish", 5)]
@@ -333,7 +333,9 @@ def test_a_reader_that_is_closed_while_a_batch_is_begun(watch, photo_shards, cap
     batches.close()
     gc.collect()
     assert count_idle() == 1  # the one whose batch was not fetched is gone
-    assert (descriptor.value, threading.active_count()) == (usual, threads)
+    assert descriptor.value == usual
+    new = {thread.name for thread in threading.enumerate() if thread not in threads}
+    assert new <= {"dask-imgread-buffers"}  # which serves the whole process
     assert len(read(photo_shards[0], batch_size=5)[0]) == 25
     for image, pixels in zip(first.data, expected, strict=True):
         np.testing.assert_array_equal(image.image_data, pixels)
