@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,12 @@ class Stream:
         return run_in_threads(self._read, self._cores)
 
     def _read(self, core: int) -> int:
+        return sum(batch.num_items + len(batch.failed) for batch in self._stream(core))
+
+    def _stream(self, core: int) -> Iterator[Any]:
         from dask_imgread import FileGroupTask
 
-        batches = self._reader.stream(FileGroupTask(data=self._shards[core :: len(self._cores)]))
-        return sum(batch.num_items + len(batch.failed) for batch in batches)
+        return self._reader.stream(FileGroupTask(data=self._shards[core :: len(self._cores)]))
 
 
 class Fingerprints(Stream):
@@ -186,10 +188,9 @@ class Fingerprints(Stream):
         self._reader = fingerprint.reader.with_options(device="cpu", verbose=False, num_threads=1)
 
     def _read(self, core: int) -> int:
-        from dask_imgread import FileGroupTask, fingerprint
+        from dask_imgread import fingerprint
 
-        batches = self._reader.stream(FileGroupTask(data=self._shards[core :: len(self._cores)]))
-        return sum(map(len, map(fingerprint, batches)))
+        return sum(map(len, map(fingerprint, self._stream(core))))
 
 
 class Headers:

@@ -199,8 +199,8 @@ def read_metadata(
     >>> frame[["caption", "number"]].compute(scheduler="sync").iloc[5].tolist()
     ['landscape number 5', 5]
     """
-    reader = (reader or ImageReaderStage()).with_options(decode=decode)
-    reader = reader.with_options(checksum=checksum or reader.checksum)
+    reader = reader or ImageReaderStage()
+    reader = reader.with_options(decode=decode, checksum=checksum or reader.checksum)
     columns = MetadataColumns.parse(sidecars, reader.digests)
     if columns.sidecars or not decode:
         reader = reader.with_options(sidecars=columns.extensions)

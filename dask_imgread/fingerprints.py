@@ -9,9 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from dask_imgread.decoding.contract import SCALES, Pixels
+from dask_imgread.decoding.contract import SCALES, Box, Pixels
 from dask_imgread.hashes import (
-    Box,
     Floats,
     compute_dhashes,
     compute_phashes,

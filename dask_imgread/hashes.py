@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-Levels = NDArray[np.uint8]
+from dask_imgread.decoding.contract import Box, Pixels
+
 Floats = NDArray[np.float64]
 
 _SIDE = 8  # bits in a row, and rows
@@ -31,7 +31,7 @@ _REACH = 3
 _PRECISION = 1 << 22
 
 
-def shrink(grey: Levels, box: Box) -> tuple[Floats, Floats]:
+def shrink(grey: Pixels, box: Box) -> tuple[Floats, Floats]:
     """Return what ``compute_phashes`` and ``compute_dhashes`` take of a grey picture.
 
     These are its levels at 32 x 32 and at 9 x 8 pixels, as ``resize`` of Pillow 13 computes them
@@ -59,7 +59,7 @@ def shrink(grey: Levels, box: Box) -> tuple[Floats, Floats]:
     return both[tall[0]][:_DCT_SIDE, :_DCT_SIDE], both[tall[1]][_DCT_SIDE:, _DCT_SIDE:]
 
 
-def _multiply(levels: Levels | Floats, weights: Floats) -> Floats:
+def _multiply(levels: Pixels | Floats, weights: Floats) -> Floats:
     # In bands: converted to floats, a large picture would need eight times its memory.
     bands = [levels[n : n + _BAND].astype(float) @ weights for n in range(0, len(levels), _BAND)]
     rounded: Floats = np.floor(np.concatenate(bands) + 0.5).clip(0, 255)
