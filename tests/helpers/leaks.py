@@ -29,6 +29,8 @@ KEPT_FILES = (
     "/memfd:stderr",  # where what DALI prints is led
     "/proc/",  # read again and again by what watches Dask's processes
 )
+# What a cluster in this process has for a worker that it started in place of a killed one.
+OF_NEW_WORKERS = ("pipe:", "AsyncProcess Dask Worker process", "QueueFeederThread")
 FORKSERVER = forkserver._forkserver  # from whose process tests fork others
 
 
@@ -91,7 +93,7 @@ def _leave_out_what_is_shared(left, before):
     """Leave out connections with servers and clusters that began before the test.
 
     Their clients keep connections for later, and so do the parts of a cluster. A cluster whose
-    worker was killed has a new one, too, with its pipes.
+    worker was killed has a new one, too, with its pipes and the threads that watch it.
     """
     clusters = _list_clusters()
     ports = {p for _, n, target in before if _is_socket(target) for p in _read_ports(n, True)}
@@ -104,7 +106,7 @@ def _leave_out_what_is_shared(left, before):
         (kind, number, target)
         for kind, number, target in left
         if not (_is_socket(target) and ports & set(_read_ports(number, False)))
-        and not (clusters and target.startswith("pipe:"))
+        and not (clusters and target.startswith(OF_NEW_WORKERS))
     }
 
 
