@@ -4,7 +4,6 @@ import json
 import multiprocessing
 from types import SimpleNamespace
 
-import dask
 import pytest
 
 from benchmarks.__main__ import main
@@ -15,17 +14,14 @@ from benchmarks.planted import main as measure_planted
 from benchmarks.remote import main as measure_remote
 from benchmarks.rounds import Contender, serve
 from benchmarks.scale import main as scale
-from tests.helpers.commands import fork_workers, start_server
+from tests.helpers.commands import fork_workers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_start():
-    """Fork workers and contenders from one process that has imported the large packages."""
-    method = {"distributed.worker.multiprocessing-method": "forkserver"}
-    with pytest.MonkeyPatch.context() as patch, dask.config.set(method):
-        patch.setattr(Contender, "context", start_server())
-        patch.setattr("benchmarks.rounds.serve", serve_forked)
-        yield
+@pytest.fixture(autouse=True)
+def forked_contenders(monkeypatch, forked_workers):
+    """Fork contenders, too, from one process that has imported the large packages."""
+    monkeypatch.setattr(Contender, "context", multiprocessing.get_context("forkserver"))
+    monkeypatch.setattr("benchmarks.rounds.serve", serve_forked)
 
 
 def serve_forked(*arguments):
