@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import warnings
-from multiprocessing import forkserver
+from multiprocessing import forkserver, process
 from pathlib import Path
 
 import dask
@@ -48,8 +48,8 @@ def write_programs(folder, names=("dask", "dask-imgread", "python")):
         address = str(folder / "socket")
         server.bind(address)
         server.listen()
-        process = ForkedProcess(target=fork_programs, args=(server,))
-        process.start()
+        forking = ForkedProcess(target=fork_programs, args=(server,))
+        forking.start()
     for name in names:
         path = folder / name
         path.write_text(PROGRAM.format(python=sys.executable, address=address))
@@ -57,9 +57,9 @@ def write_programs(folder, names=("dask", "dask-imgread", "python")):
     try:
         yield folder
     finally:
-        process.kill()
-        process.join()
-        process.close()
+        forking.kill()
+        forking.join()
+        forking.close()
 
 
 def list_forked():
@@ -86,6 +86,7 @@ def fork_programs(server):
         os.dup2(stream, place)
         os.close(stream)
     os.chdir(folder)
+    process.ORIGINAL_DIR = folder  # to which the name of a script is relative
     os.environ.clear()
     os.environ.update(variables)
     dask.config.refresh()
