@@ -85,6 +85,7 @@ def fork_programs(server):
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
+    sys.stdin = open(0)  # noqa: SIM115  # which multiprocessing has replaced
     os.chdir(folder)
     process.ORIGINAL_DIR = folder  # to which the name of a script is relative
     os.environ.clear()
