@@ -289,12 +289,6 @@ class Curator:
         return int(size)
 
 
-def _start_cluster() -> Any:
-    from dask_imgread import start_cluster
-
-    return start_cluster(device="cpu", verbose=False, dashboard_address=":0").get_client()
-
-
 def _make_row(batch: Any) -> Any:
     import pandas as pd
 
@@ -302,7 +296,22 @@ def _make_row(batch: Any) -> Any:
     return pd.DataFrame({"width": [image.width for image in batch.data]}, index=ids)
 
 
-class Cluster:
+class OnCluster:
+    """A contender that has a LocalCluster."""
+
+    def __init__(self) -> None:
+        from dask_imgread import start_cluster
+
+        self._cluster = start_cluster(device="cpu", verbose=False, dashboard_address=":0")
+        self._client = self._cluster.get_client()
+
+    def close(self) -> None:
+        """End the cluster, before its workers' end is taken for a failure."""
+        self._client.close()
+        self._cluster.close()
+
+
+class Cluster(OnCluster):
     """``map_images`` through a LocalCluster: shards in, one row for each image out."""
 
     def __init__(self, shards: list[str], images_per_partition: int) -> None:
@@ -310,7 +319,7 @@ class Cluster:
 
         from dask_imgread import ImageReaderStage, map_images, partition_shards
 
-        self._client = _start_cluster()
+        super().__init__()
         ids = pd.Index([], dtype="str", name="image_id")
         meta = pd.DataFrame({"width": pd.Series(dtype="int64")}, index=ids)
         tasks = partition_shards(shards, images_per_partition=images_per_partition)
@@ -322,13 +331,13 @@ class Cluster:
         return len(self._client.compute(self._frame).result())
 
 
-class Write:
+class Write(OnCluster):
     """``write_shards`` through a LocalCluster: all samples into new shards."""
 
     def __init__(self, shards: list[str]) -> None:
         from dask_imgread import read_metadata
 
-        self._client = _start_cluster()
+        super().__init__()
         self._rows = read_metadata(shards).compute()
         self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
 
@@ -359,13 +368,13 @@ class Copy:
         return self._images
 
 
-class ByHand:
+class ByHand(OnCluster):
     """What a Dask user would write: a bag over shards, tarfile and Pillow, on such a cluster."""
 
     def __init__(self, shards: list[str]) -> None:
         import dask.bag as db
 
-        self._client = _start_cluster()
+        super().__init__()
         bag = db.from_sequence(shards, npartitions=len(shards))
         self._rows = bag.map(_read_by_hand).flatten()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import statistics
 import sys
@@ -87,7 +88,8 @@ def measure_memory(gigabytes: float) -> str:
     from dask_imgread.shards.ahead import READ_AHEAD
 
     with tempfile.TemporaryDirectory() as folder:
-        contents = read_all(make_photo_shards(Path(folder, "few"), 1000, shards=1))
+        photographs = min(1000, math.ceil(gigabytes * 1e9 / 40_000))  # of some 40 kB
+        contents = read_all(make_photo_shards(Path(folder, "few"), photographs, shards=1))
         count = int(gigabytes * 1e9 / sum(map(len, contents)) * len(contents))
         members = [(f"{n:07d}.jpg", contents[n % len(contents)]) for n in range(count)]
         shard = write_shard(Path(folder, "long.tar"), members)

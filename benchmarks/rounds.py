@@ -29,6 +29,8 @@ def serve(
             start, cpu = time.perf_counter(), time.process_time()
             count = contender.run()
             pipe.send((count / (time.perf_counter() - start), (time.process_time() - cpu) / count))
+    if hasattr(contender, "close"):
+        contender.close()
 
 
 class Contender:

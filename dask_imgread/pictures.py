@@ -43,12 +43,13 @@ def draw_picture(seed: int, size: tuple[int, int] = (128, 96)) -> Image.Image:
     """
     rng = np.random.default_rng(seed)
     width, height = size
-    top, bottom = rng.integers(60, 256, (2, 1, 1, 3))
-    fade = np.linspace(0, 1, height)[:, None, None]
-    sky = np.broadcast_to(top * (1 - fade) + bottom * fade, (height, width, 3))
+    top, bottom = rng.integers(60, 256, (2, 3, 1, 1))
+    fade = np.linspace(0, 1, height)[:, None]
+    sky = top * (1 - fade) + bottom * fade
     # Noise, as a camera has it, so that no two rows compress alike.
-    grain = rng.normal(0, 3, (height, width, 1))
-    image = Image.fromarray((sky + grain).clip(0, 255).astype(np.uint8))
+    pixels = sky + rng.normal(0, 3, (height, width))
+    planes = pixels.clip(0, 255, out=pixels).astype(np.uint8)
+    image = Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
     draw = ImageDraw.Draw(image)
     radius = min(size) * rng.uniform(0.08, 0.2)
     x, y = rng.uniform(0.15, 0.85) * width, rng.uniform(0.15, 0.45) * height
@@ -91,7 +92,8 @@ def encode_picture(image: Image.Image, extension: str = "jpg") -> bytes:
     b'PNG'
     """
     buffer = io.BytesIO()
-    image = {"pgm": image.convert("L"), "pbm": image.convert("1")}.get(extension, image)
+    mode = {"pgm": "L", "pbm": "1"}.get(extension)
+    image = image.convert(mode) if mode else image
     kwargs = {"quality": 90} if extension in ("jpg", "jpeg", "webp") else {}
     image.save(buffer, _PILLOW_FORMATS.get(extension, extension.upper()), **kwargs)
     return buffer.getvalue()

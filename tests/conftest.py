@@ -85,6 +85,27 @@ def restore_logging():
 
 
 @pytest.fixture
+def forked_workers():
+    """Have the workers of the clusters that a test starts forked."""
+    import dask
+
+    from tests.helpers.commands import start_server
+
+    start_server()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """A folder with this environment's programs, which start at once."""
+    from tests.helpers.programs import write_programs
+
+    with write_programs(tmp_path_factory.mktemp("programs")) as folder:
+        yield folder
+
+
+@pytest.fixture
 def short_pauses(monkeypatch):
     """Retry requests at once."""
     monkeypatch.setattr("dask_imgread.storage.retries.FIRST_PAUSE", 0.01)

@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is not tested."""
 
 import json
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +12,27 @@ from benchmarks.gpu import main as measure_gpu
 from benchmarks.gpu import read_gpu
 from benchmarks.planted import main as measure_planted
 from benchmarks.remote import main as measure_remote
-from benchmarks.rounds import Contender
+from benchmarks.rounds import Contender, serve
 from benchmarks.scale import main as scale
-from tests.helpers.commands import start_server
+from tests.helpers.commands import fork_workers
 
 
-@pytest.fixture
-def quick_start(monkeypatch):
-    """Fork contenders from one process that has imported the large packages."""
-    monkeypatch.setattr(Contender, "context", start_server())
+@pytest.fixture(autouse=True)
+def forked_contenders(monkeypatch, forked_workers):
+    """Fork contenders, too, from one process that has imported the large packages."""
+    monkeypatch.setattr(Contender, "context", multiprocessing.get_context("forkserver"))
+    monkeypatch.setattr("benchmarks.rounds.serve", serve_forked)
+
+
+def serve_forked(*arguments):
+    """Serve a contender; its workers, and contenders of its own, are forked, too."""
+    fork_workers()
+    Contender.context = multiprocessing.get_context("forkserver")
+    serve(*arguments)
 
 
 @pytest.mark.slow
-def test_a_tiny_run_of_every_measure(tmp_path, capfd, quick_start):
+def test_a_tiny_run_of_every_measure(tmp_path, capfd):
     out = tmp_path / "table.json"
     arguments = ["--images", "12", "--long", "24", "--rounds", "1", "--kinds", "1"]
     assert main([*arguments, "--json", str(out)]) == 0
@@ -51,9 +60,9 @@ def test_few_planted_copies(capfd):
     assert flags["cut off"][2] == flags["bordered"][3] == flags["blank"][0] == "1.000"
 
 
-def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd, quick_start):
+def test_a_rehearsal_of_what_is_measured_on_a_gpu(tmp_path, capfd):
     out = tmp_path / "gpu.json"
-    assert measure_gpu(["--rehearse", "--minutes", "0.1", "--out", str(out)]) == 0
+    assert measure_gpu(["--rehearse", "--minutes", "0.01", "--out", str(out)]) == 0
     table = json.loads(out.read_text())
     assert len(table["rows"]) == 10
     assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])

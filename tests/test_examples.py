@@ -31,13 +31,13 @@ from dask_imgread.cli.arguments import make_parser, parse_arguments
 from dask_imgread.jobs.claim import claim_folder
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.testing import make_shards
+from tests.helpers.programs import list_forked
 from tests.helpers.servers import serve_http
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CRONTAB = EXAMPLES / "cron" / "crontab"
 SBATCH = EXAMPLES / "slurm" / "job.sbatch"
 SCRONTAB = EXAMPLES / "slurm" / "scrontab"
-BIN = Path(sys.executable).parent
 
 SRUN = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done  # its own options
@@ -62,18 +62,22 @@ exec sleep 60
 
 
 @pytest.fixture
-def environment(tmp_path):
+def environment(tmp_path, programs):
     """Variables for child processes, none of which may be left in the end."""
     mark = uuid.uuid4().hex
+    before = list_forked()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     yield kept | {
-        "PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path / 'bin'}:{programs}:{os.environ['PATH']}",
+        "DASK_JOBQUEUE__SLURM__PYTHON": str(programs / "python"),
         "MARK": mark,
         "DASK_IMGREAD__DEVICE": "cpu",  # the workers declare GPUs that may not be there
         "SLURM_JOB_ID": "17",
         "SLURM_CPUS_PER_TASK": "2",
     }
     left = list(find_marked(mark))
+    _, forked = psutil.wait_procs(list_forked() - before, timeout=5)
+    left += forked
     for process in left:
         process.kill()
     assert not left
@@ -181,8 +185,8 @@ def test_the_time_of_a_nightly_job(crontab):
     subprocess.run(["sh", "-n", "-c", command], check=True)
 
 
-def test_a_function_for_the_command_line(tmp_path, photo_shards, environment):
-    command = [BIN / "dask-imgread", "apply", "brightness:measure", *photo_shards[:1]]
+def test_a_function_for_the_command_line(tmp_path, photo_shards, environment, programs):
+    command = [programs / "dask-imgread", "apply", "brightness:measure", *photo_shards[:1]]
     subprocess.run(
         [*command, "--out", tmp_path / "out", "--workers", "1"],
         cwd=EXAMPLES,
@@ -430,13 +434,13 @@ def test_the_job_of_a_worker(slurm_cluster):
 
 
 @pytest.mark.slow
-def test_workers_that_are_jobs(tmp_path, photo_shards, environment):
+def test_workers_that_are_jobs(tmp_path, photo_shards, environment, programs):
     write_commands(tmp_path, sbatch=SBATCH_COMMAND, scancel=SCANCEL)
     script = EXAMPLES / "slurm" / "slurm_cluster.py"
 
     def run(shards):
         done = subprocess.run(
-            [sys.executable, script, *shards, "--out", "out", "--update", "--jobs", "1"],
+            [programs / "python", script, *shards, "--out", "out", "--update", "--jobs", "1"],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -581,7 +585,9 @@ def find_final(job):
     return rule["onExitCodes"]["values"]
 
 
-def test_a_pod_is_tried_again_while_the_folder_is_in_use(tmp_path, photo_shards, environment):
+def test_a_pod_is_tried_again_while_the_folder_is_in_use(
+    tmp_path, photo_shards, environment, programs
+):
     """Its predecessor may have been killed."""
     copy_shards(photo_shards[:1], tmp_path / "shards")
     with claim_folder(JobFolder(str(tmp_path / "metadata"))):
@@ -589,7 +595,7 @@ def test_a_pod_is_tried_again_while_the_folder_is_in_use(tmp_path, photo_shards,
             words = pod["containers"][0]["command"] + pod["containers"][0]["args"]
             words = [word.replace("s3://example-bucket", str(tmp_path)) for word in words]
             done = subprocess.run(
-                words,
+                [programs / words[0], *words[1:]],
                 cwd=EXAMPLES / "kubernetes",
                 env=environment,
                 capture_output=True,
@@ -613,8 +619,8 @@ def test_cron_mails_of_what_needs_someone(tmp_path, environment, status, mailed)
     assert not mailed or "hot" in mail
 
 
-def test_nights_of_cron(tmp_path, photo_shards, environment):
-    home = write_home(tmp_path, f'#!/bin/sh\nexec {BIN}/dask-imgread "$@"\n')
+def test_nights_of_cron(tmp_path, photo_shards, environment, programs):
+    home = write_home(tmp_path, f'#!/bin/sh\nexec {programs}/dask-imgread "$@"\n')
     text = (EXAMPLES / "cron" / "nightly.toml").read_text()
     text = text.replace("s3://example-bucket/", "").replace("retries", "workers = 1\nretries")
     (home / "nightly.toml").write_text(text)

@@ -1,11 +1,7 @@
 """The fixtures that users get."""
 
-from tests.helpers.workers import QUICK_START
 
-
-def test_fixtures_for_users(pytester, monkeypatch):
-    for name, value in QUICK_START.items():
-        monkeypatch.setenv(name, value)
+def test_fixtures_for_users(pytester, programs):
     pytester.makepyfile(
         """
         from dask_imgread import ImageReaderStage, partition_shards, read_bag
@@ -24,4 +20,4 @@ def test_fixtures_for_users(pytester, monkeypatch):
             assert sum(batch.num_items for result in results for batch in result) == 16
         """
     )
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=2)
+    pytester.run(programs / "python", "-m", "pytest", "-q").assert_outcomes(passed=2)

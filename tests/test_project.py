@@ -5,6 +5,7 @@ import asyncio
 import doctest
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import subprocess
@@ -89,6 +90,7 @@ def test_the_changelog_has_this_version():
     assert headings[0].partition(" - ")[0] in ("[Unreleased]", f"[{project['version']}]")
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_examples(name, tmp_path, monkeypatch):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
@@ -217,14 +219,14 @@ def test_only_one_file_runs_dali():
 
 
 @pytest.mark.slow
-def test_the_batch_script(tmp_path, photo_shards):
+def test_the_batch_script(tmp_path, photo_shards, programs):
     import pandas as pd
 
     script = ROOT / "examples" / "batch_job.py"
 
     def run(shards):
         done = subprocess.run(
-            [sys.executable, script, *shards, "--out", "out", "--update"],
+            [programs / "python", script, *shards, "--out", "out", "--update"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -242,7 +244,19 @@ def test_the_batch_script(tmp_path, photo_shards):
     assert len(pd.read_parquet(tmp_path / "out")) == 100
 
 
+@pytest.fixture
+def quick_kernel(tmp_path, monkeypatch, programs):
+    """Have the kernel of notebooks forked."""
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    command = [str(programs / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel = {"argv": command, "display_name": "Python 3", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("quick_kernel")
 @pytest.mark.parametrize(
     ("name", "shown", "picture"),
     [

@@ -114,7 +114,9 @@ def test_a_gpu_cluster_without_dask_cuda_says_what_to_install(monkeypatch):
 )
 def test_a_script_without_a_guard_ends_with_one_line(tmp_path, call):
     make_shards(tmp_path / "shards", images_per_shard=2)
-    (tmp_path / "script.py").write_text(f"from dask_imgread import *\n{call}\nprint('started')\n")
+    name, _, _ = call.partition("(")
+    script = f"from dask_imgread import {name}\n{call}\nprint('started')\n"
+    (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -124,7 +126,7 @@ def test_a_script_without_a_guard_ends_with_one_line(tmp_path, call):
     assert "Traceback" not in done.stderr
 
 
-def test_a_script_with_a_guard_starts_a_cluster(tmp_path):
+def test_a_script_with_a_guard_starts_a_cluster(tmp_path, programs):
     (tmp_path / "script.py").write_text(
         "import os\n"
         "from dask_imgread import start_cluster\n"
@@ -133,6 +135,10 @@ def test_a_script_with_a_guard_starts_a_cluster(tmp_path):
         "        print(len(cluster.workers), 'DASK_IMGREAD_UNGUARDED' in os.environ)\n"
     )
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [programs / "python", "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "1 False\n")

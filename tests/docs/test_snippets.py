@@ -6,9 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 from distributed import Client
@@ -30,7 +28,6 @@ OPERATORS = {"|", "||", "&", "&&", ";", "<", ">", ">>", ">&", "&>", "$", "`"}
 SET_UP = re.compile(r"^python3 -m venv [^|]*/(?:pytest|(dask-imgread demo))$", re.MULTILINE)
 WARNINGS = "error,ignore:The inplace keyword:DeprecationWarning"  # as pyproject.toml has it
 pytestmark = pytest.mark.timeout(300)
-BIN = Path(sys.executable).parent
 
 
 def name_page(page):
@@ -73,10 +70,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(place):
-    """What ``dask-imgread demo`` leaves in that folder, kept beside it."""
+    """What ``dask-imgread demo`` leaves in that folder, kept beside it; of fewer pictures."""
     place.mkdir()
     with contextlib.chdir(place):
-        assert main(["demo"]) == SUCCESS
+        assert main(["demo", "--images", "200"]) == SUCCESS
     return place.rename(place.with_name("demo"))
 
 
@@ -92,7 +89,7 @@ def folder(page, place, demo, monkeypatch):
     shutil.rmtree(place)
 
 
-def run_block(block, page, names, demo):
+def run_block(block, page, names, demo, programs):
     where = f"{name_page(page)}:{block.line}"
     reason = NOT_RUN.fullmatch(block.before)
     assert reason or "not run" not in block.before, f"{where}: not run for what reason?"
@@ -103,20 +100,22 @@ def run_block(block, page, names, demo):
             # Lines are counted from the page's beginning, as tracebacks show them.
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
         else:
-            run_shell(SET_UP.sub(lambda found: f"cp -a {demo}/. ." if found[1] else "", block.text))
+            text = SET_UP.sub(lambda found: f"cp -a {demo}/. ." if found[1] else "", block.text)
+            run_shell(text, programs)
     except Exception as error:
         error.add_note(where)
         raise
 
 
-def run_shell(text):
+def run_shell(text, programs):
     """Run commands, those of dask-imgread in this process if there are no others: it is faster."""
     commands = [split_words(line) for line in list_lines(text)]
     if all(words[0] == "dask-imgread" and not OPERATORS & {*words} for words in commands):
         for _, *arguments in commands:
             assert call(main, arguments) in (SUCCESS, BAD_IMAGES), shlex.join(arguments)
         return
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS": WARNINGS}
+    path = f"{programs}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": WARNINGS}
     command = ["bash", "-euo", "pipefail", "-c", text]
     subprocess.run(command, env=environment, check=True, timeout=100)
 
@@ -156,12 +155,12 @@ def split_words(line):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
 @pytest.mark.usefixtures("folder")
-def test_the_code_of_a_page(page, demo):
+def test_the_code_of_a_page(page, demo, programs):
     names = {"__name__": "__main__"}
     try:
         for block in list_blocks(page.read_text()):
             if block.language in ("python", "sh"):
-                run_block(block, page, names, demo)
+                run_block(block, page, names, demo, programs)
     finally:
         for value in names.values():
             if isinstance(value, Client | Cluster):
@@ -180,16 +179,18 @@ def test_the_code_of_a_page(page, demo):
         ("sh", "if dask-imgread report result", "<!-- not run: no result -->", "status 2"),
     ],
 )
-def test_what_is_wrong_is_told(language, text, before, told):
+def test_what_is_wrong_is_told(programs, language, text, before, told):
     block = Block(language, 7, f"{text}\n", before)
     with pytest.raises(Exception, match=told) as caught:
-        run_block(block, README, {}, None)
+        run_block(block, README, {}, None, programs)
     assert "README.md:7" in [str(caught.value)[:11], *getattr(caught.value, "__notes__", [])]
 
 
-def test_what_runs():
+def test_what_runs(programs):
     names = {}
     for language, text in [("python", "x = 1\n"), ("sh", "dask-imgread --help\n# end\n")]:
-        run_block(Block(language, 1, text, ""), README, names, None)
-    run_block(Block("python", 1, "x / 0\n", "<!-- not run: wrong -->"), README, names, None)
+        run_block(Block(language, 1, text, ""), README, names, None, programs)
+    run_block(
+        Block("python", 1, "x / 0\n", "<!-- not run: wrong -->"), README, names, None, programs
+    )
     assert names["x"] == 1

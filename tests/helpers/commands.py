@@ -55,11 +55,16 @@ class ForkedProcess(ForkServerProcess):
         super().run()
 
 
-def run_main(words):
-    """Run a command; its workers are forked from the same process as it is itself."""
+def fork_workers():
+    """Have the workers of this process, which is forked, forked from where it was itself."""
     multiprocessing.get_context("forkserver").Process = ForkedProcess
     forkserver._forkserver.ensure_running = lambda: None  # else it starts one of its own
     dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
+
+
+def run_main(words):
+    """Run a command; its workers are forked from the same process as it is itself."""
+    fork_workers()
     from dask_imgread.cli.main import main
 
     sys.exit(main(words))

@@ -234,8 +234,7 @@ def test_what_is_no_job(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("size", [WIDE, NARROW])
-@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize(("size", "is_dark"), [(WIDE, False), (NARROW, True)])
 def test_a_browser_shows_it(hostile_out, tmp_path, size, is_dark):
     found = probe(write_report(hostile_out), tmp_path, size, is_dark)
     assert (found["width"], found["beyond"]) == (size[0], 0)
