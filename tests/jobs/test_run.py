@@ -82,13 +82,21 @@ def run_here(client, capsys, monkeypatch):
     return run_here
 
 
-def wait_for_parts(folder, count, process):
-    """Wait until a job has written some parts."""
+def wait_for(happened):
     end = time.monotonic() + 60
-    while len(list(folder.glob("part-*"))) < count:
-        assert process.returncode is None, process.wait()
+    while not happened():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def wait_for_parts(folder, count, process):
+    """Wait until a job has written some parts."""
+
+    def are_there():
+        assert process.returncode is None, process.wait()
+        return len(list(folder.glob("part-*"))) >= count
+
+    wait_for(are_there)
 
 
 def read_bytes(folder):
@@ -422,8 +430,10 @@ def test_a_function_that_always_fails_ends_the_job_at_once(folder, client, shard
 
 def test_an_unreadable_image_ends_a_job_that_is_told_to_raise(folder, client, shards):
     strict = replace(DECODING, on_error="raise")
-    with pytest.raises(ReadError, match=r"\d+\.tar/\d+\.jpg: truncated"):
+    with pytest.raises(ReadError, match=r"\d+\.tar/\d+\.jpg: truncated") as raised:
         run_job(shards, "out", client=client, reader=strict, images_per_partition=50)
+    wait_for(lambda: len(client.cluster.scheduler.tasks) <= 1)
+    assert raised  # its traceback, as one in a notebook, keeps that task alone, which failed
     skipping = replace(DECODING, on_error="skip")
     summary = run_job(shards, "skipped", client=client, reader=skipping)
     assert (summary.images, summary.failed) == (1997, 3)
