@@ -114,17 +114,21 @@ def _run_windowed(
 
     limit = window or _compute_window(client, smallest_window)
     resized = time.monotonic()
-    submit(limit)
-    while running:
-        future = _wait_for_next(client, completed, map_options.get("resources") or {})
-        item = running.pop(future)
-        yield item, future
-        future.release()
-        if window is None and time.monotonic() - resized > _RESIZE_INTERVAL:
-            limit, resized = _compute_window(client, smallest_window), time.monotonic()
-        # Several at a time: a message for each task would cost more than scheduling it.
-        if limit - len(running) >= max(1, limit // 4):
-            submit(limit - len(running))
+    try:
+        submit(limit)
+        while running:
+            future = _wait_for_next(client, completed, map_options.get("resources") or {})
+            item = running.pop(future)
+            yield item, future
+            future.release()
+            if window is None and time.monotonic() - resized > _RESIZE_INTERVAL:
+                limit, resized = _compute_window(client, smallest_window), time.monotonic()
+            # Several at a time: a message for each task would cost more than scheduling it.
+            if limit - len(running) >= max(1, limit // 4):
+                submit(limit - len(running))
+    finally:  # a traceback may keep this frame, as in a notebook, and the futures with it
+        for future in running:
+            future.release()
 
 
 def _wait_for_next(client: Client, completed: as_completed, resources: dict[str, float]) -> Future:

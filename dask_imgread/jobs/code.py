@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import tzinfo
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path, PurePath
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -286,22 +286,27 @@ def _read_source(file: str, names: dict[str, Any]) -> dict[tuple[int, str], list
     with suppress(Exception), warnings.catch_warnings():  # Python has given them before
         warnings.simplefilter("ignore")
         linecache.checkcache(file)
-        tree = ast.parse("".join(linecache.getlines(file, names)))
-        found: dict[tuple[int, str], list[ast.AST]] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, _DEFINITIONS):
-                if ast.get_docstring(node, clean=False) is not None:
-                    node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
-                line = min(part.lineno for part in (node, *node.decorator_list))
-                found.setdefault((line, node.name), []).append(node)
-            elif isinstance(node, ast.Lambda):
-                found.setdefault((node.lineno, "<lambda>"), []).append(node)
-        for statement in tree.body:
-            for node in () if isinstance(statement, _DEFINITIONS) else ast.walk(statement):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    found.setdefault((0, node.id), []).append(statement)
-        return found
+        return _index_source("".join(linecache.getlines(file, names)))
     return {}
+
+
+@lru_cache(maxsize=8)  # a large file takes long, and is often the same
+def _index_source(source: str) -> dict[tuple[int, str], list[ast.AST]]:
+    tree = ast.parse(source)
+    found: dict[tuple[int, str], list[ast.AST]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, _DEFINITIONS):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+            line = min(part.lineno for part in (node, *node.decorator_list))
+            found.setdefault((line, node.name), []).append(node)
+        elif isinstance(node, ast.Lambda):
+            found.setdefault((node.lineno, "<lambda>"), []).append(node)
+    for statement in tree.body:
+        for node in () if isinstance(statement, _DEFINITIONS) else ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.setdefault((0, node.id), []).append(statement)
+    return found
 
 
 def _digest(name: str, text: str) -> str:

@@ -18,9 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dask_imgread.jobs.parts import Footer, PartName, Place, ShardRun
-from dask_imgread.jobs.writer import PartSink
-from dask_imgread.rows import to_table
-from dask_imgread.tasks import make_frame
+from dask_imgread.jobs.writer import PartSink, make_no_records
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ class PartMerger:
         """Return a part's footer and its runs."""
         rows, records, footer = self.sink.folder.read_part(name)
         if self.sink.keeps_records:
-            records = records.cast(to_table(make_frame([])).schema)
+            records = records.cast(make_no_records().schema)
         rows = rows.cast(self.sink.schema)  # Parquet does not keep every type as it was
         pieces: list[_Piece] = []
         row = record = 0

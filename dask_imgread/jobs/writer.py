@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pyarrow as pa
 
@@ -83,7 +84,7 @@ class PartSink:
         )
         kept = None
         if self.keeps_records:
-            kept = pa.concat_tables([to_table(make_frame([])), *records])
+            kept = pa.concat_tables([make_no_records(), *records])
         check_claim(self.folder, self.claim)
         whole = pa.concat_tables([self.schema.empty_table(), *rows])
         return self.folder.write_part(name, whole, kept, footer, earlier)
@@ -174,6 +175,12 @@ class PartWriter:
                 )
                 return earlier
         return self.sink.write(partition.name, rows, records, runs, began, earlier)
+
+
+@cache
+def make_no_records() -> pa.Table:
+    """Return a table of images' records that has none."""
+    return to_table(make_frame([]))
 
 
 def _split(partition: Partition) -> Iterator[tuple[ShardRun, FileGroupTask]]:

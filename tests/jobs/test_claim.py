@@ -36,6 +36,7 @@ from dask_imgread.jobs.folder import JobFolder
 print("ready", flush=True)
 for line in sys.stdin:
     url, moment = line.split()
+    time.sleep(max(0.0, float(moment) - time.time() - 0.002))
     while time.time() < float(moment):
         pass
     try:
@@ -117,6 +118,12 @@ def start_process():
             yield process
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with start_process() as one, start_process() as other:
+        yield one, other
 
 
 def send_line(process, text=""):
@@ -285,25 +292,24 @@ def test_a_process_that_lives_is_not_disturbed_and_one_that_was_killed_is_follow
 
 
 @pytest.mark.parametrize("left", [None, b"", {"pid": 2**22 + 1}])
-def test_of_two_at_once_one_gets_it(folder, left):
-    with start_process() as one, start_process() as other:
-        for _ in range(20):
-            if isinstance(left, dict):
-                leave(folder, **left)
-            elif left is not None:
-                put(folder, left)
-            moment = time.time() + 0.01
-            for process in (one, other):
-                send_line(process, f"{folder.url} {moment}")
-            answers = [read_line(process) for process in (one, other)]
-            assert answers.count("refused") == 1
-            (token,) = set(answers) - {"refused"}
-            check_claim(folder, token)
-            assert list_names(folder) == {CLAIM}
-            for process in (one, other):
-                send_line(process)
-                assert read_line(process) == "ended"
-            assert list_names(folder) == set()
+def test_of_two_at_once_one_gets_it(folder, processes, left):
+    for _ in range(20):
+        if isinstance(left, dict):
+            leave(folder, **left)
+        elif left is not None:
+            put(folder, left)
+        moment = time.time() + 0.01
+        for process in processes:
+            send_line(process, f"{folder.url} {moment}")
+        answers = [read_line(process) for process in processes]
+        assert answers.count("refused") == 1
+        (token,) = set(answers) - {"refused"}
+        check_claim(folder, token)
+        assert list_names(folder) == {CLAIM}
+        for process in processes:
+            send_line(process)
+            assert read_line(process) == "ended"
+        assert list_names(folder) == set()
 
 
 def test_a_pid_that_another_process_has_now(folder):

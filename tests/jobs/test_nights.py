@@ -121,7 +121,8 @@ def test_ten_nights(tmp_path, client):
         paths, out = tmp_path / "shards", tmp_path / "out"
         run_job(paths, out, sum_pixels, reader=make_reader(tmp_path), update=True, **job)
         found = read_all(tmp_path / "out", sum_pixels)
-        run_job(paths, tmp_path / f"{night}", sum_pixels, reader=PLAIN, **job)
+        fresh = {"client": client, "reader": PLAIN, "files_per_partition": 99}
+        run_job(paths, tmp_path / f"{night}", sum_pixels, **fresh)
         expected = read_all(tmp_path / f"{night}", sum_pixels)
         if before is not None:
             pairs = zip(before, expected, strict=True)
