@@ -336,7 +336,7 @@ print((read_peak() - before) / largest)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "images", "budget"), [((8000, 6250), 8, 256 * MB), ((1000, 800), 300, 60 * MB)]
+    ("size", "images", "budget"), [((8000, 6250), 5, 256 * MB), ((1000, 800), 150, 60 * MB)]
 )
 def test_a_stream_has_three_batches_in_memory_at_most(tmp_path, size, images, budget):
     """Also of pictures of 50 megapixels, of which one is a batch."""

@@ -227,7 +227,7 @@ def read_batches(decoder, folder, repeats):
             assert batch.num_items + len(batch.failed) == 100
             for image in batch.data:
                 right = expected if image.key == "odd" else good
-                np.testing.assert_array_equal(image.image_data, right)
+                assert np.array_equal(image.image_data, right), image.key
             assert [image.key for image in batch.failed] == ["odd"] * (expected is None)
 
 
