@@ -87,7 +87,8 @@ def test_whatever_is_held_keeps_the_memory(pool, kind):
         other[:] = 0
         del other
     del held
-    gc.collect()
+    if kind == "cycle":
+        gc.collect()
     taken = [pool.take(4 * MB) for _ in range(3)]
     assert place in map(address, taken), "it comes back when the holder is gone"
 
@@ -336,12 +337,14 @@ print((read_peak() - before) / largest)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "images", "budget"), [((8000, 6250), 8, 256 * MB), ((1000, 800), 300, 60 * MB)]
+    ("size", "images", "budget"), [((8000, 6250), 5, 256 * MB), ((1000, 800), 150, 60 * MB)]
 )
 def test_a_stream_has_three_batches_in_memory_at_most(tmp_path, size, images, budget):
     """Also of pictures of 50 megapixels, of which one is a batch."""
     buffer = io.BytesIO()
-    draw_picture(2, (800, 625)).resize(size).save(buffer, "JPEG", quality=60)
+    draw_picture(2, (800, 625)).resize(size, Image.Resampling.NEAREST).save(
+        buffer, "JPEG", quality=60
+    )
     shard = write_shard(
         tmp_path / "s.tar", [(f"{n}.jpg", buffer.getvalue()) for n in range(images)]
     )

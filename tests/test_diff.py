@@ -300,9 +300,21 @@ def make_rows(known):
     return pd.DataFrame({"shard": shards, "offset": 512, **columns}, index=ids)
 
 
-@settings(max_examples=100, deadline=None)
-@given(ROWS, ROWS)
-def test_as_in_plain_python(old, new):
+@st.composite
+def draw_both(draw):
+    """Draw one or several pairs of old and new rows, which have no names in common, as one."""
+    both = {}, {}
+    for number, pair in enumerate(draw(st.lists(st.tuples(ROWS, ROWS), min_size=1, max_size=9))):
+        folder = f"{number}/" if number else ""
+        for known, rows in zip(both, pair, strict=True):
+            known.update({(shard, folder + name): row for (shard, name), row in rows.items()})
+    return both
+
+
+@settings(max_examples=25, deadline=None)
+@given(draw_both())
+def test_as_in_plain_python(both):
+    old, new = both
     changes = diff_frames(make_rows(old), make_rows(new))
     assert set(changes["change"]) <= set(KINDS)
     told = {
@@ -314,10 +326,10 @@ def test_as_in_plain_python(old, new):
     assert np.all(changes["shard_new"].isna() == (changes["change"] == "gone"))
 
 
-@settings(max_examples=10, deadline=None)
-@given(ROWS, ROWS, st.integers(1, 3))
-def test_dask_and_pandas_agree(old, new, partitions):
-    old, new = make_rows(old), make_rows(new)
+@settings(max_examples=5, deadline=None)
+@given(draw_both(), st.integers(1, 3))
+def test_dask_and_pandas_agree(both, partitions):
+    old, new = map(make_rows, both)
     changes = diff_frames(old, new)
     lazy = [dd.from_pandas(rows, partitions, sort=False) for rows in (old, new)]
     for pair in (lazy, (old, lazy[1]), (lazy[0], new)):

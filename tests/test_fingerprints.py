@@ -166,7 +166,7 @@ def crops(photographs):
     """Crops of photographs, as they are and enlarged, as JPEG."""
     rng = np.random.default_rng(0)
     contents = []
-    for n, photo in zip(range(700), itertools.cycle(photographs), strict=False):
+    for n, photo in zip(range(280), itertools.cycle(photographs), strict=False):
         width, height = (int(rng.integers(250, min(640, side) + 1)) for side in photo.size)
         left, top = rng.integers(0, 1 + np.subtract(photo.size, (width, height)))
         crop = photo.crop((left, top, left + width, top + height))
@@ -356,12 +356,13 @@ def test_it_is_a_job_that_is_declared(tmp_path, photo_shards, client):
     assert rows.blank.dtype == "bool[pyarrow]"
 
 
-def test_the_command(tmp_path, photographs, monkeypatch, capsys):
+def test_the_command(tmp_path, photographs, client, monkeypatch, capsys):
     monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     make_shards(tmp_path / "shards", shards=2, images_per_shard=3, broken=1)
     photos = [encode(photo, "JPEG", quality=90) for photo in photographs]
     write_shard(tmp_path / "shards" / "p.tar", [(f"{n}.jpg", c) for n, c in enumerate(photos)])
-    arguments = [str(tmp_path / "shards"), "--workers", "1", "--device", "cpu"]
+    arguments = [str(tmp_path / "shards"), "--device", "cpu"]
+    arguments += ["--scheduler", client.scheduler.address]
     whole = []
     for name, more in (("scaled", []), ("exact", ["--exact"])):
         command = ["fingerprint", *arguments, "--out", str(tmp_path / name), *more]

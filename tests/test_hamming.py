@@ -55,7 +55,7 @@ def test_all_bits_are_in_one_part(parts, taken):
 
 
 @settings(max_examples=200, deadline=None)
-@given(HASHES, st.integers(0, 16), st.sampled_from([0, 1, 32]))
+@given(HASHES, st.integers(0, 16), st.sampled_from([0.1, 1, 32]))
 def test_all_pairs_are_found(hashes, distance, few):
     with pytest.MonkeyPatch.context() as patch:  # buckets in buckets in buckets, or none
         patch.setattr(hamming, "_FEW", few)

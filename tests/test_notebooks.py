@@ -135,15 +135,16 @@ def test_half_a_character_can_be_written():
     assert "half ?" in Page(image._repr_html_().encode().decode()).text
 
 
-@pytest.mark.parametrize("shape", [(2000, 3000, 3), (112, 112, 3), (1, 5000, 3)])
+@pytest.mark.parametrize("shape", [(800, 1200, 3), (112, 112, 3), (1, 5000, 3)])
 def test_the_html_is_bounded(shape):
     """Even that of noise, which JPEG hardly compresses, with texts that grow when escaped."""
     image = make_images(1, shape, metadata={"txt": "'" * 10_000})[0]
     image.image_id = "\"'" * 1000 + "/" + "\"'" * 10_000
     failed = make_failed(50, "\"'" * 5000 + ":" + "\"'" * 5000)
     batch = ImageBatch([image] * 100, task_id="'" * 10_000, failed=failed)
-    assert len(batch._repr_html_()) < 200_000
-    assert "100 images, 50 failed" in Page(batch._repr_html_()).text
+    html = batch._repr_html_()
+    assert len(html) < 200_000
+    assert "100 images, 50 failed" in Page(html).text
     assert len(ImageBatch([image] * 100)._repr_html_()) < 200_000
     image.metadata, image.image_id = {"txt": "a caption " * 20}, "shard-1f0c/" + "0" * 100
     assert len(ImageBatch([image] * 100)._repr_html_()) < 110_000

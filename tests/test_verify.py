@@ -32,9 +32,10 @@ def test_verify_on_the_command_line(tmp_path, client, capsys, monkeypatch):
     monkeypatch.setattr("dask_imgread.cli.commands.start_logging", lambda log_format: None)
     shard = write_shard(tmp_path / "s.tar", [("a.jpg", JPEG), ("b.jpg", JPEG[:500])])
     out = str(tmp_path / "bad.parquet")
-    assert main(["verify", shard, "--out", out, "--workers", "1", "--device", "cpu"]) == 1
+    where = "--scheduler", client.scheduler.address, "--device", "cpu"
+    assert main(["verify", shard, "--out", out, *where]) == 1
     assert "truncated" in capsys.readouterr().out
     assert len(pd.read_parquet(out)) == 1
     good = write_shard(tmp_path / "t.tar", [("a.jpg", JPEG)])
-    assert main(["verify", good, "--workers", "1", "--device", "cpu"]) == 0
+    assert main(["verify", good, *where]) == 0
     assert "all good" in capsys.readouterr().out

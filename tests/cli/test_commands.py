@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -10,12 +11,12 @@ from dask_imgread import ImageReaderStage
 from dask_imgread.cli.arguments import NOT_OFFERED, READER_HELP, make_parser
 from dask_imgread.cli.commands import find_free, make_reader
 from dask_imgread.cli.main import main
-from tests.helpers.commands import run_command
+from tests.helpers import commands
 
 
 def test_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, out, err = run_command("demo", "--images", 40, "--workers", 2)
+    status, out, err = commands.run_command("demo", "--images", 40, "--workers", 2)
     assert status == 0, err
     assert "39 images, 1 failed" in out
     assert "truncated" in out
@@ -30,17 +31,22 @@ def test_demo(tmp_path, monkeypatch):
         assert sum(count > 0 for count in sheet.convert("L").histogram()) > 50
     assert "Traceback" not in err
     before = sorted(folder.rglob("*"))
-    status, out, err = run_command("demo", "--folder", folder)
+    status, out, err = commands.run_command("demo", "--folder", folder)
     assert (status, out) == (2, "")
     assert "is not empty, and stays as it is: give another --folder" in err
     assert sorted(folder.rglob("*")) == before
     assert find_free(str(folder)) == f"{folder}-2"
 
 
-def test_metadata(tmp_path, photo_shards, monkeypatch):
+@pytest.fixture
+def read_metadata(client, run_command, tmp_path, monkeypatch):
+    """Run the command in this process, on the tests' own cluster."""
     monkeypatch.chdir(tmp_path)
-    job = ["metadata", *photo_shards, "--out", "out", "--images-per-partition", 10]
-    status, out, err = run_command(*job)
+    return partial(run_command, "metadata", "--scheduler", client.scheduler.address)
+
+
+def test_metadata(tmp_path, photo_shards, read_metadata):
+    status, out, err = read_metadata(*photo_shards, "--out", "out", "--images-per-partition", 10)
     assert status == 0, err
     assert "100 images, 0 failed" in out
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 12
@@ -62,10 +68,9 @@ def test_wrong_paths(tmp_path, monkeypatch, capsys, wrong):
     assert wrong in printed.err
 
 
-def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards, read_metadata):
     (tmp_path / "text.tar").write_text("hello")
-    status, out, err = run_command("metadata", "text.tar", photo_shards[0], "--out", "out")
+    status, out, err = read_metadata("text.tar", photo_shards[0], "--out", "out")
     assert status == 0, err
     assert "25 images, 1 failed" in out
     assert "unreadable shard: not a tar archive" in out
@@ -74,29 +79,33 @@ def test_a_damaged_shard_among_good_ones_is_no_wrong_path(tmp_path, photo_shards
 LIST_MODULES = """
 import sys
 from dask_imgread.cli.main import main
-try:
-    main()
-finally:
-    print("", *sys.modules, file=sys.stderr)
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit:
+        pass
+    print("loaded after", line, "loaded:", *sys.modules)
 """
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_help_and_refusals_do_not_wait_for_dask():
+    lines = [
         *("--help", "--version", "metadata --help", "apply --help", "demo --help", "verify --help"),
         *("select --help", "select s", "select s --out o --not-ids i --where x"),
         *("", "nonsense", "metadata --nonsense", "apply f:f s --out o --resize big"),
         *("metadata", "metadata s --out o --resize 9", "verify", "demo --images 0"),
         "metadata --config nonsense.toml",
-    ],
-)
-def test_help_and_refusals_do_not_wait_for_dask(arguments):
-    command = [sys.executable, "-c", LIST_MODULES, *arguments.split()]
+    ]
+    command = [sys.executable, "-c", LIST_MODULES, *lines]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    modules = {*done.stderr.splitlines()[-1].split()}
-    assert "dask_imgread.cli.arguments" in modules
-    assert modules & {"dask", "distributed", "numpy", "pandas", "pyarrow", "PIL"} == set()
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded after")]
+    assert len(loaded) == len(lines)
+    for line in loaded:
+        arguments, _, modules = line.partition(" loaded:")
+        modules = {*modules.split()}
+        assert "dask_imgread.cli.arguments" in modules
+        slow = modules & {"dask", "distributed", "numpy", "pandas", "pyarrow", "PIL"}
+        assert slow == set(), arguments
 
 
 def test_every_option_of_the_reader_is_offered_or_left_out_for_a_reason():

@@ -92,11 +92,11 @@ def test_all_in_a_file(duplicates, out):
     fs.rm(path)
 
 
-def test_the_rest_is_removed_from_the_shards(duplicates, outputs, capsys, tmp_path):
+def test_the_rest_is_removed_from_the_shards(duplicates, client, capsys, tmp_path):
     assert duplicates("metadata", "--out", tmp_path / "drop.txt")[0] == 0
     out = tmp_path / "rewritten"
-    drop = ["--not-ids", str(tmp_path / "drop.txt"), "--out", str(out), "--workers", "1"]
-    assert main(["select", "metadata", *drop]) == 0
+    drop = ["--not-ids", str(tmp_path / "drop.txt"), "--out", str(out)]
+    assert main(["select", "metadata", *drop, "--scheduler", client.scheduler.address]) == 0
     assert "removed        3 of 5 images" in capsys.readouterr().out
 
 

@@ -133,10 +133,11 @@ def test_what_is_missing_is_said_with_an_example(folder, capsys):
     assert "bytes such as 64MB or 67108864 are expected, not 'many'" in capsys.readouterr().err
 
 
-def test_lists_that_are_cut_say_how_many_more(folder, capsys):
+def test_lists_that_are_cut_say_how_many_more(folder, client, capsys):
     broken = [(f"{n}.jpg", b"") for n in range(9)]
     shards = [write_shard(f"{n}.tar", broken) for n in range(6)]
-    assert main(["metadata", shards[0], "--out", "out", "--workers", "1"]) == 0
+    where = "--scheduler", client.scheduler.address
+    assert main(["metadata", shards[0], "--out", "out", *where]) == 0
     printed = capsys.readouterr().out
     assert printed.count("failed: ") == 5
     assert "and 4 more failed" in printed

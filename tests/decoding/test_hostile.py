@@ -140,15 +140,15 @@ BOMBS = """
 import sys
 from pathlib import Path
 from dask_imgread import FileGroupTask, ImageReaderStage
-reader = ImageReaderStage(device="cpu", verbose=False, decoder=sys.argv[2], max_pixels=1 << 24)
-(batch,) = reader.process(FileGroupTask(data=[sys.argv[1]]))
-print(batch.num_items, [image.cause for image in batch.failed])
+for decoder in ("auto", "dali"):
+    reader = ImageReaderStage(device="cpu", verbose=False, decoder=decoder, max_pixels=1 << 24)
+    (batch,) = reader.process(FileGroupTask(data=[sys.argv[1]]))
+    print(batch.num_items, [image.cause for image in batch.failed])
 print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10)
 """
 
 
-@both_decoders
-def test_bombs_take_no_memory(tmp_path, decoder):
+def test_bombs_take_no_memory(tmp_path):
     members = [
         ("a.jpg", with_size(65_000, 65_000)),
         ("b.jpg", with_size(65_000, 65_000, PROGRESSIVE, b"\xff\xc2")),
@@ -156,10 +156,10 @@ def test_bombs_take_no_memory(tmp_path, decoder):
         ("d.jpg", with_size(4096, 4096)),  # just small enough: Pillow makes it grey
     ]
     shard = write_shard(tmp_path / "s.tar", members)
-    command = [sys.executable, "-c", BOMBS, shard, decoder]
+    command = [sys.executable, "-c", BOMBS, shard]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    counts, peak = done.stdout.splitlines()
-    assert counts == "2 ['too large', 'too large']"
+    *counts, peak = done.stdout.splitlines()
+    assert counts == ["2 ['too large', 'too large']"] * 2
     assert int(peak) < 600  # MiB
 
 

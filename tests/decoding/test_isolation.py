@@ -25,17 +25,16 @@ from dask_imgread import (
 )
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
+from tests.helpers.commands import start_server
 from tests.helpers.images import read_with_pillow
 
-# No picture is known that kills libjpeg-turbo. So processes that find this module beside theirs
-# die, and truly, of one that has a mark in it.
+# No picture is known that kills libjpeg-turbo. So processes that load this module die, and truly,
+# of one that has a mark in it.
 SITE = """
 import faulthandler
 import simplejpeg
 
-decode = simplejpeg.decode_jpeg
-
-def decode_or_die(content, *args, **options):
+def decode_or_die(content, *args, decode=simplejpeg.decode_jpeg, **options):
     if b"deadly" in bytes(content):
         faulthandler._sigsegv()
     return decode(content, *args, **options)
@@ -66,12 +65,20 @@ def deadly_site(tmp_path, monkeypatch):
     (folder / "sitecustomize.py").write_text(SITE)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder / "sitecustomize.py"
 
 
 @pytest.fixture
 def fragile_client(deadly_site):
+    """Connect to workers that are forked, and so load it when they start."""
+    start_server()
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.worker.multiprocessing-method": "forkserver",
+        "distributed.worker.preload": [str(deadly_site)],
+    }
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        dask.config.set(settings),
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):

@@ -1,5 +1,6 @@
 """Remote files on servers that fail, lie, or answer in unusual but legal ways."""
 
+import functools
 import gzip
 import io
 import tarfile
@@ -22,6 +23,8 @@ from tests.helpers.servers import KEY, SECRET, Handler, Server
 
 MIB = 1 << 20
 ETAG = ("ETag", '"x"')
+
+compress = functools.lru_cache(1)(functools.partial(gzip.compress, compresslevel=1))
 
 
 class OddHandler(Handler):
@@ -100,7 +103,7 @@ def read_until_lost(url, expected):
     [(403, "unreachable: "), (404, "unreadable shard: "), (503, "unreachable: ")],
 )
 def test_a_refusal_in_the_middle_is_no_truncation(shard, expected, status, error, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
 
     def answer(handler):
         start, stop = handler.asked(len(content))
@@ -117,7 +120,7 @@ def test_a_refusal_in_the_middle_is_no_truncation(shard, expected, status, error
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_change_in_the_middle_is_no_truncation(shard, expected, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
 
     def answer(handler):
         start, stop = handler.asked(len(content))
@@ -154,7 +157,7 @@ def call_it_an_encoding(handler, content, start, stop):
     "send", [send_more, send_less, hide_the_size, hide_the_range, call_it_an_encoding]
 )
 def test_unusual_answers_are_understood(shard, expected, send, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
 
     def answer(handler):
         start, stop = handler.asked(len(content))
@@ -245,7 +248,7 @@ def break_off(handler, content, length):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_whole_file_that_changes_is_no_mixture(shard, expected, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
     opened = []
 
     def answer(handler):
@@ -278,7 +281,7 @@ def test_a_refusal_amid_a_whole_file_is_unreachable(shard, expected):
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_closing_does_not_wait_for_a_server_that_stalls(shard, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
     closed, waited = threading.Event(), []
 
     def answer(handler):
@@ -326,7 +329,7 @@ def test_a_whole_file_that_stops_coming_is_a_time_out(shard, expected, monkeypat
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_s3_without_ranges_sends_whole_files(shard, expected, compressed):
-    content = gzip.compress(shard, 1) if compressed else shard
+    content = compress(shard) if compressed else shard
 
     def answer(handler):
         handler.send_bytes(200, "application/x-tar", content, ETAG)
