@@ -39,8 +39,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     make_shards(folder, shards=3, images_per_shard=40, broken=2)
     subprocess.run(["gzip", folder / "00001.tar"], check=True)
-    (folder / "large").mkdir()
-    write_noise(folder / "large" / "00000.tar", 100, 300)
+    write_noise(folder / "large" / "00000.tar", 100, 340)
     return folder
 
 
