@@ -176,16 +176,23 @@ def large_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def rows(large_folder):
+    """What the shard holds, read from the disk."""
+    return read_rows(large_folder / "a.tar")
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
 @pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
-def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults, monkeypatch):
+def test_a_shard_larger_than_what_is_kept_is_fetched_once(
+    large_folder, rows, name, faults, monkeypatch
+):
     monkeypatch.setattr(ahead, "_MAX_KEPT_BYTES", 8 * MIB)
-    expected = read_rows(large_folder / "a.tar")
-    assert len(expected) == 30
-    assert all(error is None for *_, error, _ in expected)
+    assert len(rows) == 30
+    assert all(error is None for *_, error, _ in rows)
     size = os.path.getsize(large_folder / name)
     with serve_http(large_folder, faults=faults) as server:
-        assert read_rows(f"{server.url}/{name}") == expected
+        assert read_rows(f"{server.url}/{name}") == rows
         good = [r for r in server.requests if r.status == 206]
         assert faults is None or faults.injected.total() >= 3
     if faults is None:
@@ -193,8 +200,8 @@ def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, fa
 
 
 @pytest.mark.parametrize("name", ["a.tar.zst", "a.tar.gz", "frames.tar.zst"])
-def test_a_local_compressed_shard_gives_the_same(large_folder, name):
-    assert read_rows(large_folder / name) == read_rows(large_folder / "a.tar")
+def test_a_local_compressed_shard_gives_the_same(large_folder, rows, name):
+    assert read_rows(large_folder / name) == rows
 
 
 def test_headers_of_large_images_take_few_bytes(tmp_path):
@@ -374,17 +381,17 @@ def count_pixels(batch):
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz"])
-def test_an_outage_is_never_a_mixture(large_folder, name, monkeypatch):
+def test_an_outage_is_never_a_mixture(large_folder, rows, name, monkeypatch):
     """Images before it are right, and what follows is recorded as unreachable."""
     monkeypatch.setattr("dask_imgread.storage.retries.ATTEMPTS", 1)
-    expected = {key: pixels for key, pixels, *_ in read_rows(large_folder / "a.tar")}
+    expected = {key: pixels for key, pixels, *_ in rows}
     for first_good in (3, 6, 9):
         with serve_http(large_folder) as server:
             server.faults = Faults(every=first_good, kinds=("500",))
-            rows = read_rows(f"{server.url}/{name}", read_ahead=4 * MIB)
-        good = {key: pixels for key, pixels, _, error, _ in rows if error is None}
+            found = read_rows(f"{server.url}/{name}", read_ahead=4 * MIB)
+        good = {key: pixels for key, pixels, _, error, _ in found if error is None}
         assert good == {key: expected[key] for key in good}
-        errors = {error for *_, error, _ in rows if error is not None}
+        errors = {error for *_, error, _ in found if error is not None}
         assert errors
         assert all(error.startswith("unreachable") for error in errors), errors
 

@@ -32,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A shard of 400 images of noise, 30 kB each, also compressed."""
+    """A shard of 400 images of noise, 15 kB each, also compressed."""
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     members = []
     for number in range(400):
-        noise = Image.fromarray(rng.integers(0, 256, (140, 140, 3), np.uint8))
+        noise = Image.fromarray(rng.integers(0, 256, (100, 100, 3), np.uint8))
         members.append((f"{number:03d}.jpg", encode(noise, "JPEG", quality=90)))
     content = Path(write_shard(folder / "a.tar", members)).read_bytes()
     (folder / "a.tar.gz").write_bytes(gzip.compress(content, 1))
@@ -378,4 +378,4 @@ def test_headers_alone(folder, frame, images):
                 meta=make_frame([]),
             ).compute(scheduler="sync")
             assert list(rows["key"]) == list(frame["key"][::50])
-            assert set(rows["width"]) == {140}
+            assert set(rows["width"]) == {100}
