@@ -872,11 +872,11 @@ def test_a_jobs_folder(client, source, tmp_path):
 
 def write_apart(out, rows, scheduler):
     client = connect_client(scheduler=scheduler)
-    write(client, pd.read_parquet(rows), out, images_per_shard=8, shuffle=1)
+    write(client, pd.read_parquet(rows), out, images_per_shard=4, shuffle=1)
 
 
 def test_killed_and_called_again(client, tmp_path):
-    rows = read(make_shards(tmp_path / "s", images_per_shard=200, size=(24, 16), sidecars=["txt"]))
+    rows = read(make_shards(tmp_path / "s", images_per_shard=100, size=(24, 16), sidecars=["txt"]))
     rows.to_parquet(tmp_path / "rows.parquet")
     out = tmp_path / "out"
     start_server()
@@ -894,9 +894,9 @@ def test_killed_and_called_again(client, tmp_path):
     done = {path: path.stat().st_mtime_ns for path in out.glob("metadata/part-*")}
     assert 2 <= len(done) < 50
 
-    written = write(client, rows, out, images_per_shard=8, shuffle=1)
+    written = write(client, rows, out, images_per_shard=4, shuffle=1)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    expected = write(client, rows, tmp_path / "undisturbed", images_per_shard=8, shuffle=1)
+    expected = write(client, rows, tmp_path / "undisturbed", images_per_shard=4, shuffle=1)
     assert_same_rows(written, expected)
     assert read_tars(out) == read_tars(tmp_path / "undisturbed")
     assert list_files(out) == list_files(tmp_path / "undisturbed")

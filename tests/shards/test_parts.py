@@ -178,7 +178,7 @@ def test_every_kind_of_shard_gives_the_same(folder, frame, images, name, share):
     chosen = pick(frame, share)
     check(chosen.assign(shard=str(folder / name)).drop(columns="shard_version"), images)
     size = os.path.getsize(folder / name)
-    for ranges in (True, False, "none"):
+    for ranges in (True, "none" if share == 0.3 else False):
         with serve_http(folder, ranges=ranges) as server:
             check(place(chosen, server, name), images)
             if ranges is True and name not in ("a.tar", "plain"):
