@@ -305,9 +305,9 @@ def read(path):
     return dd.read_parquet(path)
 
 frames = {path: read(path) for path in sys.argv[1:]}
+assert not any(name.startswith("dask_imgread") for name in sys.modules)
 chosen = {path: rows[rows["width"] > 150] for path, rows in frames.items()}
 assert all(len(rows) > 10 for rows in chosen.values())
-assert not any(name.startswith("dask_imgread") for name in sys.modules)
 
 from dask_imgread import ImageReaderStage, map_images, read_bag
 
@@ -326,7 +326,7 @@ for path, rows in chosen.items():
 
 def test_rows_that_were_stored(lazy, sums, tmp_path):
     rows = lazy.compute(scheduler="sync")
-    paths = [str(tmp_path / name) for name in ("dask", "pandas", "no-index", "csv")]
+    paths = [str(tmp_path / name) for name in ("by-dask", "by-pandas", "no-index", "as-csv")]
     lazy.to_parquet(paths[0])
     rows.to_parquet(paths[1])
     rows.reset_index().to_parquet(paths[2], index=False)

@@ -1,5 +1,6 @@
 """What ends a run from outside: workers that go, Ctrl-C, a reader of its output that goes."""
 
+import atexit
 import logging
 import os
 import signal
@@ -75,7 +76,9 @@ def run_alone(words, unread):
     for number, name in enumerate(PRINTED, 1):
         file = os.open(name, os.O_CREAT | os.O_WRONLY)
         os.dup2(writing if number in unread else file, number)
-    sys.exit(main(words))
+    status = main(words)
+    atexit._run_exitfuncs()  # of which a forked process runs none: they close clusters, too
+    sys.exit(status)
 
 
 PRINTED = ("stdout", "stderr")
