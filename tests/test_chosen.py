@@ -24,6 +24,8 @@ from dask_imgread import (
 from dask_imgread.shards import local
 from dask_imgread.tasks import COLUMNS
 from tests.helpers.servers import serve_http
+from tests.helpers.workers import META
+from tests.helpers.workers import add_up as add_up_by_id
 
 READER = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
 SUMS = pd.DataFrame({"total": pd.Series(dtype="int64")}).rename_axis("image_id")
@@ -260,20 +262,15 @@ def describe_failures(batch):
 
 # In another process
 
-PRINT_KEYS = """
-import sys
-import pandas as pd
-import dask.dataframe as dd
-from dask.base import tokenize
-from dask_imgread import ImageReaderStage, map_images, read_bag
-from tests.helpers.workers import META, add_up
 
-reader = ImageReaderStage(device="cpu")
-rows = pd.read_parquet(sys.argv[1])
-for frame in (rows, dd.from_pandas(rows, npartitions=2)):
-    print(sorted(map(str, map_images(add_up, frame, reader=reader, meta=META).dask)))
-    print(read_bag(frame, reader=reader).name)
-"""
+def list_keys(path):
+    reader = ImageReaderStage(device="cpu")
+    rows = pd.read_parquet(path)
+    keys = []
+    for frame in (rows, dd.from_pandas(rows, npartitions=2)):
+        keys += sorted(map(str, map_images(add_up_by_id, frame, reader=reader, meta=META).dask))
+        keys.append(read_bag(frame, reader=reader).name)
+    return keys
 
 
 def run_python(code, *arguments, folder):
@@ -289,21 +286,28 @@ def run_python(code, *arguments, folder):
 
 
 def test_keys_are_the_same_in_every_process(lazy, tmp_path):
-    lazy.query("width > 100").to_parquet(tmp_path / "rows")
-    first, second = (run_python(PRINT_KEYS, tmp_path / "rows", folder=".") for _ in range(2))
-    assert first.count("read-images-") == 2
-    assert first.count("('map-images-") == 6
-    assert first == second
+    path = str(tmp_path / "rows")
+    lazy.query("width > 100").to_parquet(path)
+    here = list_keys(path)
+    assert sum(key.startswith("read-images-") for key in here) == 2
+    assert sum(key.startswith("('map-images-") for key in here) == 6
+    code = f"from tests.test_chosen import list_keys; print(list_keys({path!r}))"
+    assert run_python(code, folder=".") == f"{here}\n"
 
 
 READ_LATER = """
 import sys
 import dask.dataframe as dd
 
-rows = dd.read_parquet(sys.argv[1])
+def read(path):
+    if path.endswith("csv"):
+        return dd.read_csv(path, dtype={"key": str})
+    return dd.read_parquet(path)
+
+frames = {path: read(path) for path in sys.argv[1:]}
 assert not any(name.startswith("dask_imgread") for name in sys.modules)
-chosen = rows[rows["width"] > 150]
-assert len(chosen) > 10
+chosen = {path: rows[rows["width"] > 150] for path, rows in frames.items()}
+assert all(len(rows) > 10 for rows in chosen.values())
 
 from dask_imgread import ImageReaderStage, map_images, read_bag
 
@@ -311,32 +315,26 @@ def add_up(batch):
     return {"total": [int(image.image_data.sum()) for image in batch.data]}
 
 reader = ImageReaderStage(device="cpu", verbose=False)
-frame = map_images(add_up, chosen, reader=reader).compute(scheduler="sync")
-batches = read_bag(chosen, reader=reader).compute(scheduler="sync")
-found = {image.image_id: int(image.image_data.sum()) for b in batches for image in b.data}
-assert found == frame["total"].to_dict()
-frame.to_parquet(sys.argv[2])
+for path, rows in chosen.items():
+    frame = map_images(add_up, rows, reader=reader).compute(scheduler="sync")
+    batches = read_bag(rows, reader=reader).compute(scheduler="sync")
+    found = {image.image_id: int(image.image_data.sum()) for b in batches for image in b.data}
+    assert found == frame["total"].to_dict()
+    frame.to_parquet(f"{path}-read")
 """
 
 
-@pytest.mark.parametrize("write", ["dask", "pandas", "without an index", "csv"])
-def test_rows_that_were_stored(lazy, sums, tmp_path, write):
+def test_rows_that_were_stored(lazy, sums, tmp_path):
     rows = lazy.compute(scheduler="sync")
-    path, code = tmp_path / "rows", READ_LATER
-    if write == "dask":
-        lazy.to_parquet(path)
-    elif write == "pandas":
-        rows.to_parquet(path)
-    elif write == "csv":
-        rows.to_csv(path)
-        code = code.replace("read_parquet(sys.argv[1])", "read_csv(sys.argv[1], dtype=TEXT)")
-        code = f"TEXT = {{'key': str}}{code}"
-    else:
-        rows.reset_index().to_parquet(path, index=False)
-    run_python(code, path, tmp_path / "out", folder=tmp_path)
-    found = pd.read_parquet(tmp_path / "out")["total"]
-    expected = sums[rows.index[rows["width"] > 150]]
-    assert found.sort_index().to_dict() == expected.sort_index().to_dict()
+    paths = [str(tmp_path / name) for name in ("by-dask", "by-pandas", "no-index", "as-csv")]
+    lazy.to_parquet(paths[0])
+    rows.to_parquet(paths[1])
+    rows.reset_index().to_parquet(paths[2], index=False)
+    rows.to_csv(paths[3])
+    run_python(READ_LATER, *paths, folder=tmp_path)
+    expected = sums[rows.index[rows["width"] > 150]].sort_index().to_dict()
+    for path in paths:
+        assert pd.read_parquet(f"{path}-read")["total"].sort_index().to_dict() == expected
 
 
 def test_a_jobs_folder_stays_lazy(client, photo_shards, sums, tmp_path, opened):

@@ -78,6 +78,22 @@ def variants():
                 yield f"{mode}-{number}.{extension}", content
 
 
+def write_noise(path, images, side):
+    """Write a shard of images of noise with sidecars: many bytes that are decoded soon."""
+    rng = np.random.default_rng(2)
+    noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+    image = encode(noise, "JPEG", quality=90)
+    members = []
+    for number in range(images):
+        comment = b"\xff\xfe\0\4%02d" % number  # no two are the same
+        members += [
+            (f"{number:03d}.jpg", image[:2] + comment + image[2:]),
+            (f"{number:03d}.json", b"{}"),
+            (f"{number:03d}.txt", b"%d" % number),
+        ]
+    return write_shard(path, members)
+
+
 def read(path, **options):
     """Return (all images read, all that failed)."""
     batches = ImageReaderStage(device="cpu", **options)(FileGroupTask(data=[str(path)]))

@@ -62,7 +62,17 @@ Image.MAX_IMAGE_PIXELS = 3000
 warnings.simplefilter("ignore")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 signal.signal(signal.SIGTERM, lambda *_: None)
-before = json.loads(json.dumps(look()))
+"""
+
+# A new interpreter for each script would spend seconds on importing all that again.
+FORK = """
+for line in sys.stdin:
+    script, *sys.argv[1:] = json.loads(line)
+    if not (child := os.fork()):
+        before = json.loads(json.dumps(look()))
+        exec(script)
+        sys.exit()
+    print(os.waitpid(child, 0)[1], end="\\n\\n", flush=True)
 """
 
 IMPORT = """
@@ -148,22 +158,31 @@ def shard(tmp_path):
     return write_shard(tmp_path / "s.tar", members.items())
 
 
-def run(script, *arguments):
-    command = [sys.executable, "-c", LOOK + script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def run():
+    """Run a script in a process that has imported what it may, but nothing of ours."""
+    command = [sys.executable, "-c", LOOK + FORK]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, **pipes) as process:
+
+        def ask(script, *arguments):
+            print(json.dumps([script, *map(str, arguments)]), file=process.stdin)
+            *printed, status = iter(process.stdout.readline, "\n")
+            assert status == "0\n", printed
+            return json.loads(printed[-1])
+
+        yield ask
 
 
-def test_an_import_changes_nothing():
+def test_an_import_changes_nothing(run):
     assert run(IMPORT) == {}
 
 
-def test_reading_changes_nothing(shard):
+def test_reading_changes_nothing(run, shard):
     assert run(READ, shard, json.dumps(OPTIONS)) == {}
 
 
-def test_reading_is_not_seen_by_others_who_use_pillow(tmp_path, shard):
+def test_reading_is_not_seen_by_others_who_use_pillow(run, tmp_path, shard):
     bomb = tmp_path / "bomb.png"
     Image.new("1", (4000, 4000)).save(bomb)
     tried, all_refused, set_meanwhile = run(TOGETHER, shard, json.dumps(OPTIONS[:4]), bomb)
@@ -173,7 +192,7 @@ def test_reading_is_not_seen_by_others_who_use_pillow(tmp_path, shard):
 
 
 @both_decoders
-def test_the_users_limit_is_not_ours(shard, decoder):
+def test_the_users_limit_is_not_ours(run, shard, decoder):
     """Neither Pillow's limit nor what becomes of warnings decides what is read."""
     script = (
         READ + "assert Image.MAX_IMAGE_PIXELS == 3000; print(json.dumps(len(warnings.filters)))"

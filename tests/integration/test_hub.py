@@ -13,6 +13,7 @@ from dask_imgread.shards.find import find_shards
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.testing import make_shards
 from tests.helpers.hub import serve_hub
+from tests.helpers.images import write_noise
 from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -24,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """20 small shards of 4 images, and one of 80 and 9 MB."""
+    """20 small shards of 2 images, and one of 80 and 9 MB."""
     folder = tmp_path_factory.mktemp("dataset")
-    make_shards(folder / "data", shards=20, images_per_shard=4, broken=1)
-    make_shards(folder / "large", shards=1, images_per_shard=80, size=(1200, 900))
+    make_shards(folder / "data", shards=20, images_per_shard=2, size=(48, 32), broken=1)
+    write_noise(folder / "large" / "00000.tar", 80, 340)
     return folder
 
 
@@ -136,7 +137,7 @@ def test_workers_neither_list_nor_look_up(folder, hub, public_bucket, client, tm
         find_shards(paths, options)
         looked_up = [request for request in server.requests if request.range is None]
         per_worker = 1 if store == "hub" else 0  # whether there is such a dataset
-        for number, per_partition in enumerate((4, 1)):
+        for number, per_partition in enumerate((2, 1)):
             forget(server)
             summary = run_job(
                 *(paths, tmp_path / f"{store}{number}"),
@@ -145,7 +146,7 @@ def test_workers_neither_list_nor_look_up(folder, hub, public_bucket, client, tm
                 storage_options=options,
                 images_per_partition=per_partition,
             )
-            assert summary.partitions == 80 / per_partition
+            assert summary.partitions == 40 / per_partition
             for request in looked_up:
                 assert request in server.requests
             lookups = [request for request in server.requests if request.range is None]
@@ -175,7 +176,7 @@ def test_the_token_of_a_private_dataset_is_told_nowhere(private_hub, client, tmp
     forget(private_hub)
     out = tmp_path / "out"
     options = {"storage_options": private_hub.storage_options, "client": client, "reader": READER}
-    assert run_job(f"{DATASET}/data/*.tar", out, **options).images == 79
+    assert run_job(f"{DATASET}/data/*.tar", out, **options).images == 39
     assert set(private_hub.authorizations) == {f"Bearer {TOKEN}"}
     assert set(private_hub.files.authorizations) == {None}  # another server, with signed URLs
     tasks = partition_shards(f"{DATASET}/data", storage_options=private_hub.storage_options)
@@ -228,8 +229,8 @@ def test_a_public_bucket_is_read_without_a_signature(
     command += ["--scheduler", client.scheduler.address, "--storage-option", "anon=true"]
     command += ["--storage-option", f"endpoint_url={public_bucket.endpoint}"]
     assert main(command) == 0
-    assert len(pd.read_parquet(tmp_path / "out")) == 80
-    assert len(public_bucket.authorizations) > 40
+    assert len(pd.read_parquet(tmp_path / "out")) == 40
+    assert len(public_bucket.authorizations) > 20
     assert set(public_bucket.authorizations) == {None}
 
 

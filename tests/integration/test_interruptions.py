@@ -1,5 +1,6 @@
 """What ends a run from outside: workers that go, Ctrl-C, a reader of its output that goes."""
 
+import atexit
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ from dask_imgread.errors import NoWorkersError
 from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
-from tests.helpers.commands import start_server
+from tests.helpers.commands import ForkedProcess, start_server
 
 MODULE = """
 import time
@@ -59,9 +60,28 @@ def impatient(quick_start, monkeypatch):
         yield
 
 
-def start(*arguments, **options):
-    command = [sys.executable, "-m", "dask_imgread", *map(str, arguments)]
-    return subprocess.Popen(command, text=True, **options)
+def start(*arguments, unread=()):
+    """Start a command in a session of its own; nobody reads its descriptors ``unread``."""
+    start_server()
+    process = ForkedProcess(target=run_alone, args=([*map(str, arguments)], unread))
+    process.start()
+    return process
+
+
+def run_alone(words, unread):
+    """Run a command, whose workers inherit from it; what it prints goes to two files."""
+    os.setsid()
+    reading, writing = os.pipe()
+    os.close(reading)
+    for number, name in enumerate(PRINTED, 1):
+        file = os.open(name, os.O_CREAT | os.O_WRONLY)
+        os.dup2(writing if number in unread else file, number)
+    status = main(words)
+    atexit._run_exitfuncs()  # of which a forked process runs none: they close clusters, too
+    sys.exit(status)
+
+
+PRINTED = ("stdout", "stderr")
 
 
 @pytest.fixture
@@ -193,19 +213,18 @@ def test_a_wrong_scheduler_is_told_at_once(
 @pytest.mark.parametrize("command", ["apply", "verify"])
 def test_ctrl_c_in_a_terminal(folder, shards, command):
     """It is sent to the workers too."""
-    job = [*shards, "--images-per-partition", 1, "--workers", 2, "--device", "cpu"]
+    job = [*shards, "--images-per-partition", 1, "--workers", 1, "--device", "cpu"]
     if command == "apply":
         job = ["measuring:measure", *job, "--out", "out"]
-    process = start(
-        command, *job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = start(command, *job)
     if command == "apply":
         wait_for(lambda: list(folder.glob("out/part-*")))
     else:
-        wait_for(lambda: len(psutil.Process(process.pid).children()) >= 3)  # and the tracker
+        wait_for(lambda: psutil.Process(process.pid).children())
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.join(60)
+    assert process.exitcode == 130
+    out, err = (Path(name).read_text() for name in PRINTED)
     assert out == ""
     assert "Traceback" not in err
     kept = "; what is done is kept" if command == "apply" else ""
@@ -242,18 +261,15 @@ def test_interrupts_are_kept_from_workers_alone():
 # Readers of its output
 
 
-def test_nobody_reads_its_output(folder, shards):
-    reading, writing = os.pipe()
-    os.close(reading)
-    job = ["verify", *shards, "--workers", 1, "--out", "bad.parquet"]
-    process = start(*job, stdout=writing, stderr=subprocess.PIPE)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1, "as it would be with a reader"
-    assert "ipe" not in err
-    job = ["metadata", *shards, "--workers", 1, "--out", "out"]
-    process = start(*job, stdout=writing, stderr=writing)
-    assert process.wait(60) == 0
-    os.close(writing)
+def test_nobody_reads_its_output(folder, shards, client):
+    job = ["verify", *shards, "--scheduler", client.scheduler.address, "--out", "bad.parquet"]
+    process = start(*job, unread=(1,))
+    process.join(60)
+    assert process.exitcode == 1, "as it would be with a reader"
+    assert "ipe" not in Path("stderr").read_text()
+    process = start("metadata", *shards, "--workers", 1, "--out", "out", unread=(1, 2))
+    process.join(60)
+    assert process.exitcode == 0
     assert len(pd.read_parquet("bad.parquet")) == 1
     assert len(pd.read_parquet("out")) == 200
 
@@ -261,7 +277,7 @@ def test_nobody_reads_its_output(folder, shards):
 # Exit
 
 AT_EXIT = """
-import os, sys, threading
+import gc, os, sys, threading
 from dask_imgread.cli.preview import read_samples
 from dask_imgread.jobs.folder import JobFolder
 
@@ -270,6 +286,7 @@ def spin():
         pass
 
 sys.setswitchinterval(0.0002)
+gc.freeze()  # or each child spends most of its time on collecting modules
 statuses = []
 for _ in range(50):
     child = os.fork()

@@ -3,7 +3,6 @@
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
@@ -14,7 +13,6 @@ from dask_imgread import (
     FileGroupTask,
     ImageReaderStage,
     JobError,
-    connect_client,
     partition_shards,
     run_job,
     verify_shards,
@@ -25,6 +23,8 @@ from dask_imgread.storage import retries
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.storage.retries import is_transient, with_retries
 from dask_imgread.testing import make_shards
+from tests.helpers.commands import run_command
+from tests.helpers.images import write_noise
 from tests.helpers.servers import KEY, SECRET, Faults, count_bytes, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     make_shards(folder, shards=3, images_per_shard=40, broken=2)
     subprocess.run(["gzip", folder / "00001.tar"], check=True)
-    make_shards(folder / "large", shards=1, images_per_shard=100, size=(1200, 900))
+    write_noise(folder / "large" / "00000.tar", 100, 340)
     return folder
 
 
@@ -189,7 +189,7 @@ def test_denied_and_missing_objects_are_said_at_once(s3):
 
 
 @pytest.mark.slow
-def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_path):
+def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, client, tmp_path):
     """From S3 to S3, in worker processes; secrets are looked for in all that comes out."""
     config = {"shards": "s3://pictures/", "images-per-partition": 10, "decode": True}
     config |= {"device": "cpu", "workers": 2, "log-format": "json"}
@@ -201,23 +201,14 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
         lines += [] if nested else [f"{name} = {json.dumps(value)}"]
     (tmp_path / "job.toml").write_text("\n".join(lines))
     s3.make_bucket("results")
-    out = ["--out", "s3://results/out"]
     s3.faults = faults = Faults(every=20)
     try:
-        done = [
-            subprocess.run(
-                [sys.executable, "-m", "dask_imgread", "metadata", *["--config", "job.toml"], *out],
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                timeout=100,
-            )
-            for _ in range(2)
-        ]
+        command = ["metadata", "--config", tmp_path / "job.toml", "--out", "s3://results/out"]
+        done = [run_command(*command) for _ in range(2)]
     finally:
         s3.faults = None
-    assert [run.returncode for run in done] == [0, 0], done[0].stderr
-    first, again = (json.loads(run.stdout) for run in done)
+    assert [status for status, *_ in done] == [0, 0], done
+    first, again = (json.loads(out) for _, out, _ in done)
     assert (first["images"], first["failed"]) == (218, 2)
     assert again | {"seconds": 0} == first | {
         "images_per_second": 0,
@@ -228,13 +219,12 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
         "seconds": 0,
     }
     assert set(faults.injected) == set(faults.kinds)
-    logged = [json.loads(line) for run in done for line in run.stderr.splitlines()]
+    logged = [json.loads(line) for *_, err in done for line in err.splitlines()]
     assert any("trying again" in line["message"] for line in logged)
 
     there = pd.read_parquet("s3://results/out", storage_options=s3.storage_options)
     reader = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
-    local = connect_client(device="cpu", n_workers=1, verbose=False)
-    run_job(folder, tmp_path / "out", reader=reader, images_per_partition=10, client=local)
+    run_job(folder, tmp_path / "out", reader=reader, images_per_partition=10, client=client)
     here = pd.read_parquet(tmp_path / "out")
     for frame in (there, here):
         frame.index = frame.index.str.replace(r"-\w{10}/", "/", regex=True)
@@ -243,7 +233,7 @@ def test_a_job_in_a_store_with_one_request_in_twenty_failing(folder, s3, tmp_pat
     fs = fsspec.filesystem("s3", **s3.storage_options)
     written = b"".join(fs.cat(fs.find("s3://results/out")).values())
     for secret in (KEY, SECRET):
-        assert secret not in "".join(run.stdout + run.stderr for run in done)
+        assert secret not in "".join(out + err for _, out, err in done)
         assert secret.encode() not in written
 
 

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from contextlib import redirect_stdout
@@ -27,6 +26,7 @@ from webdataset import tariterators
 from dask_imgread import (
     JobError,
     OtherJobError,
+    connect_client,
     load_images,
     read_bag,
     read_metadata,
@@ -43,11 +43,11 @@ from dask_imgread.selection.write import (
     digest_rows,
 )
 from dask_imgread.testing import draw_picture, encode_picture, make_shards, write_shard
+from tests.helpers.commands import ForkedProcess, start_server
 from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
 
 PNGS = [encode_picture(draw_picture(n, (24, 16)), "png") for n in range(6)]
 A, B, C, D, E, F = PNGS
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 PLACES = ["image_path", "shard", "shard_version"]  # differ from folder to folder
 
 
@@ -869,40 +869,34 @@ def test_a_jobs_folder(client, source, tmp_path):
 
 # Killed
 
-SCRIPT = """
-import sys
-import pandas as pd
-from dask_imgread import connect_client, write_shards
 
-out, rows, scheduler = sys.argv[1:]
-client = connect_client(scheduler=scheduler)
-write_shards(pd.read_parquet(rows), out, images_per_shard=8, shuffle=1, client=client)
-"""
+def write_apart(out, rows, scheduler):
+    client = connect_client(scheduler=scheduler)
+    write(client, pd.read_parquet(rows), out, images_per_shard=4, shuffle=1)
 
 
 def test_killed_and_called_again(client, tmp_path):
-    rows = read(make_shards(tmp_path / "s", images_per_shard=200, size=(24, 16), sidecars=["txt"]))
+    rows = read(make_shards(tmp_path / "s", images_per_shard=100, size=(24, 16), sidecars=["txt"]))
     rows.to_parquet(tmp_path / "rows.parquet")
     out = tmp_path / "out"
-    arguments = [out, tmp_path / "rows.parquet", client.scheduler.address]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *arguments], stdout=log, stderr=log, env=ENVIRONMENT
-        )
+    start_server()
+    arguments = out, tmp_path / "rows.parquet", client.scheduler.address
+    process = ForkedProcess(target=write_apart, args=arguments)
+    process.start()
     end = time.monotonic() + 60
     while len(list(out.glob("metadata/part-*"))) < 2:
-        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert process.exitcode is None
         assert time.monotonic() < end
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     (out / "_tmp-00049.tar-0a").write_bytes(b"left by a writer")
     done = {path: path.stat().st_mtime_ns for path in out.glob("metadata/part-*")}
     assert 2 <= len(done) < 50
 
-    written = write(client, rows, out, images_per_shard=8, shuffle=1)
+    written = write(client, rows, out, images_per_shard=4, shuffle=1)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-    expected = write(client, rows, tmp_path / "undisturbed", images_per_shard=8, shuffle=1)
+    expected = write(client, rows, tmp_path / "undisturbed", images_per_shard=4, shuffle=1)
     assert_same_rows(written, expected)
     assert read_tars(out) == read_tars(tmp_path / "undisturbed")
     assert list_files(out) == list_files(tmp_path / "undisturbed")

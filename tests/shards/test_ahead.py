@@ -27,7 +27,7 @@ from dask_imgread.shards import ahead
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.images import encode, members_of, read_rows
+from tests.helpers.images import encode, members_of, read_rows, write_noise
 from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
 
 MIB = 1 << 20
@@ -158,26 +158,10 @@ def test_an_error_costs_its_block_alone_and_is_not_asked_for_again(content):
     assert list(failed.values()) == [1]
 
 
-def write_large_shard(path, images=30, side=800):
-    """Write images of noise, of about a byte a pixel and a half, with sidecars."""
-    rng = np.random.default_rng(2)
-    noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
-    image = encode(noise, "JPEG", quality=90)
-    members = []
-    for number in range(images):
-        comment = b"\xff\xfe\0\4%02d" % number  # no two are the same
-        members += [
-            (f"{number:03d}.jpg", image[:2] + comment + image[2:]),
-            (f"{number:03d}.json", b"{}"),
-            (f"{number:03d}.txt", b"%d" % number),
-        ]
-    return write_shard(path, members)
-
-
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    path = write_large_shard(folder / "a.tar")
+    path = write_noise(folder / "a.tar", 30, 800)
     content = Path(path).read_bytes()
     with pa.CompressedOutputStream(str(folder / "a.tar.zst"), "zstd") as file:
         file.write(content)
@@ -192,16 +176,23 @@ def large_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def rows(large_folder):
+    """What the shard holds, read from the disk."""
+    return read_rows(large_folder / "a.tar")
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
 @pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
-def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, faults, monkeypatch):
+def test_a_shard_larger_than_what_is_kept_is_fetched_once(
+    large_folder, rows, name, faults, monkeypatch
+):
     monkeypatch.setattr(ahead, "_MAX_KEPT_BYTES", 8 * MIB)
-    expected = read_rows(large_folder / "a.tar")
-    assert len(expected) == 30
-    assert all(error is None for *_, error, _ in expected)
+    assert len(rows) == 30
+    assert all(error is None for *_, error, _ in rows)
     size = os.path.getsize(large_folder / name)
     with serve_http(large_folder, faults=faults) as server:
-        assert read_rows(f"{server.url}/{name}") == expected
+        assert read_rows(f"{server.url}/{name}") == rows
         good = [r for r in server.requests if r.status == 206]
         assert faults is None or faults.injected.total() >= 3
     if faults is None:
@@ -209,12 +200,12 @@ def test_a_shard_larger_than_what_is_kept_is_fetched_once(large_folder, name, fa
 
 
 @pytest.mark.parametrize("name", ["a.tar.zst", "a.tar.gz", "frames.tar.zst"])
-def test_a_local_compressed_shard_gives_the_same(large_folder, name):
-    assert read_rows(large_folder / name) == read_rows(large_folder / "a.tar")
+def test_a_local_compressed_shard_gives_the_same(large_folder, rows, name):
+    assert read_rows(large_folder / name) == rows
 
 
 def test_headers_of_large_images_take_few_bytes(tmp_path):
-    path = write_large_shard(tmp_path / "a.tar", images=60, side=1200)
+    path = write_noise(tmp_path / "a.tar", 60, 1200)
     size = os.path.getsize(path)
     with serve_http(tmp_path) as server:
         url = f"{server.url}/a.tar"
@@ -231,7 +222,7 @@ def test_headers_of_large_images_take_few_bytes(tmp_path):
 
 
 def test_headers_of_small_images_are_read_through(tmp_path):
-    path = write_large_shard(tmp_path / "a.tar", images=99, side=200)
+    path = write_noise(tmp_path / "a.tar", 99, 200)
     with serve_http(tmp_path) as server:
         assert len(read_metadata(f"{server.url}/a.tar").compute()) == 99
         gets = [r for r in server.requests if r.method == "GET"]
@@ -240,7 +231,7 @@ def test_headers_of_small_images_are_read_through(tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
-    path = write_large_shard(tmp_path / "a.tar")
+    path = write_noise(tmp_path / "a.tar", 30, 800)
     with serve_http(tmp_path) as server:
         url = f"{server.url}/a.tar"
         task = FileGroupTask(data=[url])
@@ -390,17 +381,17 @@ def count_pixels(batch):
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz"])
-def test_an_outage_is_never_a_mixture(large_folder, name, monkeypatch):
+def test_an_outage_is_never_a_mixture(large_folder, rows, name, monkeypatch):
     """Images before it are right, and what follows is recorded as unreachable."""
     monkeypatch.setattr("dask_imgread.storage.retries.ATTEMPTS", 1)
-    expected = {key: pixels for key, pixels, *_ in read_rows(large_folder / "a.tar")}
+    expected = {key: pixels for key, pixels, *_ in rows}
     for first_good in (3, 6, 9):
         with serve_http(large_folder) as server:
             server.faults = Faults(every=first_good, kinds=("500",))
-            rows = read_rows(f"{server.url}/{name}", read_ahead=4 * MIB)
-        good = {key: pixels for key, pixels, _, error, _ in rows if error is None}
+            found = read_rows(f"{server.url}/{name}", read_ahead=4 * MIB)
+        good = {key: pixels for key, pixels, _, error, _ in found if error is None}
         assert good == {key: expected[key] for key in good}
-        errors = {error for *_, error, _ in rows if error is not None}
+        errors = {error for *_, error, _ in found if error is not None}
         assert errors
         assert all(error.startswith("unreachable") for error in errors), errors
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import fsspec
 import pandas as pd
@@ -18,8 +16,8 @@ from dask_imgread import (
     run_job,
     verify_shards,
 )
+from dask_imgread.cli.main import main
 from dask_imgread.testing import make_shards
-from tests.helpers.workers import QUICK_START
 
 
 @pytest.fixture
@@ -68,15 +66,11 @@ def test_every_way_has_them(places, tmp_path, client):
         run_job(place, tmp_path / "two", client=client)
 
 
-def test_on_the_command_line(places, tmp_path):
-    command = [sys.executable, "-m", "dask_imgread", "metadata", places[1], "--out", "out"]
-    command += ["--relative-to", places[1], "--workers", "1", "--log-format", "json"]
-    environment = os.environ | QUICK_START
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    rows = pd.read_parquet(tmp_path / "out")
+def test_on_the_command_line(places, tmp_path, client):
+    out = str(tmp_path / "out")
+    command = ["metadata", places[1], "--out", out, "--relative-to", places[1]]
+    assert main([*command, "--scheduler", client.scheduler.address]) == 0
+    rows = pd.read_parquet(out)
     assert sorted(rows.index) == list_ids(places[0], relative_to=places[0])
     assert json.loads((tmp_path / "out" / "_job.json").read_text())["options"]["relative_to"]
 

@@ -32,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A shard of 400 images of noise, 30 kB each, also compressed."""
+    """A shard of 400 images of noise, 15 kB each, also compressed."""
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     members = []
     for number in range(400):
-        noise = Image.fromarray(rng.integers(0, 256, (140, 140, 3), np.uint8))
+        noise = Image.fromarray(rng.integers(0, 256, (100, 100, 3), np.uint8))
         members.append((f"{number:03d}.jpg", encode(noise, "JPEG", quality=90)))
     content = Path(write_shard(folder / "a.tar", members)).read_bytes()
     (folder / "a.tar.gz").write_bytes(gzip.compress(content, 1))
@@ -178,7 +178,7 @@ def test_every_kind_of_shard_gives_the_same(folder, frame, images, name, share):
     chosen = pick(frame, share)
     check(chosen.assign(shard=str(folder / name)).drop(columns="shard_version"), images)
     size = os.path.getsize(folder / name)
-    for ranges in (True, False, "none"):
+    for ranges in (True, "none" if share == 0.3 else False):
         with serve_http(folder, ranges=ranges) as server:
             check(place(chosen, server, name), images)
             if ranges is True and name not in ("a.tar", "plain"):
@@ -378,4 +378,4 @@ def test_headers_alone(folder, frame, images):
                 meta=make_frame([]),
             ).compute(scheduler="sync")
             assert list(rows["key"]) == list(frame["key"][::50])
-            assert set(rows["width"]) == {140}
+            assert set(rows["width"]) == {100}

@@ -94,8 +94,8 @@ def test_what_comes_too_late_is_named(monkeypatch):
 
 
 def test_images_of_a_key_with_dots_are_told_before_the_shard_ends():
-    names = [f"img.{n:05d}.{e}" for n in range(20_000) for e in ("cls", "jpg")]
-    members = lay_out(names)
+    names = [f"img.{n:05d}.{e}" for n in range(4000) for e in ("cls", "jpg")]
+    members = lay_out(names, 5000)
     pieces = [p for p in index_stream(iter(members), lambda offset: None) if p.images]
     assert len(pieces) > 5
     images = [entry for piece in pieces for entry in piece.images]
