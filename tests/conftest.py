@@ -84,9 +84,9 @@ def restore_logging():
         logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forked_workers():
-    """Have the workers of the clusters that a test starts forked."""
+    """Fork workers, from now on, from a process that has imported what they need."""
     import dask
 
     from tests.helpers.commands import start_server
@@ -109,6 +109,16 @@ def programs(tmp_path_factory):
 def short_pauses(monkeypatch):
     """Retry requests at once."""
     monkeypatch.setattr("dask_imgread.storage.retries.FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture(scope="session")
+def imgread_cluster(forked_workers, imgread_cluster):
+    return imgread_cluster
+
+
+@pytest.fixture(scope="session")
+def imgread_gpu_cluster(forked_workers, imgread_gpu_cluster):
+    return imgread_gpu_cluster
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from dask_imgread import (
 )
 from dask_imgread.tasks import make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.commands import start_server
 from tests.helpers.images import read_with_pillow
 
 # No picture is known that kills libjpeg-turbo. So processes that load this module die, and truly,
@@ -69,12 +68,10 @@ def deadly_site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fragile_client(deadly_site):
+def fragile_client(deadly_site, forked_workers):
     """Connect to workers that are forked, and so load it when they start."""
-    start_server()
     settings = {
         "distributed.scheduler.allowed-failures": 0,
-        "distributed.worker.multiprocessing-method": "forkserver",
         "distributed.worker.preload": [str(deadly_site)],
     }
     with (

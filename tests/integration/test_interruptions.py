@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def impatient(quick_start, monkeypatch):
+def impatient(forked_workers, monkeypatch):
     monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with dask.config.set({cluster.WAIT_SETTING: "1s"}):
         yield
@@ -82,14 +82,6 @@ def run_alone(words, unread):
 
 
 PRINTED = ("stdout", "stderr")
-
-
-@pytest.fixture
-def quick_start():
-    """Fork workers from a process that has imported what they need."""
-    start_server()
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        yield
 
 
 def start_local(workers):
@@ -134,7 +126,7 @@ def test_a_job_without_workers_ends(folder, shards, impatient, monkeypatch, caps
     assert 1 <= len(list(Path("out").glob("part-*"))) < 200
 
 
-def test_a_job_goes_on_when_workers_come_back(folder, shards, quick_start, monkeypatch):
+def test_a_job_goes_on_when_workers_come_back(folder, shards, forked_workers, monkeypatch):
     monkeypatch.setattr(cluster, "_CHECK_INTERVAL", 0.1)
     with start_local(1) as local, Client(local) as client:
         scale_when_begun(local, "out", 0)
@@ -168,7 +160,7 @@ def test_workers_that_can_not_do_the_work_are_none(client, impatient):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-def test_an_adaptive_cluster_starts_from_nothing(folder, shards, quick_start, workers):
+def test_an_adaptive_cluster_starts_from_nothing(folder, shards, forked_workers, workers):
     with start_local(0) as local:
         local.adapt(minimum=0, maximum=2, interval="100ms")
         client = connect_client(scheduler=local.scheduler_address, n_workers=workers)
@@ -176,7 +168,7 @@ def test_an_adaptive_cluster_starts_from_nothing(folder, shards, quick_start, wo
         assert run_job(shards, "out", count_slowly, **options).images == 199
 
 
-def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, quick_start, monkeypatch):
+def test_an_adaptive_cluster_is_seen_to_declare_gpus(folder, shards, forked_workers, monkeypatch):
     """What its tasks ask for is not known before there is a worker."""
     monkeypatch.setenv("DASK_IMGREAD__DEVICE", "cpu")
     options = {"threads_per_worker": 1, "dashboard_address": ":0", "resources": {"GPU": 1}}
@@ -245,7 +237,10 @@ def test_interrupts_are_kept_from_workers_alone():
         new = set(psutil.Process().children()) - before
         return [p for p in new if "spawn_main" in " ".join(p.cmdline())]
 
-    with start_cluster(device="cpu", n_workers=1, dashboard_address=":0", verbose=False) as local:
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
+        start_cluster(device="cpu", n_workers=1, dashboard_address=":0", verbose=False) as local,
+    ):
         (worker,) = list_workers()
         assert blocks_interrupts(worker)
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

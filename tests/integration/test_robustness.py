@@ -30,22 +30,15 @@ from dask_imgread import (
 )
 from dask_imgread.decoding.dali import DECODERS
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.commands import start_server
 from tests.helpers.workers import META, add_up
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 def start(**options):
     return LocalCluster(
         **({"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"} | options)
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_start():
-    """Fork workers from a process that has imported what they need."""
-    start_server()
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        yield
 
 
 # Memory
