@@ -312,11 +312,17 @@ def run_night(folder, environment):
         return subprocess.Popen(["sh", script], env=environment, stdout=log, stderr=log)
 
 
+# Dask notes, with a traceback, that a worker which ends was about to be sent something.
+LOST_CONNECTION = re.compile(
+    r"^.* - INFO - Batched Comm Closed (?s:.*?)(?=^\d{4}-|\Z)", re.MULTILINE
+)
+
+
 def check_night(started, home, count):
     log = home / "log"
     assert started.wait(60) == 0, log.read_text()
     assert count in log.read_text()
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in LOST_CONNECTION.sub("", log.read_text())
 
 
 def test_an_allocation(tmp_path, photo_shards, environment):
