@@ -14,13 +14,14 @@ from benchmarks.planted import main as measure_planted
 from benchmarks.remote import main as measure_remote
 from benchmarks.rounds import Contender, serve
 from benchmarks.scale import main as scale
-from tests.helpers.commands import fork_workers
+from tests.helpers.commands import ForkedProcess, fork_workers
 
 
 @pytest.fixture(autouse=True)
 def forked_contenders(monkeypatch, forked_workers):
     """Fork contenders, too, from one process that has imported the large packages."""
-    monkeypatch.setattr(Contender, "context", multiprocessing.get_context("forkserver"))
+    forking = SimpleNamespace(Process=ForkedProcess, Pipe=multiprocessing.Pipe)
+    monkeypatch.setattr(Contender, "context", forking)
     monkeypatch.setattr("benchmarks.rounds.serve", serve_forked)
 
 

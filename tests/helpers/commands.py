@@ -43,11 +43,14 @@ class ForkedProcess(ForkServerProcess):
     def start(self):
         self._environment = os.environ | self.variables
         self._streams = [f"/proc/{os.getpid()}/fd/{number}" for number in self.descriptors]
+        # With this Python 3.14 asks for forks; others have none.
+        self._key = getattr(forkserver._forkserver, "_forkserver_authkey", None)
         super().start()
 
     def run(self):
         for number, stream in enumerate(self._streams, 1):
             os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), number)
+        forkserver._forkserver._forkserver_authkey = self._key
         os.environ.clear()
         os.environ.update(self._environment)
         dask.config.refresh()
