@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ def map_windowed(
     window: int | None = None,
     smallest_window: int = 2,
     **map_options: Any,
-) -> Iterator[tuple[Item, Future]]:
+) -> Generator[tuple[Item, Future]]:
     """Run ``client.map`` with a bound on the tasks in flight, and yield them as they complete.
 
     Dask sends all tasks with resource restrictions to the workers at once, and keeps every
@@ -81,11 +82,14 @@ def map_windowed(
     """
     check_resources(client, map_options.get("resources") or {})
     suspects: list[Item] = []
-    for item, future in _run_windowed(client, fn, items, window, smallest_window, map_options):
-        if _killed_its_workers(future):
-            suspects.append(item)
-        else:
-            yield item, future
+    with closing(
+        _run_windowed(client, fn, items, window, smallest_window, map_options)
+    ) as completed:
+        for item, future in completed:
+            if _killed_its_workers(future):
+                suspects.append(item)
+            else:
+                yield item, future
     if suspects:
         isolated = fn.isolated() if hasattr(fn, "isolated") else fn
         # Not pure: the same key would return the error again.
@@ -99,7 +103,7 @@ def _run_windowed(
     window: int | None,
     smallest_window: int,
     map_options: dict[str, Any],
-) -> Iterator[tuple[Item, Future]]:
+) -> Generator[tuple[Item, Future]]:
     from distributed import as_completed
 
     waiting = iter(items)
@@ -181,7 +185,7 @@ def _killed_its_workers(future: Future) -> bool:
 
 def run_tasks(
     client: Client, fn: Callable[[Item], Result], items: Iterable[Item], **map_options: Any
-) -> Iterator[tuple[Item, Result | Exception]]:
+) -> Generator[tuple[Item, Result | Exception]]:
     """Run ``map_windowed``, and yield results or errors instead of futures.
 
     Raises
@@ -191,11 +195,12 @@ def run_tasks(
     NoWorkersError
         If the cluster has no workers for too long.
     """
-    for item, future in map_windowed(client, fn, items, **map_options):
-        try:
-            result = _fetch_result(client, future, map_options.get("resources") or {})
-        except (CancelledError, NoWorkersError):
-            raise
-        except Exception as error:
-            result = error
-        yield item, result
+    with closing(map_windowed(client, fn, items, **map_options)) as completed:
+        for item, future in completed:
+            try:
+                result = _fetch_result(client, future, map_options.get("resources") or {})
+            except (CancelledError, NoWorkersError):
+                raise
+            except Exception as error:
+                result = error
+            yield item, result

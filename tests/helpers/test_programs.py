@@ -37,10 +37,11 @@ def test_a_script(programs, tmp_path, script, ended):
 
 def test_signals_are_passed_on(programs, tmp_path):
     script = """
-import signal
+import signal, time
 signal.signal(signal.SIGUSR1, lambda *_: exit(5))
 print("on", flush=True)
-signal.pause()
+while True:
+    time.sleep(0.01)
 """
     (tmp_path / "a.py").write_text(script)
     command = [programs / "python", tmp_path / "a.py"]
