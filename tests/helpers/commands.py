@@ -51,11 +51,16 @@ class ForkedProcess(ForkServerProcess):
         for number, stream in enumerate(self._streams, 1):
             os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), number)
         forkserver._forkserver._forkserver_authkey = self._key
-        os.environ.clear()
-        os.environ.update(self._environment)
-        dask.config.refresh()
-        initialize_logging(dask.config.config)
+        set_environment(self._environment)
         super().run()
+
+
+def set_environment(variables):
+    """Have these variables, and what Dask reads from them when it is imported."""
+    os.environ.clear()
+    os.environ.update(variables)
+    dask.config.refresh()
+    initialize_logging(dask.config.config)
 
 
 def fork_workers():

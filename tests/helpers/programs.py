@@ -15,11 +15,9 @@ import warnings
 from multiprocessing import forkserver, process
 from pathlib import Path
 
-import dask
 import psutil
-from distributed.config import initialize_logging
 
-from tests.helpers.commands import ForkedProcess, fork_workers, start_server
+from tests.helpers.commands import ForkedProcess, fork_workers, set_environment, start_server
 
 BIN = Path(sys.executable).parent
 PROGRAM = """#!{python} -IS
@@ -88,10 +86,7 @@ def fork_programs(server):
     sys.stdin = open(0)  # noqa: SIM115  # which multiprocessing has replaced
     os.chdir(folder)
     process.ORIGINAL_DIR = folder  # to which the name of a script is relative
-    os.environ.clear()
-    os.environ.update(variables)
-    dask.config.refresh()
-    initialize_logging(dask.config.config)
+    set_environment(variables)
     warnings._processoptions(list(filter(None, os.environ.get("PYTHONWARNINGS", "").split(","))))
     fork_workers()
     run_program(Path(words[0]).name, words[1:])

@@ -20,8 +20,6 @@ def add_up(batch):
 
 
 TASKS = 16
-# For a process that starts a cluster: its workers are forked from one that has imported Dask.
-QUICK_START = {"DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"}
 
 
 @dataclass
