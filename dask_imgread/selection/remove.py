@@ -21,7 +21,7 @@ from dask_imgread.selection.write import check_place, digest_rows, resolve_out, 
 from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.samples import index_members, split_name
 from dask_imgread.shards.sources import find_compression, open_shard
-from dask_imgread.shards.tar import BLOCK, Member, walk_members
+from dask_imgread.shards.tar import BLOCK, Member, pad, walk_members
 from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect
 from dask_imgread.storage.redaction import drop_signature, redact_url
@@ -77,7 +77,7 @@ class ShardCopier:
         with open_shard(path, self.storage_options, skipping=True) as source:
             members = list(walk_members(source))
         removed = _find_removed(removal, members)
-        cuts = [(m.start, -(-(m.offset + m.size) // BLOCK) * BLOCK) for m in removed]
+        cuts = [(m.start, pad(m.offset + m.size)) for m in removed]
         fs, root = connect(self.out, self.out_options)
         with open_whole(fs, f"{root}/{removal.name}") as file:
             self._copy(path, cuts, file)

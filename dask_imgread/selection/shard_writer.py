@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -9,21 +10,23 @@ import re
 import tarfile
 import threading
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.parts import join_parts
 from dask_imgread.shards.samples import ImageEntry, index_members, is_image, make_shard_id
 from dask_imgread.shards.sources import open_shard
-from dask_imgread.shards.tar import BLOCK, ByteSource, Member, NotTarError, walk_members
+from dask_imgread.shards.tar import BLOCK, ByteSource, Member, NotTarError, pad, walk_members
 from dask_imgread.sidecars import drop_non_finite
 from dask_imgread.storage.files import open_whole, write_whole
 from dask_imgread.storage.filesystems import connect, is_local
@@ -32,6 +35,7 @@ from dask_imgread.tasks import COLUMNS
 
 JOB_KEY = b"dask_imgread"  # in the metadata of each Parquet file: the id of what it belongs to
 _CHUNK_BYTES = 64 << 20  # of samples, read before they are written
+_WRITTEN_BYTES = 1 << 20  # that are written together
 _SOURCES = 16  # remote shards read at a time
 _STREAMS = 8  # compressed shards that stay open
 _SPACE = re.compile(r"\s")  # separates the fields of DALI's index
@@ -54,22 +58,23 @@ class Sample(NamedTuple):
     more: dict[str, Any]
 
 
-class Piece(NamedTuple):
-    """A member to write; with its old header, if its name is the same."""
-
-    name: str
-    content: bytes | memoryview
-    offset: int = -1  # in the shard that it comes from
-    header: bytes | memoryview | None = None
-
-
 class Placed(NamedTuple):
-    """Where a member was written."""
+    """Where a member is written."""
 
     name: str
     offset: int
     size: int
-    source: int  # its offset in the shard that it comes from
+    source: int = -1  # its offset in the shard that it comes from
+
+
+class Piece(NamedTuple):
+    """Bytes to write, with the members in them, whose offsets begin with the first of the bytes."""
+
+    buffers: tuple[bytes | memoryview, ...]
+    members: list[Placed]
+
+
+View = Callable[[tuple[int, int]], memoryview]  # of a range of a shard
 
 
 class Written(NamedTuple):
@@ -202,9 +207,12 @@ class SampleReader:
                 by_shard: dict[str, list[Sample]] = {}
                 for sample in chunk:
                     by_shard.setdefault(sample.shard, []).append(sample)
-                remote = not all(map(is_local, by_shard))
-                read = (pool.map if remote else map)(self._read_shard, by_shard, by_shard.values())
-                found = {s: iter(pieces) for s, pieces in zip(by_shard, read, strict=True)}
+                found: dict[str, Iterator[list[Piece]]] = {
+                    path: self._read_shard(path, part) for path, part in by_shard.items()
+                }
+                if not all(map(is_local, found)):
+                    read: Iterator[list[list[Piece]]] = pool.map(list, found.values())
+                    found = dict(zip(found, map(iter, read), strict=True))
                 for sample in chunk:
                     yield sample, next(found[sample.shard])
 
@@ -214,20 +222,19 @@ class SampleReader:
             stack.close()
         self._streams.clear()
 
-    def _read_shard(self, path: str, samples: list[Sample]) -> list[list[Piece]]:
-        """Return the members of some samples of one shard."""
+    def _read_shard(self, path: str, samples: list[Sample]) -> Iterator[list[Piece]]:
+        """Yield the members of some samples of one shard."""
         _, size, version = stat_shard(path, self._options)
         for sample in samples:
             check_version(path, sample.version, version)
-        located = [self._locate(path, sample) for sample in samples]
-        ranges = sorted({place for places in located for place in places})
-        contents = self._read_ranges(path, size, ranges)
-        return [
-            _cut_extent(sample, contents[sample.extent])
-            if sample.extent is not None
-            else self._take_members(path, sample, contents)
-            for sample in samples
-        ]
+        ranges = [place for sample in samples for place in self._locate(path, sample)]
+        with ExitStack() as stack:
+            view = self._open(path, size, ranges, stack)
+            for sample in samples:
+                if sample.extent is not None:
+                    yield _cut_extent(sample, view(sample.extent))
+                else:
+                    yield self._take_members(path, sample, view)
 
     def _locate(self, path: str, sample: Sample) -> list[tuple[int, int]]:
         """Return where the bytes lie that a sample needs."""
@@ -259,49 +266,51 @@ class SampleReader:
             )
         return [*(entry.member for entry in chosen), *sidecars]
 
-    def _take_members(
-        self, path: str, sample: Sample, contents: dict[tuple[int, int], memoryview]
-    ) -> list[Piece]:
+    def _take_members(self, path: str, sample: Sample, view: View) -> list[Piece]:
         pieces = []
         for member in self._find_members(path, sample):
             _check_member(sample, member)
-            content = contents[member.offset, member.offset + member.size]
-            pieces.append(Piece(_rename(member.name, sample), content, member.offset))
+            content = view((member.offset, member.offset + member.size))
+            pieces.append(_make_member(_rename(member.name, sample), content, member.offset))
         return pieces
 
-    def _read_ranges(
-        self, path: str, size: int | None, ranges: list[tuple[int, int]]
-    ) -> dict[tuple[int, int], memoryview]:
-        """Read ranges of a shard, in ascending order."""
+    def _open(
+        self, path: str, size: int | None, ranges: list[tuple[int, int]], stack: ExitStack
+    ) -> View:
+        """Return what views ranges of a shard.
+
+        A plain local file is read when it is viewed, until the stack is closed. All else is read
+        now, in ascending order.
+        """
+        ascending = sorted(set(ranges))
         if path in self._streams:
             with suppress(OSError):  # bytes that were discarded: it is begun again
-                return self._view_all(path, ranges, *self._streams.pop(path))
+                return self._view_all(path, ascending, *self._streams.pop(path))
         last = max(stop for _, stop in ranges) if size is None else size
-        parts = join_parts((min(start, last), min(stop, last)) for start, stop in ranges)
-        stack = ExitStack()
-        source = stack.enter_context(open_shard(path, self._options, size=size, parts=parts))
-        return self._view_all(path, ranges, source, stack)
+        parts = [(min(start, last), min(stop, last)) for start, stop in ascending]
+        if ranges == ascending or not is_local(path):  # neighbours are read at once
+            parts = join_parts(parts)
+        own = ExitStack()
+        source = own.enter_context(open_shard(path, self._options, size=size, parts=parts))
+        if is_local(path) and not source.sequential:
+            stack.push(own)
+            return functools.partial(_view_range, path, source)
+        return self._view_all(path, ascending, source, own)
 
     def _view_all(
         self, path: str, ranges: list[tuple[int, int]], source: ByteSource, stack: ExitStack
-    ) -> dict[tuple[int, int], memoryview]:
-        """Return ranges of an open shard, which stays open if no part can be read by itself."""
+    ) -> View:
+        """Read ranges of an open shard, which stays open if no part can be read by itself."""
         with ExitStack() as on_error:
             on_error.push(stack)
             contents = {}
-            for start, stop in ranges:
+            for place in ranges:
                 # A view would keep its whole block in memory, of which little may be needed.
-                content = source.view_at(start, stop - start)
-                content = memoryview(bytes(content)) if source.sequential else content
-                if len(content) < stop - start:
-                    raise ValueError(
-                        f"{redact_url(path)} ends before offset {stop}: it is cut off, or the "
-                        f"frame does not match it; leave out what begins at offset {start}"
-                    )
-                contents[start, stop] = content
+                content = _view_range(path, source, place)
+                contents[place] = memoryview(bytes(content)) if source.sequential else content
             if source.sequential:
                 self._keep(path, source, on_error.pop_all())
-        return contents
+        return contents.__getitem__
 
     def _keep(self, path: str, source: ByteSource, stack: ExitStack) -> None:
         with self._lock:
@@ -310,6 +319,18 @@ class SampleReader:
             old = self._streams.pop(first) if len(self._streams) > _STREAMS else None
         if old is not None:
             old[1].close()
+
+
+def _view_range(path: str, source: ByteSource, place: tuple[int, int]) -> memoryview:
+    """Return a range of a shard; raise ValueError if it lies beyond the end."""
+    start, stop = place
+    content = source.view_at(start, stop - start)
+    if len(content) < stop - start:
+        raise ValueError(
+            f"{redact_url(path)} ends before offset {stop}: it is cut off, or the frame does not "
+            f"match it; leave out what begins at offset {start}"
+        )
+    return content
 
 
 def check_version(path: str, before: str | None, now: str) -> None:
@@ -358,10 +379,14 @@ class _Extent:
 
 
 def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
-    """Return the members of a sample that lies in one place, without images not chosen."""
+    """Return the members of a sample that lies in one place, without images not chosen.
+
+    If all of them keep their names, they are one piece.
+    """
     assert sample.extent is not None
     first = sample.extent[0]
-    pieces, found = [], {}
+    kept: list[Member] = []
+    found = {}
     try:
         members = list(walk_members(_Extent(content), 0, len(content)))
     except NotTarError as error:
@@ -369,18 +394,32 @@ def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
             f"{redact_url(sample.shard)} has no sample {sample.key} at offset {first}: {error}: "
             "the frame does not match it"
         ) from None
+    position = 0
+    adjacent = True
     for member in members:
         _check_member(sample, member)
-        name, start, offset, size, *_ = member
-        if first + offset in sample.images:
-            found[first + offset] = size
-        elif is_image(name[len(sample.key) + 1 :].lower()):
+        if first + member.offset in sample.images:
+            found[first + member.offset] = member.size
+        elif is_image(member.name[len(sample.key) + 1 :].lower()):
             continue
-        new_name = _rename(name, sample)
-        header = content[start:offset] if new_name == name else None
-        pieces.append(Piece(new_name, content[offset : offset + size], first + offset, header))
+        kept.append(member)
+        adjacent &= member.start == position
+        position = pad(member.offset + member.size)
     _check_images(sample, found)
-    return pieces
+    names = [_rename(member.name, sample) for member in kept]
+    same = sample.key == sample.new_key
+    if same and adjacent and position == len(content):
+        placed = [Placed(name, offset, size, first + offset) for name, _, offset, size, *_ in kept]
+        return [Piece((content,), placed)]
+    return [
+        _make_member(
+            name,
+            content[offset : offset + size],
+            first + offset,
+            header=content[start:offset] if same else None,
+        )
+        for name, (_, start, offset, size, *_) in zip(names, kept, strict=True)
+    ]
 
 
 def _check_member(sample: Sample, member: Member) -> None:
@@ -410,71 +449,86 @@ def _rename(name: str, sample: Sample) -> str:
 def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, list[Piece]]]) -> list[list[Placed]]:
     """Write samples as a tar; return where the members of each are."""
     written = []
-    position = 0
+    waiting: list[bytes | memoryview] = []
+    position = flushed = 0
     for sample, pieces in samples:
         placed = []
-        for piece in (*pieces, *_make_json(sample, pieces)):
-            size = len(piece.content)
-            header = piece.header or _make_header(piece.name, size)
-            padding = bytes(-size % BLOCK)
-            file.writelines((header, piece.content, padding))
-            placed.append(Placed(piece.name, position + len(header), size, piece.offset))
-            position += len(header) + size + len(padding)
+        for buffers, members in (*pieces, *_make_json(sample, pieces)):
+            waiting += buffers
+            for name, offset, size, source in members:
+                placed.append(Placed(name, position + offset, size, source))
+            position += sum(map(len, buffers))
         written.append(placed)
-    file.write(bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD))
+        if position - flushed >= _WRITTEN_BYTES:
+            file.writelines(waiting)
+            waiting.clear()
+            flushed = position
+    file.writelines([*waiting, bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)])
     return written
 
 
 def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
     """Yield the member of a sample's columns; under another name if it has a ``.json`` already."""
     if sample.more:
-        taken = {piece.name.lower() for piece in pieces}
+        taken = {member.name.lower() for piece in pieces for member in piece.members}
         names = (f"{sample.new_key}.{'columns.' * n}json" for n in itertools.count())
         name = next(name for name in names if name.lower() not in taken)
         text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=_to_text)
-        yield Piece(name, text.encode())
+        yield _make_member(name, text.encode())
 
 
 def _to_text(value: Any) -> str:
     return b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def _make_header(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = size
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+def _make_member(
+    name: str,
+    content: bytes | memoryview,
+    source: int = -1,
+    header: bytes | memoryview | None = None,
+) -> Piece:
+    """Return one member, with a new header if none is given."""
+    size = len(content)
+    if header is None:
+        about = tarfile.TarInfo(name)
+        about.size = size
+        header = about.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    placed = Placed(name, len(header), size, source)
+    return Piece((header, content, bytes(pad(size) - size)), [placed])
 
 
 def describe_written(
     rows: pd.DataFrame, placed: list[list[Placed]], shard: str, version: str
 ) -> pd.DataFrame:
     """Return the rows of the images as they are now, with what they were in ``source_id``."""
-    numbers = rows["_sample"] - rows["_sample"].iloc[0]
+    numbers = (rows["_sample"] - rows["_sample"].iloc[0]).to_numpy()
     found = [
         next(member for member in placed[number] if member.source == offset)
-        for number, offset in zip(numbers, rows["offset"], strict=True)
+        for number, offset in zip(numbers.tolist(), rows["offset"].to_list(), strict=True)
     ]
-    starts = [0]
-    for members in placed:
-        last = members[-1]
-        starts.append(-(-(last.offset + last.size) // BLOCK) * BLOCK)
+    ends = [pad(members[-1].offset + members[-1].size) for members in placed]
+    starts = np.array([0, *ends])
+    names = pa.array([member.name for member in found], pa.string())
     new = rows.drop(columns=["_sample", "_key"])
     changed = {
-        "image_path": [f"{redact_url(shard)}/{member.name}" for member in found],
-        "shard": [redact_url(shard)] * len(rows),
-        "shard_version": [version] * len(rows),
-        "key": list(rows["_key"]),
-        "offset": [member.offset for member in found],
-        "size": [member.size for member in found],
-        "sample_offset": [starts[number] for number in numbers],
-        "sample_size": [starts[number + 1] - starts[number] for number in numbers],
+        "image_path": _join(redact_url(shard), names),
+        "shard": pa.repeat(redact_url(shard), len(rows)),
+        "shard_version": pa.repeat(pa.scalar(version, pa.string()), len(rows)),
+        "key": rows["_key"].array,
+        "offset": pa.array([member.offset for member in found], pa.int64()),
+        "size": pa.array([member.size for member in found], pa.int64()),
+        "sample_offset": pa.array(starts[numbers]),
+        "sample_size": pa.array(np.diff(starts)[numbers]),
     }
     for name, values in changed.items():
         new[name] = pd.array(values, dtype=COLUMNS[name])
     new["source_id"] = pd.array(rows.index, dtype="string[pyarrow]")
-    shard_id = make_shard_id(shard)
-    ids = [f"{shard_id}/{member.name}" for member in found]
-    return new.set_axis(pd.Index(ids, dtype="string[pyarrow]", name="image_id"))
+    ids = pd.Index(_join(make_shard_id(shard), names), dtype="string[pyarrow]", name="image_id")
+    return new.set_axis(ids)
+
+
+def _join(place: str, names: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(place, names, "/")
 
 
 def format_dali_index(placed: list[list[Placed]]) -> bytes:

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item", contravariant=True)
 
 IMAGES_PER_SHARD = 10_000
+# A key that leads to another folder, or that not all readers end at the same dot.
+_ODD_KEY = r"^/|(^|[/\\])\.\.([/\\]|$)|\.[^/]*$|(^|/)$|\x00"
 _OPTIONAL = ("shard_version", "sample_offset", "sample_size")
 _INDEXES = {"dali", "wids"}
 _READER = ImageReaderStage(decode=False)  # no GPU is needed
@@ -381,7 +382,8 @@ def _name_samples(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(_sample=numbers, _key=rows["key"]).sort_values("_sample", kind="stable")
     first = rows[~rows["_sample"].duplicated()]
     keys = first["key"].astype(str)
-    renamed = first[(keys.duplicated(keep=False) | ~keys.map(_is_plain)).to_numpy()]
+    odd = pc.match_substring_regex(pa.array(keys, pa.string()), _ODD_KEY).to_numpy(False)
+    renamed = first[keys.duplicated(keep=False).to_numpy() | odd]
     taken = set(keys)
     new_keys: dict[int, str] = {}
     for number, key, shard, offset in zip(
@@ -400,13 +402,6 @@ def _tell_apart(rows: pd.DataFrame) -> pd.Series:
         return pd.Series("", rows.index)
     again = rows["warning"].astype(str).str.match("key again|duplicate name")
     return ("\0" + rows["offset"].astype(str)).where(again.astype(bool), "")
-
-
-def _is_plain(key: str) -> bool:
-    """Return whether a key leads to no other folder, and all readers end it at the same dot."""
-    name = key.rpartition("/")[2]
-    leads_out = key.startswith("/") or ".." in re.split(r"[/\\]", key)
-    return bool(name) and not leads_out and "." not in name and "\0" not in key
 
 
 def _make_key(key: str, place: str, taken: set[str]) -> str:

@@ -167,7 +167,7 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
                     yield Member("", position, position, 0)
             else:
                 attributes = pax
-            position = body + _padded(size)
+            position = body + pad(size)
             continue
 
         if global_pax:
@@ -188,7 +188,7 @@ def walk_members(source: ByteSource, start: int = 0, stop: int | None = None) ->
                 previous = Member(name, begin, body, size, problem)
         if kind == _GNU_SPARSE:
             body = _skip_sparse_map(source, header, body)
-        position = body + (_padded(size) if kind not in b"123456" else 0)
+        position = body + (pad(size) if kind not in b"123456" else 0)
         begin, long_name, long_link, attributes = None, None, None, {}
 
     if previous is not None:
@@ -284,7 +284,8 @@ def is_header(block: bytes) -> bool:
     return True
 
 
-def _padded(size: int) -> int:
+def pad(size: int) -> int:
+    """Return how many bytes a member's content takes, with the zeros after it."""
     return -(-size // BLOCK) * BLOCK
 
 

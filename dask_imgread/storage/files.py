@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from itertools import islice
+from typing import IO, TYPE_CHECKING
 
 import fsspec
 import pyarrow as pa
@@ -15,10 +18,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.storage.retries import with_retries
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
 # These stores show an object only when all of it has arrived. Elsewhere a file is written under
 # a draft name and renamed when it is complete.
 _WHOLE_ON_PUT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"}
 _BUFFER_BYTES = 1 << 20
+_STARTED_BYTES = 4 << 20  # that are written to a file before they begin to go to the disk
+_MAX_PIECES = 1024  # written at once, the limit of Linux
 DRAFT = "_tmp-"  # what the name of a draft begins with
 
 
@@ -41,7 +49,7 @@ def open_whole(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
     """
     with _draft(fs, path) as draft:
         if isinstance(fs, LocalFileSystem):
-            with open(draft, "wb", buffering=_BUFFER_BYTES) as file:
+            with _LocalFile(_Disk(draft, "w"), _BUFFER_BYTES) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # the bytes must reach the disk before the name does
@@ -50,6 +58,49 @@ def open_whole(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
                 yield copy
                 copy.flush()
                 with_retries(fs.put_file, path, copy.name, draft)
+
+
+class _LocalFile(io.BufferedWriter):
+    """A local file, of which many pieces can be written without copying them together first."""
+
+    raw: _Disk
+
+    def writelines(self, pieces: Iterable[Buffer]) -> None:
+        """Write pieces one after another."""
+        self.flush()
+        self.raw.writelines(pieces)
+
+
+class _Disk(io.FileIO):
+    """A file whose bytes begin to go to the disk while more are written.
+
+    ``os.fsync`` has to wait for little then.
+    """
+
+    _position = _started = 0
+
+    def write(self, piece: Buffer) -> int:
+        """Write a piece, or the beginning of it; return how many bytes."""
+        return self._count(super().write(piece))
+
+    def writelines(self, pieces: Iterable[Buffer]) -> None:
+        """Write pieces one after another."""
+        waiting = deque(memoryview(piece).cast("B") for piece in pieces)
+        while waiting:
+            written = self._count(os.writev(self.fileno(), list(islice(waiting, _MAX_PIECES))))
+            while waiting and written >= len(waiting[0]):
+                written -= len(waiting.popleft())
+            if waiting:
+                waiting[0] = waiting[0][written:]
+
+    def _count(self, written: int) -> int:
+        self._position += written
+        if self._position - self._started >= _STARTED_BYTES and hasattr(os, "posix_fadvise"):
+            place = self._started, self._position - self._started
+            # This starts to write them; it would discard what has been written already.
+            os.posix_fadvise(self.fileno(), *place, os.POSIX_FADV_DONTNEED)
+            self._started = self._position
+        return written
 
 
 @contextmanager
