@@ -93,12 +93,12 @@ def make_large_shard(folder: Path, size: tuple[int, int], images: int) -> list[s
 
 
 def repeat_shards(folder: Path, shards: list[str], times: int) -> list[str]:
-    """Write the images of some shards ``times`` times, under new names."""
-    contents = read_all(shards)
+    """Write the samples of some shards ``times`` times, under new names."""
+    members = [member for shard in shards for member in _read_members(shard)]
     return [
         write_shard(
             folder / f"repeated-{number:03d}.tar",
-            [(f"{number:03d}-{n:07d}.jpg", content) for n, content in enumerate(contents)],
+            [(f"{number:03d}-{name}", content) for name, content in members],
         )
         for number in range(times)
     ]
@@ -127,17 +127,16 @@ def _break(content: bytes, number: int) -> bytes:
 
 def read_all(shards: list[str]) -> list[bytes]:
     """Return the encoded images of some shards, in memory."""
+    members = (member for shard in shards for member in _read_members(shard))
+    return [content for name, content in members if name.endswith(".jpg")]
+
+
+def _read_members(shard: str) -> list[tuple[str, bytes]]:
     import tarfile
 
-    contents = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg"):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    contents.append(file.read())
-    return contents
+    with tarfile.open(shard) as tar:
+        files = ((member.name, tar.extractfile(member)) for member in tar)
+        return [(name, file.read()) for name, file in files if file is not None]
 
 
 CORES = len(os.sched_getaffinity(0))

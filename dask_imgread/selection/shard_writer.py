@@ -62,16 +62,40 @@ class Placed(NamedTuple):
     """Where a member is written."""
 
     name: str
-    offset: int
+    offset: int  # from the beginning of its sample
     size: int
-    source: int = -1  # its offset in the shard that it comes from
+    source: int  # its offset in the shard that it comes from
 
 
-class Piece(NamedTuple):
-    """Bytes to write, with the members in them, whose offsets begin with the first of the bytes."""
+class Content(NamedTuple):
+    """What is written of a sample: its bytes, and the members in them."""
 
-    buffers: tuple[bytes | memoryview, ...]
+    buffers: list[bytes | memoryview]
     members: list[Placed]
+
+    def add(
+        self,
+        name: str,
+        content: bytes | memoryview,
+        source: int = -1,
+        header: bytes | memoryview | None = None,
+    ) -> None:
+        """Add a member, with a new header if none is given."""
+        size = len(content)
+        if header is None:
+            about = tarfile.TarInfo(name)
+            about.size = size
+            header = about.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        offset = sum(map(len, self.buffers)) + len(header)
+        self.buffers.extend((header, content, bytes(pad(size) - size)))
+        self.members.append(Placed(name, offset, size, source))
+
+
+class Layout(NamedTuple):
+    """Where samples are written."""
+
+    starts: list[int]  # and where the last sample ends
+    members: list[list[Placed]]  # of each sample
 
 
 View = Callable[[tuple[int, int]], memoryview]  # of a range of a shard
@@ -118,13 +142,13 @@ class ShardWriter:
         path = f"{root}/{name_shard(number)}"
         samples = list_samples(rows, self.json_columns)
         with open_whole(fs, path) as file:
-            placed = write_tar(file, SampleReader(self.storage_options).read(samples))
+            layout = write_tar(file, SampleReader(self.storage_options).read(samples))
             size = file.tell()
         if self.dali_index:
-            write_whole(fs, path.removesuffix(".tar") + ".idx", format_dali_index(placed))
+            write_whole(fs, path.removesuffix(".tar") + ".idx", format_dali_index(layout))
         shard = f"{self.out}/{name_shard(number)}"
         version = stat_shard(shard, self.out_options).version
-        table = _make_table(describe_written(rows, placed, shard, version))
+        table = _make_table(describe_written(rows, layout, shard, version))
         marked = table.replace_schema_metadata({**table.schema.metadata, JOB_KEY: self.job_id})
         content = io.BytesIO()
         pq.write_table(marked, content)
@@ -192,7 +216,7 @@ class SampleReader:
         self._streams: dict[str, tuple[ByteSource, ExitStack]] = {}
         self._lock = threading.Lock()
 
-    def read(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, list[Piece]]]:
+    def read(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, Content]]:
         """Yield each sample with its members, in the order given.
 
         Raises
@@ -207,11 +231,11 @@ class SampleReader:
                 by_shard: dict[str, list[Sample]] = {}
                 for sample in chunk:
                     by_shard.setdefault(sample.shard, []).append(sample)
-                found: dict[str, Iterator[list[Piece]]] = {
+                found: dict[str, Iterator[Content]] = {
                     path: self._read_shard(path, part) for path, part in by_shard.items()
                 }
                 if not all(map(is_local, found)):
-                    read: Iterator[list[list[Piece]]] = pool.map(list, found.values())
+                    read: Iterator[list[Content]] = pool.map(list, found.values())
                     found = dict(zip(found, map(iter, read), strict=True))
                 for sample in chunk:
                     yield sample, next(found[sample.shard])
@@ -222,7 +246,7 @@ class SampleReader:
             stack.close()
         self._streams.clear()
 
-    def _read_shard(self, path: str, samples: list[Sample]) -> Iterator[list[Piece]]:
+    def _read_shard(self, path: str, samples: list[Sample]) -> Iterator[Content]:
         """Yield the members of some samples of one shard."""
         _, size, version = stat_shard(path, self._options)
         for sample in samples:
@@ -266,13 +290,13 @@ class SampleReader:
             )
         return [*(entry.member for entry in chosen), *sidecars]
 
-    def _take_members(self, path: str, sample: Sample, view: View) -> list[Piece]:
-        pieces = []
+    def _take_members(self, path: str, sample: Sample, view: View) -> Content:
+        taken = Content([], [])
         for member in self._find_members(path, sample):
             _check_member(sample, member)
             content = view((member.offset, member.offset + member.size))
-            pieces.append(_make_member(_rename(member.name, sample), content, member.offset))
-        return pieces
+            taken.add(_rename(member.name, sample), content, member.offset)
+        return taken
 
     def _open(
         self, path: str, size: int | None, ranges: list[tuple[int, int]], stack: ExitStack
@@ -378,48 +402,39 @@ class _Extent:
         return len(self._content)
 
 
-def _cut_extent(sample: Sample, content: memoryview) -> list[Piece]:
-    """Return the members of a sample that lies in one place, without images not chosen.
-
-    If all of them keep their names, they are one piece.
-    """
+def _cut_extent(sample: Sample, content: memoryview) -> Content:
+    """Return a sample that lies in one place, without images that were not chosen."""
     assert sample.extent is not None
-    first = sample.extent[0]
-    kept: list[Member] = []
-    found = {}
+    first, end = sample.extent[0], 0
+    same = whole = sample.key == sample.new_key
+    placed, found, headers = [], {}, []
     try:
-        members = list(walk_members(_Extent(content), 0, len(content)))
+        for member in walk_members(_Extent(content), 0, len(content)):
+            name, start, offset, size, problem, _, _ = member
+            if problem is not None:
+                _check_member(sample, member)
+            place = first + offset
+            if place in sample.images:
+                found[place] = size
+            elif is_image(name[len(sample.key) + 1 :].lower()):
+                continue
+            placed.append(Placed(_rename(name, sample), offset, size, place))
+            headers.append(start)
+            whole &= start == end
+            end = pad(offset + size)
     except NotTarError as error:
         raise ValueError(
             f"{redact_url(sample.shard)} has no sample {sample.key} at offset {first}: {error}: "
             "the frame does not match it"
         ) from None
-    position = 0
-    adjacent = True
-    for member in members:
-        _check_member(sample, member)
-        if first + member.offset in sample.images:
-            found[first + member.offset] = member.size
-        elif is_image(member.name[len(sample.key) + 1 :].lower()):
-            continue
-        kept.append(member)
-        adjacent &= member.start == position
-        position = pad(member.offset + member.size)
     _check_images(sample, found)
-    names = [_rename(member.name, sample) for member in kept]
-    same = sample.key == sample.new_key
-    if same and adjacent and position == len(content):
-        placed = [Placed(name, offset, size, first + offset) for name, _, offset, size, *_ in kept]
-        return [Piece((content,), placed)]
-    return [
-        _make_member(
-            name,
-            content[offset : offset + size],
-            first + offset,
-            header=content[start:offset] if same else None,
-        )
-        for name, (_, start, offset, size, *_) in zip(names, kept, strict=True)
-    ]
+    if whole and end == len(content):
+        return Content([content], placed)
+    cut = Content([], [])
+    for start, (name, offset, size, place) in zip(headers, placed, strict=True):
+        header = content[start:offset] if same else None
+        cut.add(name, content[offset : offset + size], place, header)
+    return cut
 
 
 def _check_member(sample: Sample, member: Member) -> None:
@@ -437,8 +452,8 @@ def _check_images(sample: Sample, found: dict[int, int]) -> None:
 
 
 def _rename(name: str, sample: Sample) -> str:
-    rest = name.removeprefix(sample.key)
-    if not name.startswith(f"{sample.key}.") or "/" in rest or "\0" in rest:
+    rest = name[len(sample.key) :]
+    if name != sample.key + rest or rest[:1] != "." or "/" in rest or "\0" in rest:
         raise ValueError(
             f"{redact_url(sample.shard)}/{name} is no member of the sample {sample.key}: the frame "
             "does not match it"
@@ -446,68 +461,47 @@ def _rename(name: str, sample: Sample) -> str:
     return sample.new_key + rest
 
 
-def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, list[Piece]]]) -> list[list[Placed]]:
-    """Write samples as a tar; return where the members of each are."""
-    written = []
+def write_tar(file: IO[bytes], samples: Iterable[tuple[Sample, Content]]) -> Layout:
+    """Write samples as a tar; return where they are."""
+    layout = Layout([0], [])
     waiting: list[bytes | memoryview] = []
     position = flushed = 0
-    for sample, pieces in samples:
-        placed = []
-        for buffers, members in (*pieces, *_make_json(sample, pieces)):
-            waiting += buffers
-            for name, offset, size, source in members:
-                placed.append(Placed(name, position + offset, size, source))
-            position += sum(map(len, buffers))
-        written.append(placed)
+    for sample, content in samples:
+        _add_json(sample, content)
+        waiting += content.buffers
+        position += sum(map(len, content.buffers))
+        layout.starts.append(position)
+        layout.members.append(content.members)
         if position - flushed >= _WRITTEN_BYTES:
             file.writelines(waiting)
             waiting.clear()
             flushed = position
     file.writelines([*waiting, bytes(2 * BLOCK + -(position + 2 * BLOCK) % _RECORD)])
-    return written
+    return layout
 
 
-def _make_json(sample: Sample, pieces: list[Piece]) -> Iterator[Piece]:
-    """Yield the member of a sample's columns; under another name if it has a ``.json`` already."""
+def _add_json(sample: Sample, content: Content) -> None:
+    """Add the member of a sample's columns; under another name if it has a ``.json`` already."""
     if sample.more:
-        taken = {member.name.lower() for piece in pieces for member in piece.members}
+        taken = {member.name.lower() for member in content.members}
         names = (f"{sample.new_key}.{'columns.' * n}json" for n in itertools.count())
         name = next(name for name in names if name.lower() not in taken)
         text = json.dumps(sample.more, sort_keys=True, ensure_ascii=False, default=_to_text)
-        yield _make_member(name, text.encode())
+        content.add(name, text.encode())
 
 
 def _to_text(value: Any) -> str:
     return b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
-def _make_member(
-    name: str,
-    content: bytes | memoryview,
-    source: int = -1,
-    header: bytes | memoryview | None = None,
-) -> Piece:
-    """Return one member, with a new header if none is given."""
-    size = len(content)
-    if header is None:
-        about = tarfile.TarInfo(name)
-        about.size = size
-        header = about.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-    placed = Placed(name, len(header), size, source)
-    return Piece((header, content, bytes(pad(size) - size)), [placed])
-
-
-def describe_written(
-    rows: pd.DataFrame, placed: list[list[Placed]], shard: str, version: str
-) -> pd.DataFrame:
+def describe_written(rows: pd.DataFrame, layout: Layout, shard: str, version: str) -> pd.DataFrame:
     """Return the rows of the images as they are now, with what they were in ``source_id``."""
     numbers = (rows["_sample"] - rows["_sample"].iloc[0]).to_numpy()
     found = [
-        next(member for member in placed[number] if member.source == offset)
+        next(member for member in layout.members[number] if member.source == offset)
         for number, offset in zip(numbers.tolist(), rows["offset"].to_list(), strict=True)
     ]
-    ends = [pad(members[-1].offset + members[-1].size) for members in placed]
-    starts = np.array([0, *ends])
+    starts = np.array(layout.starts)
     names = pa.array([member.name for member in found], pa.string())
     new = rows.drop(columns=["_sample", "_key"])
     changed = {
@@ -515,7 +509,7 @@ def describe_written(
         "shard": pa.repeat(redact_url(shard), len(rows)),
         "shard_version": pa.repeat(pa.scalar(version, pa.string()), len(rows)),
         "key": rows["_key"].array,
-        "offset": pa.array([member.offset for member in found], pa.int64()),
+        "offset": pa.array(starts[numbers] + [member.offset for member in found]),
         "size": pa.array([member.size for member in found], pa.int64()),
         "sample_offset": pa.array(starts[numbers]),
         "sample_size": pa.array(np.diff(starts)[numbers]),
@@ -531,12 +525,12 @@ def _join(place: str, names: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(place, names, "/")
 
 
-def format_dali_index(placed: list[list[Placed]]) -> bytes:
+def format_dali_index(layout: Layout) -> bytes:
     """Return the index file that DALI's ``fn.readers.webdataset`` takes (wds2idx, v1.2)."""
-    lines = [f"v1.2 {len(placed)}"]
-    for members in placed:
+    lines = [f"v1.2 {len(layout.members)}"]
+    for start, members in zip(layout.starts, layout.members, strict=False):
         folder_end = members[0].name.rfind("/") + 1
         dot = members[0].name.find(".", folder_end)
-        fields = [(m.name[dot + 1 :], m.offset, m.size, m.name) for m in members]
+        fields = [(m.name[dot + 1 :], start + m.offset, m.size, m.name) for m in members]
         lines.append(" ".join(_SPACE.sub("_", str(value)) for each in fields for value in each))
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

@@ -7,6 +7,7 @@ Format".
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import zlib
 from collections.abc import Iterator
@@ -291,17 +292,23 @@ def pad(size: int) -> int:
 
 def _verify_checksum(header: bytes) -> None:
     """Raise ValueError unless a header's checksum matches its bytes."""
-    try:
-        stated = int(header[148:156].strip(b" \0"), 8)
-    except ValueError:
-        raise ValueError("no tar header") from None
     # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, computed in C.
-    blanked = header[:148] + b"        " + header[156:]
-    if zlib.adler32(blanked) & 0xFFFF == (1 + stated) % 65521:
+    if zlib.adler32(header) & 0xFFFF == _expect_sum(header[148:156]):
         return
     # Some old writers summed signed bytes.
-    if stated != sum(byte - 256 if byte > 127 else byte for byte in blanked):
+    signed = sum(byte - 256 if byte > 127 else byte for byte in header)
+    if (1 + signed) % 65521 != _expect_sum(header[148:156]):
         raise ValueError("wrong checksum in a tar header")
+
+
+@functools.lru_cache(1 << 14)  # more than there are sums of ordinary headers
+def _expect_sum(field: bytes) -> int:
+    """Return the low half of a header's Adler-32, given its checksum, which counts as blanks."""
+    try:
+        stated = int(field.strip(b" \0"), 8)
+    except ValueError:
+        raise ValueError("no tar header") from None
+    return (1 + stated + sum(field) - 8 * ord(" ")) % 65521
 
 
 def _parse_number(field: bytes) -> int:

@@ -541,10 +541,9 @@ def test_compressed_sources(client, tmp_path, suffix, whole, monkeypatch):
     samples = _name_samples(_collect_rows(rows.sample(frac=1, random_state=2), {}, []))
     reader = SampleReader({})
     found = {}
-    for _, pieces in reader.read(list_samples(samples)):
-        for buffers, placed in pieces:
-            content = b"".join(buffers)
-            found |= {m.name: content[m.offset : m.offset + m.size] for m in placed}
+    for _, content in reader.read(list_samples(samples)):
+        whole = b"".join(content.buffers)
+        found |= {m.name: whole[m.offset : m.offset + m.size] for m in content.members}
         assert len(reader._streams) <= shard_writer._STREAMS
     assert found == dict(itertools.chain(*members.values()))
     assert not reader._streams
@@ -563,8 +562,8 @@ def test_memory_holds_a_few_chunks(tmp_path, monkeypatch):
     ]
     rows = _name_samples(_collect_rows(read(paths).sample(frac=1, random_state=1), {}, []))
     held = {}  # buffers, by their addresses
-    for _, pieces in SampleReader({}).read(list_samples(rows)):
-        for buffer in itertools.chain.from_iterable(piece.buffers for piece in pieces):
+    for _, written in SampleReader({}).read(list_samples(rows)):
+        for buffer in written.buffers:
             base = np.frombuffer(buffer, np.uint8).base
             held[id(base)] = base
         break
