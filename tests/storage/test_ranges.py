@@ -327,17 +327,46 @@ def test_a_whole_file_that_stops_coming_is_a_time_out(shard, expected, monkeypat
     assert "Timeout" in error
 
 
+STORES = {
+    "s3": lambda url: {"key": KEY, "secret": SECRET, "endpoint_url": url},
+    "gs": lambda url: {"token": "anon", "endpoint_url": url, "requester_pays": "payer"},
+    "abfs": lambda url: {
+        "connection_string": f"AccountName=a;AccountKey=Zm9v;BlobEndpoint={url}/a"
+    },
+}
+
+
+def read_from_store(kind, server):
+    options = {"storage_options": STORES[kind](server.url)}
+    return read(f"{kind}://bucket/a.tar", reader_config=options)
+
+
 @pytest.mark.parametrize("compressed", [False, True])
-def test_an_s3_without_ranges_sends_whole_files(shard, expected, compressed):
+@pytest.mark.parametrize("kind", STORES)
+def test_a_store_without_ranges_sends_whole_files(shard, expected, kind, compressed):
     content = compress(shard) if compressed else shard
 
     def answer(handler):
         handler.send_bytes(200, "application/x-tar", content, ETAG)
 
     with serve(answer) as server:
-        place = {"endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
-        options = {"storage_options": {"key": KEY, "secret": SECRET, **place}}
-        assert read("s3://bucket/a.tar", reader_config=options) == expected
+        assert read_from_store(kind, server) == expected
+
+
+def test_what_google_stores_as_an_encoding_is_read_by_ranges(shard, expected):
+    """It is sent decompressed, without ranges, unless the client says that it knows gzip."""
+    content = compress(shard)
+
+    def answer(handler):
+        if handler.headers["Accept-Encoding"] == "gzip":
+            handler.send_part(content, *handler.asked(len(content)), ETAG)
+        else:
+            handler.send_bytes(200, "application/x-tar", shard, ETAG)
+
+    with serve(answer) as server:
+        assert read_from_store("gs", server) == expected
+        assert {request.status for request in server.requests} == {206}
+        assert all("userProject=payer" in request.path for request in server.requests)
 
 
 @pytest.mark.parametrize("status", [403, 503])
