@@ -296,11 +296,15 @@ async def _receive(response: Any, most: int) -> memoryview:
     """Return the first bytes of the body of an aiohttp response, in reused memory.
 
     Dask sets MALLOC_TRIM_THRESHOLD_=65536 for its workers. Each of the pieces of 256 KiB that
-    asyncio receives is then mapped and unmapped, which takes three times as long.
+    asyncio receives is then mapped and unmapped, which takes three times as long; with TLS, too,
+    where it takes such a piece for each record of 16 KiB.
     """
     transport = response.connection and response.connection.transport
-    if hasattr(transport, "max_size"):  # asyncio's own transport, without TLS
-        transport.max_size = _PIECE_BYTES
+    receiver = getattr(transport, "_ssl_protocol", transport)
+    if hasattr(receiver, "max_size"):  # asyncio's own
+        receiver.max_size = _PIECE_BYTES
+    if hasattr(receiver, "_ssl_buffer_view"):  # what is decrypted and handed on at a time
+        receiver._ssl_buffer_view = receiver._ssl_buffer_view[:_PIECE_BYTES]
     content, position = BUFFERS.take(most, spare=False).data, 0
     async for piece in response.content.iter_any():
         used = piece[: most - position]

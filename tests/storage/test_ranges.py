@@ -20,6 +20,7 @@ from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode, read_rows
 from tests.helpers.servers import KEY, SECRET, Handler, Server
+from tests.helpers.servers import serve as serve_kind
 
 MIB = 1 << 20
 ETAG = ("ETag", '"x"')
@@ -367,6 +368,26 @@ def test_what_google_stores_as_an_encoding_is_read_by_ranges(shard, expected):
         assert read_from_store("gs", server) == expected
         assert {request.status for request in server.requests} == {206}
         assert all("userProject=payer" in request.path for request in server.requests)
+
+
+@pytest.mark.parametrize("kind", ["http", "https"])
+def test_pieces_are_small(tmp_path, monkeypatch, kind):
+    """On Dask's workers, larger ones are mapped and unmapped one by one."""
+    sizes = []
+    feed = aiohttp.StreamReader.feed_data
+
+    def note(stream, data, *rest):
+        sizes.append(len(data))
+        return feed(stream, data, *rest)
+
+    (tmp_path / "a.bin").write_bytes(bytes(9 * MIB))
+    with serve_kind(kind, tmp_path) as server:
+        fs = fsspec.filesystem("http", **server.storage_options)
+        ranges = RangeReader(fs, f"{server.url}/a.bin")
+        ranges.read(0, MIB)
+        monkeypatch.setattr(aiohttp.StreamReader, "feed_data", note)
+        assert len(ranges.read(MIB, 9 * MIB)) == sum(sizes) == 8 * MIB
+    assert max(sizes) <= 1 << 16
 
 
 @pytest.mark.parametrize("status", [403, 503])
