@@ -1,7 +1,7 @@
 """Read shards from a server as if they were files. Needs `pip install "dask-imgread[http]"`.
 
-A folder of shards is served by this script itself; a URL is read where it is (`s3://`, `gs://` and
-`hf://` need the extras `s3`, `gcs` and `hf`):
+A folder of shards is served by this script itself; a URL is read where it is (`s3://`, `gs://`,
+`abfs://` and `hf://` need the extras `s3`, `gcs`, `azure` and `hf`):
 
     python examples/remote.py shards
     python examples/remote.py "https://example.com/shards/{00000..00099}.tar"

@@ -106,8 +106,8 @@ def _find(path: str, options: dict[str, Any]) -> list[Shard]:
         return [stat_shard(root, {})]
     wildcards = "*[?" if isinstance(fs, LocalFileSystem) else "*["  # a URL's ? begins its query
     is_glob = any(wildcard in path for wildcard in wildcards)
-    if is_glob or not root.endswith(SHARD_SUFFIXES):
-        fs.invalidate_cache()  # else what was listed for an earlier job would be found again
+    # Else what was listed for an earlier job would be found again.
+    fs.invalidate_cache(None if is_glob or not root.endswith(SHARD_SUFFIXES) else root)
     if is_glob and not with_retries(fs.exists, path, root):
         found = with_retries(fs.glob, path, root, detail=True)
         kind = "no shard matches"

@@ -189,7 +189,7 @@ class ResumedFile(io.RawIOBase):
 
 
 class _Body:
-    """A whole file of a web server or of S3: the body of one answer."""
+    """A whole file of a web server or a store: the body of one answer."""
 
     def __init__(self, requests: Requests, fs: fsspec.AbstractFileSystem, name: str) -> None:
         self._requests, self._loop = requests, fs.loop

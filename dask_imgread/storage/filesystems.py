@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 
 _EXTRAS = {"http": "http", "https": "http", "hf": "hf", "s3": "s3", "s3a": "s3"}  # by protocol
-_EXTRAS |= {"gs": "gcs", "gcs": "gcs"}
+_EXTRAS |= {"gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
 def resolve_path(path: str) -> str:

@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 _PARTIAL, _NOT_SATISFIABLE = 206, 416
 _PIECE_BYTES = 1 << 16  # received at a time
 _SILENCE = 30.0  # seconds without a byte of a whole file, after which it is asked for again
+_KINDS = {"abfs", "gs", "http", "s3"}  # of stores that `ask` knows, by one of their protocols
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)")  # RFC 9110, 14.4
 
 
@@ -90,44 +91,74 @@ class Requests:
 
 def can_ask(fs: fsspec.AbstractFileSystem) -> bool:
     """Return whether ``ask`` knows the kind of store; else fsspec's own requests must do."""
-    return "http" in fs.protocol or "s3" in fs.protocol
+    return not _KINDS.isdisjoint(fs.protocol)
 
 
 async def ask(
     fs: fsspec.AbstractFileSystem, url: str, **headers: str
 ) -> tuple[Any, int, Mapping[str, str]]:
-    """Ask a web server or S3 for a file, or the range that a header names.
+    """Ask a web server or a store for a file, or the range that a header names.
 
     Returns aiohttp's response, its status and its headers. The time that a range takes is limited;
     that of a whole file is not, as long as its bytes keep coming.
     """
     if "s3" in fs.protocol:
-        bucket, key, version = fs.split_path(url)
-        options = {"VersionId": version} if version else {}
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options, **headers)
-        about = answer["ResponseMetadata"]
-        return answer["Body"].raw_stream, about["HTTPStatusCode"], about["HTTPHeaders"]
-    session = await fs.set_session()
+        return await _ask_s3(fs, url, headers)
+    if "abfs" in fs.protocol:
+        return await _ask_azure(fs, url, headers)
+    if "gs" in fs.protocol:
+        session, url = await fs._set_session(), fs.url(url)
+        options = {"params": fs._get_params({}), "timeout": fs.requests_timeout}
+        # Else what is stored as gzip's encoding is sent decompressed, and without ranges.
+        headers = {**fs._get_headers(None), "Accept-Encoding": "gzip", **headers}
+    else:
+        session, url, options = await fs.set_session(), fs.encode_url(url), dict(fs.kwargs)
+        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
     # Offsets are those of the file, even if the server says that its format is an encoding.
-    options = {**fs.kwargs, "auto_decompress": False}
+    options["auto_decompress"] = False
     if "Range" not in headers:
         from aiohttp import ClientTimeout
 
         limits = options.get("timeout") or getattr(session, "timeout", None)
         silence = getattr(limits, "sock_read", None) or _SILENCE
         options["timeout"] = ClientTimeout(sock_connect=silence, sock_read=silence)
-    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
-    response = await session.get(fs.encode_url(url), headers=headers, **options)
+    response = await session.get(url, headers=headers, **options)
     response.raise_for_status()
+    return response, response.status, response.headers
+
+
+async def _ask_s3(
+    fs: fsspec.AbstractFileSystem, url: str, headers: Mapping[str, str]
+) -> tuple[Any, int, Mapping[str, str]]:
+    bucket, key, version = fs.split_path(url)
+    options = {"VersionId": version} if version else {}
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options, **headers)
+    about = answer["ResponseMetadata"]
+    return answer["Body"].raw_stream, about["HTTPStatusCode"], about["HTTPHeaders"]
+
+
+async def _ask_azure(
+    fs: fsspec.AbstractFileSystem, url: str, headers: Mapping[str, str]
+) -> tuple[Any, int, Mapping[str, str]]:
+    """Ask by the method beneath the client's ``download_blob``.
+
+    That would read the body itself, in pieces of 4 KiB, and ask again by itself.
+    """
+    container, key, version = fs.split_path(url)
+    blob = fs.service_client.get_blob_client(container, key)._client.blob
+    options = {"range": headers.get("Range"), "version_id": version, "retry_total": 0}
+    answer = await blob.download(**options, **fs._timeout_kwargs, cls=lambda found, *_: found)
+    response = answer.http_response.internal_response
     return response, response.status, response.headers
 
 
 class RangeReader:
     """Read ranges of a remote file.
 
-    For S3 and web servers no request is made before the first read: each answer has the file's
-    size. It has its ETag or date, too, so that a file that changes meanwhile is noticed. Other
-    stores are asked for the size, if it is not given, and the Hugging Face Hub for the revision.
+    For web servers, S3, Google Cloud Storage and Azure no request is made before the first read:
+    each answer has the file's size. It has its ETag or date, too, so that a file that changes
+    meanwhile is noticed. Other stores are asked for the size, if it is not given, and the Hugging
+    Face Hub for the revision.
 
     Parameters
     ----------
@@ -265,11 +296,15 @@ async def _receive(response: Any, most: int) -> memoryview:
     """Return the first bytes of the body of an aiohttp response, in reused memory.
 
     Dask sets MALLOC_TRIM_THRESHOLD_=65536 for its workers. Each of the pieces of 256 KiB that
-    asyncio receives is then mapped and unmapped, which takes three times as long.
+    asyncio receives is then mapped and unmapped, which takes three times as long; with TLS, too,
+    where it takes such a piece for each record of 16 KiB.
     """
     transport = response.connection and response.connection.transport
-    if hasattr(transport, "max_size"):  # asyncio's own transport, without TLS
-        transport.max_size = _PIECE_BYTES
+    receiver = getattr(transport, "_ssl_protocol", transport)
+    if hasattr(receiver, "max_size"):  # asyncio's own
+        receiver.max_size = _PIECE_BYTES
+    if hasattr(receiver, "_ssl_buffer_view"):  # what is decrypted and handed on at a time
+        receiver._ssl_buffer_view = receiver._ssl_buffer_view[:_PIECE_BYTES]
     content, position = BUFFERS.take(most, spare=False).data, 0
     async for piece in response.content.iter_any():
         used = piece[: most - position]

@@ -126,6 +126,8 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
 def find_status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error of aiohttp, botocore, httpx, gcsfs or adlfs."""
     for cause in _list_causes(error):
+        if str(cause).startswith("Forbidden: "):  # as gcsfs says it, in an OSError
+            return 403
         response = getattr(cause, "response", None)
         if isinstance(response, Mapping):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -161,5 +163,6 @@ def _describe(error: BaseException) -> str:
     text = next((text for text in texts if "\n" not in text), texts[0].partition("\n")[0])
     if status is not None:
         reason = getattr(root, "message", None)  # aiohttp's own text repeats the URL
-        return f"HTTP {status}: {reason or text}"
+        # The text of Azure's client goes on with the whole answer, which may tell a signature.
+        return f"HTTP {status}: {(reason or text).partition(chr(10))[0]}"
     return f"{type(root).__name__}: {text}" if text else type(root).__name__

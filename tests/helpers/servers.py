@@ -1,4 +1,4 @@
-"""Real servers on the loopback interface for tests: files over HTTP, objects over S3, and faults.
+"""Real servers on the loopback interface for tests: files, objects of several stores, and faults.
 
 Each is a context manager: it listens on a free port for as long as its block runs, for clients in
 any process, and leaves neither a thread nor a socket behind.
@@ -7,23 +7,29 @@ any process, and leaves neither a thread nor a socket behind.
 import base64
 import html
 import io
+import json
 import logging
 import mimetypes
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
 from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import formatdate
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+import trustme
 
 KEY, SECRET = "AKIATESTKEY0000000", "test-secret-4f1c9a"  # easy to find where they must not be
 BLOCK = 1 << 16
@@ -108,9 +114,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False  # so that server_close() waits for them
     request_queue_size = 128  # the workers of a cluster all connect at once
 
-    def __init__(self, handler, faults):
+    def __init__(self, handler, faults, authority=None):
         super().__init__(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http{'s' * bool(authority)}://127.0.0.1:{self.server_port}"
+        self.tls = authority and ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        if authority:
+            authority.issue_cert("127.0.0.1").configure_cert(self.tls)
         self.faults = faults
         self.requests = []
         self.authorizations = []  # of the requests, in the same order
@@ -134,6 +143,10 @@ class Server(ThreadingHTTPServer):
 
     def get_request(self):
         connection, address = super().get_request()
+        if self.tls:  # the connection's own thread shakes hands
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
         self.connections.add(connection)
         return connection, address
 
@@ -143,7 +156,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Leave clients that hang up unmentioned."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), ConnectionError | ssl.SSLError):
             super().handle_error(request, client_address)
 
 
@@ -220,8 +233,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code="-", size="-"):
         self.server.authorizations.append(self.headers.get("Authorization"))
         self.server.requests.append(
-            Request(self.command, self.path, self.headers.get("Range"), code and int(code))
+            Request(self.command, self.path, self.range(), code and int(code))
         )
+
+    def range(self):
+        """Return the range that is asked for, also in the way that Azure's client does."""
+        return self.headers.get("Range") or self.headers.get("x-ms-range")
 
     def log_message(self, format, *args):
         """Keep the tests' output short."""
@@ -256,7 +273,7 @@ class FileHandler(Handler):
         size = stat.st_size
         headers = [
             ("Content-Type", mimetypes.guess_type(file.name)[0] or "application/octet-stream"),
-            ("ETag", f'"{stat.st_mtime_ns:x}-{size:x}"'),
+            ("ETag", make_etag(stat)),
             ("Last-Modified", formatdate(stat.st_mtime, usegmt=True)),
         ]
         status, start, end = 200, 0, size
@@ -276,7 +293,7 @@ class FileHandler(Handler):
 
     def asked_range(self, size):
         """Return the status, start and end of what the Range header asks of a file of `size`."""
-        match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.range() or "")
         if not match or match[0] == "bytes=-" or self.command == "HEAD":
             return 200, 0, size
         if match[1]:
@@ -284,6 +301,91 @@ class FileHandler(Handler):
         else:
             start, end = max(size - int(match[2]), 0), size
         return (206, start, end) if start < end else (416, 0, 0)
+
+
+def make_etag(stat):
+    return f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+
+
+class ObjectHandler(FileHandler):
+    """Has the files of the server's folder as objects, in a bucket of any name."""
+
+    def respond(self):
+        url = urlsplit(self.path)
+        query = dict(parse_qsl(url.query))
+        match = self.server.object_path.fullmatch(url.path)
+        key = unquote(match["key"] or "")
+        target = self.server.folder / os.path.normpath(f"/{key}").lstrip("/")
+        if not key:
+            self.send_bucket(query)
+        elif not target.is_file():
+            self.fail(404)
+        else:
+            with target.open("rb") as file:
+                self.send_file(file)
+
+    def list_keys(self, prefix=""):
+        paths = (path for path in self.server.folder.rglob("*") if path.is_file())
+        keys = (path.relative_to(self.server.folder).as_posix() for path in paths)
+        return sorted(key for key in keys if key.startswith(prefix))
+
+
+class GcsHandler(ObjectHandler):
+    """Answers what gcsfs asks of the JSON API of Google Cloud Storage to find and read objects."""
+
+    def send_bucket(self, query):
+        prefix = query.get("prefix", "")
+        keys = self.list_keys(prefix)
+        deeper = query.get("delimiter") or "\0"
+        nested = {key for key in keys if deeper in key[len(prefix) :]}
+        prefixes = {prefix + key[len(prefix) :].partition(deeper)[0] + deeper for key in nested}
+        items = [self.describe(key) for key in keys if key not in nested]
+        self.send_json({"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
+
+    def send_file(self, file):
+        if self.path.startswith("/download/"):
+            super().send_file(file)
+        else:
+            self.send_json(self.describe(os.path.relpath(file.name, self.server.folder)))
+
+    def describe(self, key):
+        stat = (self.server.folder / key).stat()
+        about = {"kind": "storage#object", "name": key, "size": str(stat.st_size)}
+        changed = datetime.fromtimestamp(stat.st_mtime, UTC).strftime("%FT%T.%fZ")
+        about |= {"etag": make_etag(stat), "generation": str(stat.st_mtime_ns)}
+        return about | {"metageneration": "1", "timeCreated": changed, "updated": changed}
+
+    def send_json(self, value):
+        self.send_bytes(200, "application/json", json.dumps(value).encode())
+
+    def fail(self, status, *headers):
+        error = {"error": {"code": status, "message": "A fault."}}
+        self.send_bytes(status, "application/json", json.dumps(error).encode(), *headers)
+
+
+class AzureHandler(ObjectHandler):
+    """Answers what adlfs asks of the API of Azure's Blob Storage to find and read blobs."""
+
+    def send_bucket(self, query):
+        blobs = []
+        for key in self.list_keys(query.get("prefix", "")):
+            stat = (self.server.folder / key).stat()
+            date = formatdate(stat.st_mtime, usegmt=True)
+            blobs.append(
+                f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{date}</Last-Modified>"
+                f"<Etag>{make_etag(stat).strip(chr(34))}</Etag>"
+                f"<Content-Length>{stat.st_size}</Content-Length><BlobType>BlockBlob</BlobType>"
+                "</Properties></Blob>"
+            )
+        found = f"<Blobs>{''.join(blobs)}</Blobs><NextMarker/>"
+        answer = f'<EnumerationResults ContainerName="bucket">{found}</EnumerationResults>'
+        self.send_bytes(200, "application/xml", answer.encode())
+
+    def fail(self, status, *headers):
+        """Tell the signature, as the store does where it is not the right one."""
+        signature = escape(self.headers.get("Authorization", ""))
+        error = f"<Error><Code>A</Code><Message>A fault.\nRequestId:{signature}</Message></Error>"
+        self.send_bytes(status, "application/xml", error.encode(), *headers)
 
 
 class ProxyHandler(Handler):
@@ -317,15 +419,65 @@ class ProxyHandler(Handler):
 class HttpServer(Server):
     """A server of a folder's files; see `serve_http`."""
 
-    def __init__(self, folder, ranges, faults, password):
-        super().__init__(FileHandler, faults)
+    reads = "GET"
+
+    def __init__(self, folder, faults=None, *, ranges=True, password=None, authority=None):
+        super().__init__(FileHandler, faults, authority)
+        self.base = self.url
         self.folder = Path(folder)
         self.ranges = ranges
         self.authorization = password and f"Basic {base64.b64encode(password.encode()).decode()}"
+        self.storage_options = {}
+        if authority:
+            self.storage_options["ssl"] = trusted = ssl.create_default_context()
+            authority.configure_trust(trusted)
+
+
+class ObjectServer(Server):
+    """A server of a folder's files as objects; see `serve`."""
+
+    ranges = True
+
+    def __init__(self, handler, folder, faults):
+        super().__init__(handler, faults)
+        self.folder = Path(folder)
+
+    def put(self, bucket, key, content):
+        """Replace an object at once: who reads the one before goes on with it."""
+        path = self.folder / key
+        new = path.with_name("new")
+        new.write_bytes(content)
+        new.replace(path)
+
+
+class GcsServer(ObjectServer):
+    """A server of Google Cloud Storage; see `serve`."""
+
+    base, reads = "gs://bucket", "GET /download/"
+    object_path = re.compile(r"(/download)?/storage/v1/b/[^/]+(/o(/(?P<key>[^/]+))?)?")
+
+    def __init__(self, folder, faults=None):
+        super().__init__(GcsHandler, folder, faults)
+        self.storage_options = {"token": "anon", "endpoint_url": self.url}
+
+
+class AzureServer(ObjectServer):
+    """A server of Azure's Blob Storage; see `serve`."""
+
+    base, reads = "abfs://bucket", "GET /account/bucket/"
+    object_path = re.compile(r"/account/[^/]+(/(?P<key>.+))?")
+
+    def __init__(self, folder, faults=None):
+        super().__init__(AzureHandler, folder, faults)
+        secret = base64.b64encode(SECRET.encode()).decode()
+        account = f"AccountName=account;AccountKey={secret};BlobEndpoint={self.url}/account"
+        self.storage_options = {"connection_string": f"DefaultEndpointsProtocol=http;{account}"}
 
 
 class S3Server(Server):
     """A server of S3 buckets; see `serve_s3`."""
+
+    base, reads = "s3://bucket", "GET /bucket/"
 
     def __init__(self, moto, faults):
         super().__init__(ProxyHandler, faults)
@@ -355,15 +507,37 @@ class S3Server(Server):
 
 
 @contextmanager
-def serve_http(folder, *, ranges=True, faults=None, password=None):
+def serve_http(folder, *, ranges=True, faults=None, password=None, authority=None):
     """Serve `folder` at `.url`; yield the server.
 
     It honours the Range header; with ``ranges=False`` it sends whole files all the same, and with
     ``ranges="none"`` says so too. Whatever lies below ``/secret/`` is forbidden, and with a
-    `password`, "user:password", everything is to those who don't know it. `.requests` lists the
-    requests in order, and `.faults` may be replaced at any time.
+    `password`, "user:password", everything is to those who don't know it. With a certificate
+    `authority` of trustme it speaks TLS. `.requests` lists the requests in order, and `.faults` may
+    be replaced at any time.
     """
-    with HttpServer(folder, ranges, faults, password).running() as server:
+    how = {"ranges": ranges, "password": password, "authority": authority}
+    with HttpServer(folder, faults, **how).running() as server:
+        yield server
+
+
+@contextmanager
+def serve(kind, folder, *, faults=None):
+    """Serve `folder` at `.base`, to clients with `.storage_options`, as a kind of store does.
+
+    The kinds are those of a URL's protocol: http, https, s3, gs and abfs. `.reads` is what `match`
+    of Faults limits them to where only reading files may fail.
+    """
+    if kind == "s3":
+        with serve_s3(faults=faults) as server:
+            server.make_bucket("bucket")
+            for path in Path(folder).rglob("*.*"):
+                server.put("bucket", path.relative_to(folder).as_posix(), path.read_bytes())
+            yield server
+        return
+    servers = {"http": HttpServer, "https": HttpServer, "gs": GcsServer, "abfs": AzureServer}
+    options = {"authority": trustme.CA()} if kind == "https" else {}
+    with servers[kind](folder, faults, **options).running() as server:
         yield server
 
 

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import fsspec
 import pytest
 
-from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
+from tests.helpers.servers import KEY, SECRET, Faults, serve, serve_http, serve_s3
 
 CONTENT = bytes(range(256)) * 1000
 SIZE = len(CONTENT)
@@ -52,7 +52,7 @@ def connected(protocol, **options):
     try:
         yield fs
     finally:
-        session = fs._s3creator if protocol == "s3" else fs._session
+        session = fs._s3creator if protocol == "s3" else getattr(fs, "_session", None)
         if session is not None:
             fs.close_session(fs.loop, session)
 
@@ -270,6 +270,39 @@ class TestS3:
 
     def test_credentials_are_recognizable(self, s3):
         assert (s3.storage_options["key"], s3.storage_options["secret"]) == (KEY, SECRET)
+
+
+@pytest.mark.parametrize("kind", ["gs", "abfs"])
+class TestObjects:
+    def test_reading(self, folder, kind):
+        with serve(kind, folder) as server, connected(kind, **server.storage_options) as fs:
+            assert fs.find("bucket/deep") == ["bucket/deep/b.tar", "bucket/deep/two words.txt"]
+            assert fs.glob("bucket/*.tar") == ["bucket/a.tar"]
+            (listed,) = fs.find("bucket/deep/", prefix="b", detail=True).values()
+            fs.invalidate_cache()
+            info = fs.info("bucket/deep/b.tar")
+            assert (info["etag"], info["size"]) == (listed["etag"], listed["size"])
+            assert info["size"] == SIZE
+            assert fs.cat_file("bucket/deep/two words.txt", start=5, end=10) == CONTENT[5:10]
+            request = server.requests[-1]
+        assert (request.range, request.status) == ("bytes=5-9", 206)
+        assert f"{request.method} {request.path}".startswith(server.reads)
+
+    def test_refusals(self, folder, kind):
+        with serve(kind, folder) as server, connected(kind, **server.storage_options) as fs:
+            with pytest.raises(FileNotFoundError):
+                fs.cat_file("bucket/nope.tar")
+            server.faults = Faults(every=1, kinds=("403",))
+            with pytest.raises(Exception, match=r"Forbidden|A fault"):
+                fs.cat_file("bucket/a.tar")
+
+
+def test_tls(folder):
+    with serve("https", folder) as server:
+        with connected("https", **server.storage_options) as fs:
+            assert fs.cat_file(f"{server.base}/a.tar", start=5, end=10) == CONTENT[5:10]
+        with connected("https") as fs, pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            fs.cat_file(f"{server.base}/a.tar")
 
 
 def test_servers_end(folder):

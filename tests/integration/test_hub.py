@@ -244,7 +244,8 @@ def test_a_public_bucket_is_read_without_a_signature(
         ("s3://bucket/a.tar", "s3fs", "s3"),
         ("s3a://bucket/a.tar", "s3fs", "s3"),
         ("gs://bucket/a.tar", "gcsfs", "gcs"),
-        ("abfs://container/a.tar", "adlfs", None),
+        ("abfs://container/a.tar", "adlfs", "azure"),
+        ("oci://bucket/a.tar", "ocifs", None),
     ],
 )
 def test_what_is_to_be_installed_is_said(monkeypatch, capfd, url, package, extra):

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import trustme
 from distributed import Client
 from PIL import Image
 
@@ -28,7 +29,7 @@ from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
 from tests.helpers.images import encode, members_of, read_rows, write_noise
-from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
+from tests.helpers.servers import Faults, count_bytes, serve, serve_http, serve_s3
 
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -182,20 +183,29 @@ def rows(large_folder):
     return read_rows(large_folder / "a.tar")
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst"])
-@pytest.mark.parametrize("faults", [None, Faults(every=4, kinds=("503", "cut", "reset", "500"))])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("http", name) for name in ("a.tar", "a.tar.zst", "a.tar.gz", "frames.tar.zst")),
+        *((kind, "a.tar") for kind in ("https", "gs", "abfs")),
+    ],
+)
+@pytest.mark.parametrize("failing", [False, True])
 def test_a_shard_larger_than_what_is_kept_is_fetched_once(
-    large_folder, rows, name, faults, monkeypatch
+    large_folder, rows, kind, name, failing, monkeypatch
 ):
     monkeypatch.setattr(ahead, "_MAX_KEPT_BYTES", 8 * MIB)
     assert len(rows) == 30
     assert all(error is None for *_, error, _ in rows)
     size = os.path.getsize(large_folder / name)
-    with serve_http(large_folder, faults=faults) as server:
-        assert read_rows(f"{server.url}/{name}") == rows
+    with serve(
+        kind, large_folder, faults=Faults(every=4, delay=0.2) if failing else None
+    ) as server:
+        options = {"reader_config": {"storage_options": server.storage_options}}
+        assert read_rows(f"{server.base}/{name}", task=options) == rows
         good = [r for r in server.requests if r.status == 206]
-        assert faults is None or faults.injected.total() >= 3
-    if faults is None:
+        assert not failing or server.faults.injected.total() >= 3
+    if not failing:
         assert count_bytes(good, size) == size
 
 
@@ -230,11 +240,15 @@ def test_headers_of_small_images_are_read_through(tmp_path):
         assert len(gets) < 15
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["http", "gs", "abfs"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, kind):
     path = write_noise(tmp_path / "a.tar", 30, 800)
-    with serve_http(tmp_path) as server:
-        url = f"{server.url}/a.tar"
-        task = FileGroupTask(data=[url])
+    with serve(kind, tmp_path) as server:
+        place = f"{server.base}/a.tar".removeprefix("gs://").removeprefix("abfs://")
+        task = FileGroupTask(
+            data=[f"{server.base}/a.tar"],
+            reader_config={"storage_options": server.storage_options},
+        )
         reader = ImageReaderStage(device="cpu", dali_batch_size=4, read_ahead=MIB, verbose=False)
         batches = reader.stream(task)
         good = [next(batches)]
@@ -243,7 +257,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     failed = [image for batch in good for image in batch.failed]
     assert failed
     assert all("changed while it was read: its ETag was" in image.error for image in failed)
-    assert all(url in image.error for image in failed)
+    assert all(place in image.error for image in failed)
     keys = [image.key for batch in good for image in batch.data]
     assert keys == [f"{n:03d}" for n in range(len(keys))]
     assert len(keys) < 30
@@ -270,13 +284,18 @@ def list_threads():
     return {t.name for t in threading.enumerate() if t.name.startswith("dask-imgread-ahead")}
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst"])
-def test_a_closed_generator_ends_all_requests_at_once(large_folder, name):
-    with serve_http(large_folder) as server:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("http", "a.tar"), ("http", "a.tar.zst"), *((k, "a.tar") for k in ("https", "gs", "abfs"))],
+)
+def test_a_closed_generator_ends_all_requests_at_once(large_folder, kind, name):
+    with serve(kind, large_folder) as server:
         reader = ImageReaderStage(
             device="cpu", dali_batch_size=2, read_ahead=2 * MIB, verbose=False
         )
-        batches = reader.stream(FileGroupTask(data=[f"{server.url}/{name}"]))
+        options = {"storage_options": server.storage_options}
+        task = FileGroupTask(data=[f"{server.base}/{name}"], reader_config=options)
+        batches = reader.stream(task)
         next(batches)
         time.sleep(0.5)
         server.faults = Faults(every=1, kinds=("slow",), delay=60)
@@ -290,7 +309,8 @@ def test_a_closed_generator_ends_all_requests_at_once(large_folder, name):
     assert ahead.BUDGET._left == ahead._WORKER_BYTES
 
 
-def test_ctrl_c_ends_it(large_folder):
+@pytest.mark.parametrize("tls", [False, True])
+def test_ctrl_c_ends_it(large_folder, tmp_path, tls):
     code = """
 import sys
 from dask_imgread import FileGroupTask, ImageReaderStage
@@ -298,9 +318,15 @@ reader = ImageReaderStage(device="cpu", dali_batch_size=2, read_ahead=4 << 20, v
 for batch in reader.stream(FileGroupTask(data=[sys.argv[1]])):
     print(batch.num_items, flush=True)
 """
-    with serve_http(large_folder) as server:
+    authority = trustme.CA() if tls else None
+    environment = dict(os.environ)
+    if tls:
+        environment["SSL_CERT_FILE"] = str(tmp_path / "authority.pem")
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    with serve_http(large_folder, authority=authority) as server:
         process = subprocess.Popen(
             [sys.executable, "-c", code, f"{server.url}/a.tar"],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

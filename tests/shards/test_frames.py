@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tarfile
 
 import dask
@@ -24,7 +25,7 @@ from dask_imgread.shards.find import find_shards, stat_shard
 from dask_imgread.shards.frames import open_frame
 from dask_imgread.tasks import COLUMNS, make_frame
 from dask_imgread.testing import draw_picture, encode_picture, write_shard
-from tests.helpers.servers import KEY, SECRET, Faults, serve_http, serve_s3
+from tests.helpers.servers import KEY, SECRET, Faults, serve, serve_http, serve_s3
 
 READER = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
 MINIMUM = ["shard", "key", "offset", "size"]
@@ -434,20 +435,23 @@ def test_each_row_of_a_changed_shard_fails(one, change, remote):
         assert [image.key for image in failed] == ["0", "1", "2"]
 
 
-def test_an_object_that_was_listed_before_it_changed(one):
+@pytest.mark.parametrize("kind", ["s3", "gs", "abfs"])
+def test_an_object_that_was_listed_before_it_changed(one, tmp_path, kind):
     path, _ = one
-    with open(path, "rb") as file:
-        content = file.read()
-    with serve_s3() as server:
-        server.make_bucket("bucket")
-        server.put("bucket", "set/one.tar", content)
+    (tmp_path / "set").mkdir()
+    path = shutil.copy(path, tmp_path / "set" / "one.tar")
+    content = path.read_bytes()
+    with serve(kind, tmp_path) as server:
         options = {"storage_options": server.storage_options}
-        frame = read_metadata("s3://bucket/set/", **options).compute(scheduler="sync")
+        folder = f"{server.base}/set/"
+        frame = read_metadata(folder, **options).compute(scheduler="sync")
         assert len(read(frame, **options)[0]) == 6
-        before = tokenize(FileGroupTask(data=["s3://bucket/set/one.tar"], reader_config=options))
+        before = tokenize(FileGroupTask(data=[f"{folder}one.tar"], reader_config=options))
+        (listed,) = find_shards(folder, **options)
         server.put("bucket", "set/one.tar", content[:-1] + b"1")  # of the same size
+        assert find_shards(listed.path, **options) != [listed]
         good, failed = read(frame, **options)
-        after = tokenize(FileGroupTask(data=["s3://bucket/set/one.tar"], reader_config=options))
+        after = tokenize(FileGroupTask(data=[f"{folder}one.tar"], reader_config=options))
     assert good == []
     assert {image.cause for image in failed} == {"changed shard"}
     assert before != after

@@ -20,6 +20,7 @@ from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode, read_rows
 from tests.helpers.servers import KEY, SECRET, Handler, Server
+from tests.helpers.servers import serve as serve_kind
 
 MIB = 1 << 20
 ETAG = ("ETag", '"x"')
@@ -327,17 +328,66 @@ def test_a_whole_file_that_stops_coming_is_a_time_out(shard, expected, monkeypat
     assert "Timeout" in error
 
 
+STORES = {
+    "s3": lambda url: {"key": KEY, "secret": SECRET, "endpoint_url": url},
+    "gs": lambda url: {"token": "anon", "endpoint_url": url, "requester_pays": "payer"},
+    "abfs": lambda url: {
+        "connection_string": f"AccountName=a;AccountKey=Zm9v;BlobEndpoint={url}/a"
+    },
+}
+
+
+def read_from_store(kind, server):
+    options = {"storage_options": STORES[kind](server.url)}
+    return read(f"{kind}://bucket/a.tar", reader_config=options)
+
+
 @pytest.mark.parametrize("compressed", [False, True])
-def test_an_s3_without_ranges_sends_whole_files(shard, expected, compressed):
+@pytest.mark.parametrize("kind", STORES)
+def test_a_store_without_ranges_sends_whole_files(shard, expected, kind, compressed):
     content = compress(shard) if compressed else shard
 
     def answer(handler):
         handler.send_bytes(200, "application/x-tar", content, ETAG)
 
     with serve(answer) as server:
-        place = {"endpoint_url": server.url, "client_kwargs": {"region_name": "us-east-1"}}
-        options = {"storage_options": {"key": KEY, "secret": SECRET, **place}}
-        assert read("s3://bucket/a.tar", reader_config=options) == expected
+        assert read_from_store(kind, server) == expected
+
+
+def test_what_google_stores_as_an_encoding_is_read_by_ranges(shard, expected):
+    """It is sent decompressed, without ranges, unless the client says that it knows gzip."""
+    content = compress(shard)
+
+    def answer(handler):
+        if handler.headers["Accept-Encoding"] == "gzip":
+            handler.send_part(content, *handler.asked(len(content)), ETAG)
+        else:
+            handler.send_bytes(200, "application/x-tar", shard, ETAG)
+
+    with serve(answer) as server:
+        assert read_from_store("gs", server) == expected
+        assert {request.status for request in server.requests} == {206}
+        assert all("userProject=payer" in request.path for request in server.requests)
+
+
+@pytest.mark.parametrize("kind", ["http", "https"])
+def test_pieces_are_small(tmp_path, monkeypatch, kind):
+    """On Dask's workers, larger ones are mapped and unmapped one by one."""
+    sizes = []
+    feed = aiohttp.StreamReader.feed_data
+
+    def note(stream, data, *rest):
+        sizes.append(len(data))
+        return feed(stream, data, *rest)
+
+    (tmp_path / "a.bin").write_bytes(bytes(9 * MIB))
+    with serve_kind(kind, tmp_path) as server:
+        fs = fsspec.filesystem("http", **server.storage_options)
+        ranges = RangeReader(fs, f"{server.url}/a.bin")
+        ranges.read(0, MIB)
+        monkeypatch.setattr(aiohttp.StreamReader, "feed_data", note)
+        assert len(ranges.read(MIB, 9 * MIB)) == sum(sizes) == 8 * MIB
+    assert max(sizes) <= 1 << 16
 
 
 @pytest.mark.parametrize("status", [403, 503])
