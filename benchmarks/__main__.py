@@ -215,13 +215,16 @@ def measure_writing(folder: Path, size: Size) -> list[Row]:
     """Compare new shards of all samples with copies of the old ones."""
     few = make_photo_shards(folder / "few", size.images, sidecars=("json", "txt"))
     shards = repeat_shards(folder / "sources", few, _REPEATS)
-    name = f"write_shards, {_REPEATS * size.images:,} photographs with two sidecars"
-    contenders = {
-        "ours": ("Write", shards),
+    contenders: dict[str, tuple[Any, ...]] = {
         "cp": ("Copy", shards),
-        "cp, sync": ("Copy", shards, True),
+        "cp and sync": ("Copy", shards, True),
     }
-    pairs = [(f"{name} : cp", "ours", "cp", 0.7), (f"{name} : cp and sync", "ours", "cp, sync", 0)]
+    pairs = []
+    for length in (size.images // 2, 2 * size.images):
+        ours = f"write_shards, {length:,} photographs with two sidecars a shard"
+        contenders[ours] = ("Write", shards, length)
+        pairs.append((f"{ours} : cp", ours, "cp", 0.7))
+        pairs.append((f"{ours} : cp and sync", ours, "cp and sync", 0))
     return _race(contenders, size.rounds, pairs)
 
 

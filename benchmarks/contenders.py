@@ -334,19 +334,24 @@ class Cluster(OnCluster):
 class Write(OnCluster):
     """``write_shards`` through a LocalCluster: all samples into new shards."""
 
-    def __init__(self, shards: list[str]) -> None:
+    def __init__(self, shards: list[str], images_per_shard: int) -> None:
         from dask_imgread import read_metadata
 
         super().__init__()
+        self._images_per_shard = images_per_shard
         self._rows = read_metadata(shards).compute()
         self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
+
+    def prepare(self) -> None:
+        """Remove what was written before."""
+        shutil.rmtree(self._folder)
 
     def run(self) -> int:
         """Write all images."""
         from dask_imgread import write_shards
 
-        shutil.rmtree(self._folder)
-        write_shards(self._rows, self._folder, images_per_shard=1000, client=self._client)
+        length = self._images_per_shard
+        write_shards(self._rows, self._folder, images_per_shard=length, client=self._client)
         return len(self._rows)
 
 
@@ -358,10 +363,13 @@ class Copy:
         self._images = len(read_all(shards))
         self._folder = tempfile.mkdtemp(dir=os.path.dirname(shards[0]))
 
-    def run(self) -> int:
-        """Copy all shards."""
+    def prepare(self) -> None:
+        """Remove the copies made before."""
         shutil.rmtree(self._folder)
         os.mkdir(self._folder)
+
+    def run(self) -> int:
+        """Copy all shards."""
         subprocess.run(["cp", *self._shards, self._folder], check=True)
         if self._sync:
             subprocess.run(["sync", *Path(self._folder).iterdir()], check=True)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 _GRANULARITY = 1 << 16  # bytes; sizes are rounded up to multiples of it
 _MIN_HUGE_PAGE_BYTES = 1 << 22  # below this huge pages don't pay off
@@ -136,6 +136,16 @@ class BufferPool:
                 self._collect()
                 self._idle = [entry for entry in self._idle if entry[0] > oldest]
                 self._sweeping = bool(self._idle) or self._last_taken > oldest
+
+
+def take_array(dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+    """Return an uninitialized array in reused memory, for large intermediate results.
+
+    Dask sets MALLOC_TRIM_THRESHOLD_=65536 for its workers. Each array that NumPy makes of more is
+    then fresh memory.
+    """
+    kind = np.dtype(dtype)
+    return BUFFERS.take(kind.itemsize * math.prod(shape)).view(kind).reshape(shape)
 
 
 def _map_memory(size: int) -> NDArray[np.uint8]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from dask_imgread.buffers import take_array
 from dask_imgread.decoding.contract import SCALES, Box, Pixels
 from dask_imgread.hashes import (
     Floats,
@@ -26,6 +29,7 @@ MIN_SIDE = 64
 _GRID = 64  # pixels in a row, and rows, that stand for a picture
 _SHARP_SIDE = 64  # pixels, no more than MIN_SIDE: what was reduced is not enlarged
 _LUMA = 256  # levels
+_KEPT = 256  # sizes of pictures whose places are kept
 
 # Levels of 0 to 255. JPEG at low quality, and the rounding of its colours, change a picture of one
 # colour by 2 or 3; scans and photographs of paper vary by more than 10.
@@ -153,16 +157,16 @@ def fingerprint(batch: ImageBatch) -> pd.DataFrame:
         return META
     samples = [_take_sample(image) for image in batch.data]
     # Channel by channel: NumPy is slow at reductions of three values.
-    grids = np.moveaxis(np.stack([sample.grid for sample in samples]), 3, 0).copy()
+    grids = take_array(np.uint8, 3, len(samples), _GRID, _GRID)
+    np.stack([sample.grid for sample in samples], out=np.moveaxis(grids, 0, 3))
     histograms = np.array([sample.histogram for sample in samples])
     columns: dict[str, Any] = {
         CHECKSUM: [image.sha256 for image in batch.data],
         "phash": compute_phashes([sample.for_phash for sample in samples]),
         "dhash": compute_dhashes([sample.for_dhash for sample in samples]),
         **_measure_luma(histograms),
-        # One by one, in the processor's cache: this is faster than all together.
-        "colourfulness": [_measure_colourfulness(grid) for grid in grids.swapaxes(0, 1)],
-        "sharpness": _measure_sharpness(np.stack([sample.grey for sample in samples])),
+        "colourfulness": _measure_colourfulness(grids),
+        "sharpness": _measure_sharpness([sample.grey for sample in samples]),
         **_find_flags(grids, histograms),
     }
     columns |= {name: [getattr(image, name) for image in batch.data] for name in _IDENTITY}
@@ -193,7 +197,7 @@ def _take_sample(image: ImageObject) -> _Sample:
     grey = image.to_pil().convert("L")
     pixels: Any = image.image_data
     # Moving whole pixels is twice as fast as moving three channels.
-    places = _spread_out(grey.height)[:, None] * grey.width + _spread_out(grey.width)
+    places = _find_places(*grey.size)
     grid = np.ascontiguousarray(pixels).view("V3").ravel().take(places).view(np.uint8)
     side = (_SHARP_SIDE, _SHARP_SIDE)
     box = _find_box(image, grey.size)
@@ -217,12 +221,12 @@ def _find_box(image: ImageObject, size: tuple[int, int]) -> Box:
     return 0, 0, *size
 
 
-_STEPS = np.arange(_GRID)
-
-
-def _spread_out(length: int) -> NDArray[np.intp]:
-    """Return evenly spread indices from the first to the last, or repeated ones."""
-    return _STEPS * (length - 1) // (_GRID - 1)
+@functools.lru_cache(_KEPT)
+def _find_places(width: int, height: int) -> NDArray[np.intp]:
+    """Return the places of ``_GRID`` x ``_GRID`` pixels, evenly spread from corner to corner."""
+    steps = np.arange(_GRID)
+    rows, columns = (steps * (side - 1) // (_GRID - 1) for side in (height, width))
+    return rows[:, None] * width + columns
 
 
 def _measure_luma(histograms: NDArray[np.int64]) -> dict[str, NDArray[np.floating]]:
@@ -258,19 +262,32 @@ _OPPONENTS = np.array([[1, -1, 0], [0.5, 0.5, -1]], np.float32)
 _EVEN = np.full(_GRID**2, 1 / _GRID**2, np.float32)
 
 
-def _measure_colourfulness(grid: Pixels) -> float:
-    opponents = _OPPONENTS @ grid.reshape(3, -1).astype(np.float32)
+def _measure_colourfulness(grids: Pixels) -> NDArray[np.floating]:
+    count = grids.shape[1]
+    levels = take_array(np.float32, count, 3, _GRID**2)
+    levels[...] = grids.reshape(3, count, -1).swapaxes(0, 1)
+    opponents = np.matmul(_OPPONENTS, levels, out=take_array(np.float32, count, 2, _GRID**2))
     means = opponents @ _EVEN  # faster than the method mean
-    opponents -= means[:, None]
-    variance = np.vdot(opponents, opponents) / _GRID**2
-    return float(np.sqrt(variance) + 0.3 * np.linalg.norm(means))
+    opponents -= means[..., None]
+    variances = np.einsum("ijk,ijk->i", opponents, opponents) / _GRID**2
+    measures: NDArray[np.floating] = np.sqrt(variances) + 0.3 * np.linalg.norm(means, axis=1)
+    return measures
 
 
-def _measure_sharpness(greys: Pixels) -> NDArray[np.floating]:
-    levels = greys.astype(np.float32)
-    laplacians = levels[:, :-2, 1:-1] + levels[:, 2:, 1:-1] - 4 * levels[:, 1:-1, 1:-1]
-    laplacians += levels[:, 1:-1, :-2] + levels[:, 1:-1, 2:]
-    variances: NDArray[np.floating] = laplacians.var(axis=(1, 2))
+def _measure_sharpness(greys: Sequence[Pixels]) -> NDArray[np.floating]:
+    levels = np.stack(greys, out=take_array(np.float32, len(greys), _SHARP_SIDE, _SHARP_SIDE))
+    inner = levels[:, 1:-1, 1:-1]
+    laplacians = np.multiply(inner, -4, out=take_array(np.float32, *inner.shape))
+    for neighbours in (
+        levels[:, :-2, 1:-1],
+        levels[:, 2:, 1:-1],
+        levels[:, 1:-1, :-2],
+        levels[:, 1:-1, 2:],
+    ):
+        laplacians += neighbours
+    laplacians -= laplacians.mean(axis=(1, 2), keepdims=True)
+    squares = np.einsum("ijk,ijk->i", laplacians, laplacians)
+    variances: NDArray[np.floating] = squares / inner[0].size
     return variances
 
 

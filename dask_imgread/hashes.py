@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dask_imgread.buffers import take_array
 from dask_imgread.decoding.contract import Box, Pixels
 
 Floats = NDArray[np.float64]
@@ -137,16 +138,24 @@ def _transform(values: NDArray[Any]) -> NDArray[np.float64]:
     product of matrices, gives such pictures other hashes.
     """
     even, odd = values[..., 2::2], values[..., 1:-1:2]
-    spectrum = np.empty((*values.shape[:-1], _DCT_SIDE // 2 + 1), complex)
-    spectrum[..., 0] = 2.0 * values[..., 0]
-    spectrum[..., 1:-1].real = even + odd
-    spectrum[..., 1:-1].imag = even - odd
-    spectrum[..., -1] = 2.0 * values[..., -1]
-    waves = np.fft.irfft(spectrum, _DCT_SIDE, norm="forward")
+    lines = values.shape[:-1]
+    spectrum = take_array(complex, *lines, _DCT_SIDE // 2 + 1)
+    np.multiply(values[..., :1], 2.0, out=spectrum[..., :1])
+    np.add(even, odd, out=spectrum[..., 1:-1].real)
+    np.subtract(even, odd, out=spectrum[..., 1:-1].imag)
+    np.multiply(values[..., -1:], 2.0, out=spectrum[..., -1:])
+    waves = np.fft.irfft(
+        spectrum, _DCT_SIDE, norm="forward", out=take_array(float, *lines, _DCT_SIDE)
+    )
     half = _DCT_SIDE // 2
     first, last = waves[..., 1:half], waves[..., :half:-1]
     cosines, sines = _TWIDDLES[: half - 1], _TWIDDLES[: half - 1 : -1]
-    total, difference = cosines * last + sines * first, cosines * first - sines * last
-    first[...], last[...] = 0.5 * (total + difference), 0.5 * (total - difference)
+    total, difference, part = take_array(float, 3, *first.shape)
+    np.multiply(cosines, last, out=total)
+    total += np.multiply(sines, first, out=part)
+    np.multiply(cosines, first, out=difference)
+    difference -= np.multiply(sines, last, out=part)
+    np.multiply(np.add(total, difference, out=part), 0.5, out=first)
+    np.multiply(np.subtract(total, difference, out=part), 0.5, out=last)
     waves[..., half] *= _TWIDDLES[half - 1]
     return waves

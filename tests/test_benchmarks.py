@@ -38,7 +38,7 @@ def test_a_tiny_run_of_every_measure(tmp_path, capfd):
     arguments = ["--images", "12", "--long", "24", "--rounds", "1", "--kinds", "1"]
     assert main([*arguments, "--json", str(out)]) == 0
     table = json.loads(out.read_text())
-    assert len(table["rows"]) == 21
+    assert len(table["rows"]) == 23
     assert all(row["ours"] > 0 and row["other"] > 0 for row in table["rows"])
     printed = capfd.readouterr().out
     assert all(row["what"] in printed for row in table["rows"])
