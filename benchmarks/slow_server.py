@@ -65,6 +65,7 @@ def serve(folder: str | Path, latency: float, bandwidth: float) -> Iterator[Slow
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body may wait 40 ms for the answer to its headers
     server: _Server
 
     def do_HEAD(self) -> None:

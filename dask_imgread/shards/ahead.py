@@ -19,11 +19,11 @@ READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
 _MAX_KEPT_BYTES = 256 * MIB  # whatever `keep` says
-_FIRST_BLOCKS, _MAX_BLOCKS = 8, 64  # in flight
+_FIRST_BLOCKS, _MAX_BLOCKS = 16, 64  # in flight
 _FIRST_SKIPPED = MIB // 2  # bytes fetched to begin with, if only headers may be needed
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
 # request costs a latency.
-_SIZES = [size << 10 for size in 4 * [256] + 4 * [1024] + 4 * [2048]]
+_SIZES = [size << 10 for size in 4 * [256] + 4 * [1024] + 8 * [2048] + 4 * [4096]]
 BLOCK_BYTES = 8 * MIB
 _STARTS = [0, *accumulate(_SIZES)]
 # If only headers are needed and more than this lies between two of them, each is a request of its
