@@ -20,6 +20,9 @@ Result = TypeVar("Result")
 
 _PARTIAL, _NOT_SATISFIABLE = 206, 416
 _PIECE_BYTES = 1 << 16  # received at a time
+# The memory of ranges from this size on is reused. Smaller ones are those that a shard begins with:
+# theirs would lie idle while the rest is read.
+_REUSED_BYTES = 8 << 20
 _SILENCE = 30.0  # seconds without a byte of a whole file, after which it is asked for again
 _KINDS = {"abfs", "gs", "http", "s3"}  # of stores that `ask` knows, by one of their protocols
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)")  # RFC 9110, 14.4
@@ -305,7 +308,9 @@ async def _receive(response: Any, most: int) -> memoryview:
         receiver.max_size = _PIECE_BYTES
     if hasattr(receiver, "_ssl_buffer_view"):  # what is decrypted and handed on at a time
         receiver._ssl_buffer_view = receiver._ssl_buffer_view[:_PIECE_BYTES]
-    content, position = BUFFERS.take(most, spare=False).data, 0
+    reused = most >= _REUSED_BYTES
+    content = BUFFERS.take(most, spare=False).data if reused else memoryview(bytearray(most))
+    position = 0
     async for piece in response.content.iter_any():
         used = piece[: most - position]
         content[position : position + len(used)] = used
