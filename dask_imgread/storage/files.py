@@ -97,8 +97,9 @@ class _Disk(io.FileIO):
         self._position += written
         if self._position - self._started >= _STARTED_BYTES and hasattr(os, "posix_fadvise"):
             place = self._started, self._position - self._started
-            # This starts to write them; it would discard what has been written already.
-            os.posix_fadvise(self.fileno(), *place, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system that takes no advice
+                # This starts to write them; it would discard what has been written already.
+                os.posix_fadvise(self.fileno(), *place, os.POSIX_FADV_DONTNEED)
             self._started = self._position
         return written
 

@@ -304,6 +304,43 @@ def test_of_several_images_those_that_are_chosen(client, tmp_path, scattered):
     both = write_all(client, members, tmp_path / "both", ("a.r.PNG", "a.l.png"), images_per_shard=1)
     assert sorted(both) == [("a.json", b"{}"), ("a.l.png", A), ("a.r.PNG", B)]
     assert len(read_tars(tmp_path / "both" / "out")) == 1
+    outer = write_all(client, members, tmp_path / "outer", ("a.l.png", "a.tif"))
+    assert sorted(outer) == [("a.json", b"{}"), ("a.l.png", A), ("a.tif", C)]
+
+
+def test_headers_stay_where_an_image_is_left_out(client, tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("a.l.png", A), ("a.r.png", B), ("a.txt", b"text")):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.mode, info.uname = len(content), 1_600_000_000, 0o640, "me"
+            tar.addfile(info, io.BytesIO(content))
+    rows = read([str(path)])
+    write(client, rows[rows["image_path"].str.endswith("a.r.png")], tmp_path / "out")
+    with tarfile.open(path) as old, tarfile.open(tmp_path / "out" / "00000.tar") as new:
+        assert [info.tobuf() for info in new] == [info.tobuf() for info in old][1:]
+
+
+def test_no_more_is_read_than_what_is_chosen(tmp_path, monkeypatch):
+    """In any order: not the bytes behind each sample, which are read ahead where it is next."""
+    path = write_shard(tmp_path / "s.tar", [(f"{n:03d}.png", bytes(3000)) for n in range(200)])
+    rows = _name_samples(_collect_rows(read([path]).sample(frac=0.5, random_state=1), {}, []))
+    samples = list_samples(rows)
+    sizes = []
+
+    def count(read):
+        def read_and_count(*arguments):
+            found = read(*arguments)
+            sizes.append(found if isinstance(found, int) else len(found))
+            return found
+
+        return read_and_count
+
+    monkeypatch.setattr(os, "pread", count(os.pread))
+    monkeypatch.setattr(os, "preadv", count(os.preadv))
+    for _ in SampleReader({}).read(samples):
+        pass
+    assert sum(sizes) <= sum(stop - start for start, stop in (s.extent for s in samples)) + 1024
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
