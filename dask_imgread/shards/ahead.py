@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -19,7 +19,7 @@ READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
 _MAX_KEPT_BYTES = 256 * MIB  # whatever `keep` says
-_FIRST_BLOCKS, _MAX_BLOCKS = 16, 64  # in flight
+_IN_FLIGHT = 16  # blocks, at most
 _FIRST_SKIPPED = MIB // 2  # bytes fetched to begin with, if only headers may be needed
 # The first blocks are small, so that decoding can begin soon; the others are large, since each
 # request costs a latency.
@@ -111,8 +111,6 @@ class ReadAhead:
         self._held: dict[int, _Block] = {}  # by their starts
         self._content = memoryview(b"")  # of the block that was read last
         self._content_start = 0
-        self._wanted = _FIRST_BLOCKS  # blocks in flight; increased after each wait
-        self._most = _MAX_BLOCKS if self.sequential else blocks.workers
         self._submitted = start  # the end of the last block; a stream's come once, in order
         self._needed: int | None = None
         self._next = start  # where the last read ended
@@ -201,9 +199,6 @@ class ReadAhead:
         self._drop(offset)
         if not self._piece_bytes:
             self._submit_ahead(stop)
-        if not block.future.done():  # too few were in flight, or this is the first
-            wait([block.future])
-            self._wanted = min(4 * self._wanted, self._most)
         self._show(start, memoryview(block.future.result()))
 
     def _load_piece(self, offset: int, size: int) -> bool:
@@ -272,7 +267,7 @@ class ReadAhead:
         if self._skipping and position <= self._base + _SIZES[0]:
             last = self._base + _FIRST_SKIPPED  # the second block may be skipped, and all others
         running = sum(not block.future.done() for block in self._held.values())
-        while running < self._wanted and (size is None or position < size):
+        while running < _IN_FLIGHT and (size is None or position < size):
             start, stop = self._find_block(position)
             if stop > last:
                 return
