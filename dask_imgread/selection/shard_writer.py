@@ -10,7 +10,7 @@ import re
 import tarfile
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from dask_imgread.tasks import COLUMNS
 JOB_KEY = b"dask_imgread"  # in the metadata of each Parquet file: the id of what it belongs to
 _CHUNK_BYTES = 64 << 20  # of samples, read before they are written
 _WRITTEN_BYTES = 1 << 20  # that are written together
-_SOURCES = 16  # remote shards read at a time
+_SOURCES = 16  # shards read at a time
 _STREAMS = 8  # compressed shards that stay open
 _SPACE = re.compile(r"\s")  # separates the fields of DALI's index
 _RECORD = 10_240  # tar's own files are a multiple of it
@@ -231,14 +231,10 @@ class SampleReader:
                 by_shard: dict[str, list[Sample]] = {}
                 for sample in chunk:
                     by_shard.setdefault(sample.shard, []).append(sample)
-                found: dict[str, Iterator[Content]] = {
-                    path: self._read_shard(path, part) for path, part in by_shard.items()
-                }
-                if not all(map(is_local, found)):
-                    read: Iterator[list[Content]] = pool.map(list, found.values())
-                    found = dict(zip(found, map(iter, read), strict=True))
-                for sample in chunk:
-                    yield sample, next(found[sample.shard])
+                with ExitStack() as stack:
+                    found = self._begin(by_shard, pool, stack)
+                    for sample in chunk:
+                        yield sample, next(found[sample.shard])
 
     def close(self) -> None:
         """Close the shards that are open."""
@@ -246,7 +242,18 @@ class SampleReader:
             stack.close()
         self._streams.clear()
 
-    def _read_shard(self, path: str, samples: list[Sample]) -> Iterator[Content]:
+    def _begin(
+        self, by_shard: dict[str, list[Sample]], pool: ThreadPoolExecutor, stack: ExitStack
+    ) -> dict[str, Iterator[Content]]:
+        """Begin to read samples of some shards; of many shards, or distant ones, read all now."""
+        readers = {path: self._read_shard(path, samples) for path, samples in by_shard.items()}
+        local = all(map(is_local, readers))
+        if local and len(readers) <= _SOURCES:
+            return {path: stack.enter_context(closing(each)) for path, each in readers.items()}
+        read: Iterator[list[Content]] = (map if local else pool.map)(list, readers.values())
+        return {path: iter(contents) for path, contents in zip(readers, read, strict=True)}
+
+    def _read_shard(self, path: str, samples: list[Sample]) -> Generator[Content]:
         """Yield the members of some samples of one shard."""
         _, size, version = stat_shard(path, self._options)
         for sample in samples:

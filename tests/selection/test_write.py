@@ -611,6 +611,31 @@ def test_memory_holds_a_few_chunks(tmp_path, monkeypatch):
     assert peak < 40 * chunk
 
 
+@pytest.mark.parametrize("sources", [3, 40])
+def test_few_files_are_open_and_none_in_the_end(tmp_path, sources):
+    paths = [
+        write_shard(tmp_path / f"{s}.tar", [(f"{s:02d}{n}.png", A) for n in range(5)])
+        for s in range(sources)
+    ]
+    rows = _name_samples(_collect_rows(read(paths).sample(frac=1, random_state=1), {}, []))
+    before = count_files()
+    reader = SampleReader({}).read(list_samples(rows))
+    for number, _ in enumerate(reader, 1):
+        assert count_files() <= before + shard_writer._SOURCES
+        if number == 2 * sources:
+            break
+    reader.close()
+    assert count_files() == before
+    wrong = list_samples(rows.assign(size=rows["size"] + 1))[-1:]
+    with pytest.raises(ValueError, match="has no image") as caught:
+        list(SampleReader({}).read([*list_samples(rows)[:-1], *wrong]))
+    assert count_files() == before, caught  # whose traceback has all that was at work
+
+
+def count_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
 def measure_peak(rows):
     import tracemalloc
 
