@@ -284,8 +284,9 @@ class TestObjects:
             assert (info["etag"], info["size"]) == (listed["etag"], listed["size"])
             assert info["size"] == SIZE
             assert fs.cat_file("bucket/deep/two words.txt", start=5, end=10) == CONTENT[5:10]
-            request = server.requests[-1]
-        assert (request.range, request.status) == ("bytes=5-9", 206)
+        # Not always the last one: gcsfs asks for two things at a time to tell what a name is.
+        (request,) = (each for each in server.requests if each.range == "bytes=5-9")
+        assert request.status == 206
         assert f"{request.method} {request.path}".startswith(server.reads)
 
     def test_refusals(self, folder, kind):
