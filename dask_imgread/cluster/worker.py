@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dask.system import CPU_COUNT
-from distributed import WorkerPlugin, get_worker, rejoin, secede
-from distributed.threadpoolexecutor import thread_state
+from distributed import WorkerPlugin, get_worker
 
 if TYPE_CHECKING:
     from distributed import Worker
-
-_aside = threading.BoundedSemaphore(8)
 
 
 def find_worker() -> Worker | None:
@@ -23,27 +19,6 @@ def find_worker() -> Worker | None:
         return get_worker()
     except ValueError:
         return None
-
-
-@contextmanager
-def step_aside() -> Iterator[None]:
-    """Let the worker begin another task while this one waits for a store.
-
-    So many tasks of a process do so at a time; the next waits for one of them. Without a worker, or
-    where the task has left its thread pool already, nothing changes.
-    """
-    thread = threading.current_thread()
-    if find_worker() is None or not getattr(thread_state, "proceed", False):
-        yield
-        return
-    _aside.acquire()
-    secede()
-    try:
-        yield
-    finally:
-        _aside.release()  # first: the thread's place may be taken by a task that waits for this
-        if threading.current_thread() is thread:
-            rejoin()
 
 
 def count_own_cores(num_gpus: int, share: float) -> int:

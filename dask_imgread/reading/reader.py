@@ -14,7 +14,7 @@ from dask.tokenize import normalize_token
 
 from dask_imgread.cluster import gpu
 from dask_imgread.cluster.start import check_resources
-from dask_imgread.cluster.worker import count_own_cores, release_with_worker, step_aside
+from dask_imgread.cluster.worker import count_own_cores, release_with_worker
 from dask_imgread.decoding.contract import DecoderOptions, Encoded
 from dask_imgread.decoding.decode import Decoding, choose_backend, release
 from dask_imgread.decoding.header import ImageError, check_size
@@ -287,7 +287,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         task = adopt_task(task)
         if not task.data:
             raise ValueError(f"No tar file paths in task {task.task_id!r}: its data is empty")
-        with self._hold_share(), self._leave_place(task):
+        with self._hold_share():
             yield from self._stream(task)
 
     def isolated(self) -> ImageReaderStage:
@@ -365,14 +365,6 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
     def _wants_gpu(self) -> bool:
         return self.decode and self.device != "cpu"
-
-    def _reads_headers(self) -> bool:
-        return not (self.decode or self.digests)
-
-    def _leave_place(self, task: FileGroupTask) -> AbstractContextManager[None]:
-        """Give the thread's place to another task if this one does little but wait."""
-        waits = self._reads_headers() and not all(map(is_local, task.data))
-        return step_aside() if waits else nullcontext()
 
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         decoder_options = self._choose_decoder()
@@ -522,7 +514,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             plain=task.byte_range is not None,  # a compressed shard has no parts
             size=task.find_size(path),
             read_ahead=self.read_ahead,
-            skipping=self._reads_headers() or task.index is not None,
+            skipping=not (self.decode or self.digests) or task.index is not None,
         )
 
     def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:

@@ -86,7 +86,8 @@ class Content(NamedTuple):
             about = tarfile.TarInfo(name)
             about.size = size
             header = about.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-        offset = sum(map(len, self.buffers)) + len(header)
+        last = self.members[-1] if self.members else None
+        offset = pad(last.offset + last.size) + len(header) if last else len(header)
         self.buffers.extend((header, content, bytes(pad(size) - size)))
         self.members.append(Placed(name, offset, size, source))
 
@@ -314,9 +315,11 @@ class SampleReader:
         now, in ascending order.
         """
         ascending = sorted(set(ranges))
-        if path in self._streams:
+        with self._lock:
+            opened = self._streams.pop(path, None)
+        if opened is not None:
             with suppress(OSError):  # bytes that were discarded: it is begun again
-                return self._view_all(path, ascending, *self._streams.pop(path))
+                return self._view_all(path, ascending, *opened)
         last = max(stop for _, stop in ranges) if size is None else size
         parts = [(min(start, last), min(stop, last)) for start, stop in ascending]
         if ranges == ascending or not is_local(path):  # neighbours are read at once
@@ -420,6 +423,11 @@ def _cut_extent(sample: Sample, content: memoryview) -> Content:
             name, start, offset, size, problem, _, _ = member
             if problem is not None:
                 _check_member(sample, member)
+            if offset + size > len(content):
+                raise ValueError(
+                    f"{redact_url(sample.shard)}/{name} ends beyond its sample {sample.key}, at "
+                    f"offset {first + len(content)}: the frame does not match the shard"
+                )
             place = first + offset
             if place in sample.images:
                 found[place] = size

@@ -308,6 +308,25 @@ def test_of_several_images_those_that_are_chosen(client, tmp_path, scattered):
     assert sorted(outer) == [("a.json", b"{}"), ("a.l.png", A), ("a.tif", C)]
 
 
+@pytest.mark.parametrize("size", [612, 1000])
+def test_a_sample_that_would_end_amid_a_member(client, tmp_path, size):
+    path = write_shard(tmp_path / "s.tar", [("a.jpg", bytes(5000)), ("b.jpg", bytes(5000))])
+    rows = read([path])
+    rows["sample_size"] = [size, *rows["sample_size"][1:]]
+    with pytest.raises(JobError, match=r"a\.jpg ends beyond its sample a, at offset"):
+        write(client, rows, tmp_path / "out", retries=0)
+
+
+def test_a_sample_of_many_members_with_a_new_name():
+    content = shard_writer.Content([], [])
+    for number in range(20):
+        content.add(f"a.{number}", bytes(number * 100))
+    whole = b"".join(content.buffers)
+    with tarfile.open(fileobj=io.BytesIO(whole + bytes(1024))) as tar:
+        found = [(info.name, info.offset_data, info.size) for info in tar]
+    assert found == [member[:3] for member in content.members]
+
+
 def test_headers_stay_where_an_image_is_left_out(client, tmp_path):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as tar:
