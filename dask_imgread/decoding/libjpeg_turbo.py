@@ -6,9 +6,10 @@ simplejpeg raises an error for whatever libjpeg-turbo warns about.
 
 from __future__ import annotations
 
+import numpy as np
 import simplejpeg
 
-from dask_imgread.buffers import BUFFERS
+from dask_imgread.buffers import take_array
 from dask_imgread.decoding.contract import SCALES, Content, DecoderOptions, Header, Pixels
 from dask_imgread.decoding.geometry import apply_orientation, resize
 
@@ -51,7 +52,7 @@ def decode_jpeg(
     if decoder_options.resize is not None and decoder_options.scaled_decoding:
         scale = _choose_scale((lower - upper, right - left), target)
     rows, columns = -(-height // scale), -(-width // scale)
-    pixels = BUFFERS.take(rows * columns * 3).reshape(rows, columns, 3)
+    pixels = take_array(np.uint8, rows, columns, 3)
     _decode(content, scale, pixels)
     if decoder_options.resize is not None:
         # The last row and column may lie partly outside of the image.

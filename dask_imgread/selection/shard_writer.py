@@ -34,7 +34,7 @@ from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import COLUMNS
 
 JOB_KEY = b"dask_imgread"  # in the metadata of each Parquet file: the id of what it belongs to
-_CHUNK_BYTES = 64 << 20  # of samples, read before they are written
+_CHUNK_BYTES = 64 << 20  # of samples, whose shards are open, or read, at a time
 _WRITTEN_BYTES = 1 << 20  # that are written together
 _SOURCES = 16  # shards read at a time
 _STREAMS = 8  # compressed shards that stay open
@@ -420,9 +420,8 @@ def _cut_extent(sample: Sample, content: memoryview) -> Content:
     placed, found, headers = [], {}, []
     try:
         for member in walk_members(_Extent(content), 0, len(content)):
-            name, start, offset, size, problem, _, _ = member
-            if problem is not None:
-                _check_member(sample, member)
+            _check_member(sample, member)
+            name, start, offset, size, *_ = member
             if offset + size > len(content):
                 raise ValueError(
                     f"{redact_url(sample.shard)}/{name} ends beyond its sample {sample.key}, at "
@@ -467,8 +466,8 @@ def _check_images(sample: Sample, found: dict[int, int]) -> None:
 
 
 def _rename(name: str, sample: Sample) -> str:
-    rest = name[len(sample.key) :]
-    if name != sample.key + rest or rest[:1] != "." or "/" in rest or "\0" in rest:
+    rest = name.removeprefix(sample.key)
+    if not name.startswith(f"{sample.key}.") or "/" in rest or "\0" in rest:
         raise ValueError(
             f"{redact_url(sample.shard)}/{name} is no member of the sample {sample.key}: the frame "
             "does not match it"

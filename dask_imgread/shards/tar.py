@@ -292,23 +292,23 @@ def pad(size: int) -> int:
 
 def _verify_checksum(header: bytes) -> None:
     """Raise ValueError unless a header's checksum matches its bytes."""
+    total = _expect_sum(header[148:156])
     # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521, computed in C.
-    if zlib.adler32(header) & 0xFFFF == _expect_sum(header[148:156]):
+    if zlib.adler32(header) & 0xFFFF == (1 + total) % 65521:
         return
     # Some old writers summed signed bytes.
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header)
-    if (1 + signed) % 65521 != _expect_sum(header[148:156]):
+    if total != sum(byte - 256 if byte > 127 else byte for byte in header):
         raise ValueError("wrong checksum in a tar header")
 
 
 @functools.lru_cache(1 << 14)  # more than there are sums of ordinary headers
 def _expect_sum(field: bytes) -> int:
-    """Return the low half of a header's Adler-32, given its checksum, which counts as blanks."""
+    """Return the sum of a header's bytes, given its checksum, in which this itself is blanks."""
     try:
         stated = int(field.strip(b" \0"), 8)
     except ValueError:
         raise ValueError("no tar header") from None
-    return (1 + stated + sum(field) - 8 * ord(" ")) % 65521
+    return stated + sum(field) - 8 * ord(" ")
 
 
 def _parse_number(field: bytes) -> int:

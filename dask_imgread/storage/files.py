@@ -95,7 +95,7 @@ class _Disk(io.FileIO):
 
     def _count(self, written: int) -> int:
         self._position += written
-        if self._position - self._started >= _STARTED_BYTES and hasattr(os, "posix_fadvise"):
+        if self._position - self._started >= _STARTED_BYTES:
             place = self._started, self._position - self._started
             with suppress(OSError):  # a file system that takes no advice
                 # This starts to write them; it would discard what has been written already.

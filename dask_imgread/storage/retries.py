@@ -162,7 +162,8 @@ def _describe(error: BaseException) -> str:
     # The Hugging Face Hub's client says in several lines what it says in one at the end.
     text = next((text for text in texts if "\n" not in text), texts[0].partition("\n")[0])
     if status is not None:
-        reason = getattr(root, "message", None)  # aiohttp's own text repeats the URL
-        # The text of Azure's client goes on with the whole answer, which may tell a signature.
-        return f"HTTP {status}: {(reason or text).partition(chr(10))[0]}"
+        reason = getattr(root, "message", None) or text  # aiohttp's own text repeats the URL
+        # Azure's client goes on with the whole answer, which may tell a signature.
+        text = reason.partition("\n")[0]
+        return f"HTTP {status}: {text}"
     return f"{type(root).__name__}: {text}" if text else type(root).__name__
