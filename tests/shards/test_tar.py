@@ -59,6 +59,22 @@ def test_refuses_what_is_no_tar(tmp_path, content):
         walk(path)
 
 
+def test_sums_of_signed_bytes_as_old_writers_have_them(tmp_path):
+    path = make_tar(tmp_path / "s.tar", ["ééé.jpg"], tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[148:156] = b" " * 8
+    signed = sum(byte - 256 if byte > 127 else byte for byte in content[:512])
+    assert signed != sum(content[:512])
+    for wrong in (0, 1, 65521):
+        content[148:156] = b"%06o\0 " % (signed + wrong)
+        path.write_bytes(content)
+        if wrong:
+            with pytest.raises(NotTarError, match="wrong checksum"):
+                walk(path)
+        else:
+            assert [member.name for member in walk(path)] == ["ééé.jpg"]
+
+
 def test_walks_a_part(tmp_path):
     path = make_tar(tmp_path / "s.tar", [f"{n}.jpg" for n in range(9)])
     members = walk(path)
