@@ -77,11 +77,11 @@ class BufferPool:
             memory = _map_memory(size + size // 8 if spare else size)
         return np.asarray(_Lease(memory, size, self))
 
-    def clear(self) -> None:
-        """Release all idle memory to the system."""
+    def clear(self, below: float = math.inf) -> None:
+        """Release idle memory to the system: all, or those pieces that are smaller."""
         with self._lock:
             self._collect()
-            self._idle.clear()
+            self._idle = [entry for entry in self._idle if entry[1].nbytes >= below]
 
     @property
     def idle_bytes(self) -> int:
@@ -171,8 +171,10 @@ def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
     return sum(owners.values())
 
 
-BUFFERS = BufferPool()
-os.register_at_fork(after_in_child=BUFFERS._reset_after_fork)
+BUFFERS = BufferPool()  # for images, and for local shards
+BLOCKS = BufferPool()  # for what comes from stores
+for _pool in (BUFFERS, BLOCKS):
+    os.register_at_fork(after_in_child=_pool._reset_after_fork)
 
 
 class SharedBuffer:

@@ -71,6 +71,11 @@ class ReaderOptions:
                     + suggest(str(value), get_args(hint))
                 )
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Which digests of the encoded bytes are computed: ``sha256``, ``md5``."""
+        return ("sha256",) * self.checksum + ("md5",) * self.md5
+
     def _check_sizes(self) -> None:
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
         if self.resize is not None and not (

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dask.tokenize import normalize_token
@@ -15,43 +14,26 @@ from dask.tokenize import normalize_token
 from dask_imgread.cluster import gpu
 from dask_imgread.cluster.start import check_resources
 from dask_imgread.cluster.worker import count_own_cores, release_with_worker
-from dask_imgread.decoding.contract import DecoderOptions, Encoded
-from dask_imgread.decoding.decode import Decoding, choose_backend, release
-from dask_imgread.decoding.header import ImageError, check_size
+from dask_imgread.decoding.contract import DecoderOptions
+from dask_imgread.decoding.decode import Decoding, release
 from dask_imgread.decoding.isolation import DecoderProcess
-from dask_imgread.errors import StorageError
 from dask_imgread.hints import explain_keywords, suggest
 from dask_imgread.reading.batches import BatchBuilder, BatchRules, BeginDecoding
-from dask_imgread.reading.members import SidecarReader, is_apple_double, read_encoded
 from dask_imgread.reading.options import ReaderOptions
-from dask_imgread.reading.records import (
-    UNREACHABLE,
-    describe_damage,
-    describe_image,
-    describe_lost,
-    describe_rows,
-    explain_lost,
-    find_change,
-    list_parts,
-)
-from dask_imgread.shards.find import stat_shard
+from dask_imgread.reading.shard_reader import ShardQueue, ShardReader
 from dask_imgread.shards.frames import group_by_shard
-from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
-from dask_imgread.shards.sources import open_shard
-from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.stage import ProcessingStage, Resources
-from dask_imgread.storage.filesystems import is_local
-from dask_imgread.storage.redaction import hide_secrets, redact_url
-from dask_imgread.tasks import CHECKSUM, MD5, FileGroupTask, ImageBatch, ImageObject, adopt_task
+from dask_imgread.storage.redaction import hide_secrets
+from dask_imgread.tasks import FileGroupTask, ImageBatch, adopt_task
 from dask_imgread.texts import render_table, shorten
 
 if TYPE_CHECKING:
-    import pandas as pd
     from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
 
 _SHOWN = 150  # characters of the options, in a line
+_SHARDS_AT_ONCE = 8  # of which headers, or some images, are read
 
 
 @explain_keywords
@@ -169,11 +151,6 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     >>> batch.stack().shape
     (3, 64, 64, 3)
     """
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Which digests of the encoded bytes are computed: ``sha256``, ``md5``."""
-        return (CHECKSUM,) * self.checksum + (MD5,) * self.md5
 
     @property
     def resources(self) -> Resources:
@@ -368,14 +345,15 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
 
     def _stream(self, task: FileGroupTask) -> Iterator[ImageBatch]:
         decoder_options = self._choose_decoder()
-        shards = task.name_shards(self.relative_to)
-        rows = dict.fromkeys(shards) if task.rows is None else group_by_shard(task.rows)
+        rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
         batches = images = failures = 0
-        with self._open_decoder() as begin_decoding:
-            for path, shard_id in shards.items():
-                for batch in self._read_shard(
-                    path, shard_id, task, rows[path], decoder_options, begin_decoding
-                ):
+        with (
+            self._open_decoder() as begin_decoding,
+            closing(self._list_shards(task, decoder_options)) as shards,
+        ):
+            for shard in shards:
+                builder = BatchBuilder(rules, decoder_options, begin_decoding)
+                for batch in _fill_batches(shard, shards, builder):
                     batch.dataset_name = task.dataset_name
                     batch.task_id = f"{task.task_id}_{batches}"
                     batch._metadata = task._metadata.copy()
@@ -390,6 +368,18 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             logger.info(
                 "%s: task %s: %d images, %d failed", self.name, task.task_id, images, failures
             )
+
+    def _list_shards(self, task: FileGroupTask, decoder_options: DecoderOptions) -> ShardQueue:
+        shards = task.name_shards(self.relative_to)
+        rows = dict.fromkeys(shards) if task.rows is None else group_by_shard(task.rows)
+        # Of a shard that is decoded whole, the beginning is enough to go on without a pause.
+        at_once = 2 if self.decode and task.rows is None else _SHARDS_AT_ONCE
+        read_ahead = self.read_ahead // (1 if at_once == 2 else min(at_once, len(shards)))
+        readers = (
+            ShardReader(self, decoder_options, task, path, shard_id, rows[path], read_ahead)
+            for path, shard_id in shards.items()
+        )
+        return ShardQueue(readers, at_once)
 
     @contextmanager
     def _open_decoder(self) -> Iterator[BeginDecoding | None]:
@@ -421,142 +411,13 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
             self.resample,
         )
 
-    def _read_shard(
-        self,
-        path: str,
-        shard_id: str,
-        task: FileGroupTask,
-        rows: pd.DataFrame | None,
-        decoder_options: DecoderOptions,
-        begin_decoding: BeginDecoding | None,
-    ) -> Iterator[ImageBatch]:
-        """Yield one shard's batches; damage to the shard is a failure in one of them."""
-        rules = BatchRules(self.dali_batch_size, self.max_batch_bytes, self.on_error)
-        batches = BatchBuilder(rules, decoder_options, begin_decoding)
-        if rows is None:
-            yield from self._read_all(path, shard_id, task, decoder_options, batches)
-        else:
-            images = describe_rows(rows, redact_url(path), shard_id)
-            in_order = sorted(images, key=attrgetter("offset"))
-            yield from self._read_chosen(path, in_order, task, decoder_options, batches)
-        yield from batches.flush()
 
-    def _read_all(
-        self,
-        path: str,
-        shard_id: str,
-        task: FileGroupTask,
-        decoder_options: DecoderOptions,
-        batches: BatchBuilder,
-    ) -> Iterator[ImageBatch]:
-        """Read all images of the task's part of a shard."""
-        shown = redact_url(path)
-        try:
-            # Of a remote shard it is known from the listing, if there was one.
-            version = task.find_version(path) if task.versions or is_local(path) else None
-            with self._open(path, task) as source:
-                extensions = None if isinstance(self.sidecars, bool) else self.sidecars
-                sidecars = SidecarReader(source, extensions)
-                for index in self._index(source, task):
-                    for note in index.notes.values():
-                        logger.warning("%s: %s", shown, note)
-                    for entry in index.images:
-                        if is_apple_double(source, entry.member):
-                            continue
-                        image = describe_image(entry, shown, shard_id, version)
-                        more = sidecars.attach(entry.sidecars, image) if self.sidecars else 0
-                        encoded = self._load(source, entry.member, image, decoder_options)
-                        yield from batches.add(image, encoded, more)
-                    for member in index.broken:
-                        yield from batches.add(describe_damage(member, shown, shard_id), None)
-        except (OSError, NotTarError) as error:
-            reason = hide_secrets(explain_lost(error, path), task.storage_options)
-            yield from batches.add(describe_lost(path, shard_id, task.start, reason), None)
-
-    def _read_chosen(
-        self,
-        path: str,
-        images: list[ImageObject],
-        task: FileGroupTask,
-        decoder_options: DecoderOptions,
-        batches: BatchBuilder,
-    ) -> Iterator[ImageBatch]:
-        """Read some images of a shard, in the order of their offsets, and nothing else of it."""
-        with ExitStack() as stack:
-            problem = version = None
-            try:
-                _, size, version = stat_shard(path, task.storage_options)
-                opened = open_shard(
-                    path,
-                    task.storage_options,
-                    size=size,
-                    read_ahead=self.read_ahead,
-                    parts=list_parts(images, size),
-                )
-                source = stack.enter_context(opened)
-            except (OSError, ValueError, ImportError) as error:  # no such store, for example
-                problem = hide_secrets(explain_lost(error, path), task.storage_options)
-            for image in images:
-                image.error = image.error or problem or find_change(image, version)
-                if image.error is not None:
-                    yield from batches.add(image, None)
-                    continue
-                source.keep(image.offset)
-                member = Member(image.key, image.offset, image.offset, image.size)
-                encoded = self._load(source, member, image, decoder_options)
-                yield from batches.add(image, encoded)
-
-    def _open(self, path: str, task: FileGroupTask) -> AbstractContextManager[ByteSource]:
-        return open_shard(
-            path,
-            task.storage_options,
-            start=task.start,
-            plain=task.byte_range is not None,  # a compressed shard has no parts
-            size=task.find_size(path),
-            read_ahead=self.read_ahead,
-            skipping=not (self.decode or self.digests) or task.index is not None,
-        )
-
-    def _index(self, source: ByteSource, task: FileGroupTask) -> Iterator[ShardIndex]:
-        """Walk the headers of the task's part of a shard, and yield the index of its samples."""
-        start, stop = task.byte_range or (0, None)
-        if task.index is not None:
-            yield task.index
-        elif source.streamed:
-            source.keep(start)
-            yield from index_stream(walk_members(source, start, stop), source.keep)
-        else:
-            yield index_members(walk_members(source, start, stop))
-
-    def _load(
-        self,
-        source: ByteSource,
-        member: Member,
-        image: ImageObject,
-        decoder_options: DecoderOptions,
-    ) -> Encoded | None:
-        """Read an image's bytes and header; on failure set ``image.error`` and return None."""
-        if image.error is not None:  # a sidecar could not be fetched
-            return None
-        try:
-            if member.problem is not None:
-                raise ImageError(member.problem)
-            header, content = read_encoded(
-                source, member, image, whole=self.decode, digests=self.digests
-            )
-            image.format = header.format
-            image.width, image.height, image.channels = header.width, header.height, header.channels
-            size_options = decoder_options if self.decode else None
-            check_size(content, header, self.max_pixels, size_options)
-        except ImageError as error:
-            image.error = str(error)
-            return None
-        except OSError as error:  # only this image's bytes: the next one's may be readable
-            image.error = hide_secrets(
-                f"{UNREACHABLE}: {error}"
-                if isinstance(error, StorageError | PermissionError)
-                else f"unreadable: {type(error).__name__}: {error}"
-            )
-            return None
-        backend = choose_backend(content, header, decoder_options) if self.decode else ""
-        return Encoded(image.image_path, content, header, backend)
+def _fill_batches(
+    shard: ShardReader, shards: ShardQueue, builder: BatchBuilder
+) -> Iterator[ImageBatch]:
+    """Yield one shard's batches."""
+    with closing(shard):
+        for found in shard.read(shards.begin_next):
+            yield from builder.add(*found)
+            del found
+        yield from builder.flush()

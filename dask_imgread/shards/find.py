@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.storage.filesystems import connect, is_local
+from dask_imgread.storage.ranges import Stops, look_up
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
@@ -158,8 +159,8 @@ def make_version(info: dict[str, Any]) -> str:
     return "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
 
 
-def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
-    """Look up one shard's size and the token for its content.
+def stat_shard(path: str, storage_options: dict[str, Any], stops: Stops | None = None) -> Shard:
+    """Look up one shard's size and the token for its content; ``stops`` may end it.
 
     Raises
     ------
@@ -168,4 +169,4 @@ def stat_shard(path: str, storage_options: dict[str, Any]) -> Shard:
     """
     fs, name = connect(path, storage_options)
     fs.invalidate_cache(name)  # else the file may be another than the one that was listed
-    return _make_shard(fs, name, with_retries(fs.info, path, name))
+    return _make_shard(fs, name, look_up(fs, name, path, stops))

@@ -7,11 +7,11 @@ import re
 import threading
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import fsspec
 
-from dask_imgread.buffers import BUFFERS
+from dask_imgread.buffers import BLOCKS
 from dask_imgread.storage.filesystems import reach_hub
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import find_status, until_stopped, with_retries
@@ -20,9 +20,9 @@ Result = TypeVar("Result")
 
 _PARTIAL, _NOT_SATISFIABLE = 206, 416
 _PIECE_BYTES = 1 << 16  # received at a time
-# The memory of ranges from this size on is reused. Smaller ones are those that a shard begins with:
-# theirs would lie idle while the rest is read.
-_REUSED_BYTES = 8 << 20
+_REUSED_BYTES = 256 << 10  # the memory of ranges from this size on is reused
+# A shard begins with smaller ranges. Once it has come to these, the memory of those would lie idle.
+_LARGE_BYTES = 8 << 20
 _SILENCE = 30.0  # seconds without a byte of a whole file, after which it is asked for again
 _KINDS = {"abfs", "gs", "http", "s3"}  # of stores that `ask` knows, by one of their protocols
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)")  # RFC 9110, 14.4
@@ -61,6 +61,13 @@ def list_marks(headers: Mapping[str, str], size: int | None) -> dict[str, Any]:
     return {"size": size, kind: headers.get(kind.lower())}
 
 
+class Stoppable(Protocol):
+    """Something that reads, perhaps in another thread."""
+
+    def stop(self) -> None:
+        """End what is under way; reads raise from now on."""
+
+
 class Requests:
     """Requests on fsspec's event loop, all of which can be cancelled. Thread-safe."""
 
@@ -90,6 +97,42 @@ class Requests:
         with self._lock:
             for future in self._running:
                 future.cancel()
+
+
+class Stops:
+    """What is read of a shard, so that another thread can stop it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[Stoppable] = []
+        self._stopped = False
+
+    def add(self, running: Stoppable) -> None:
+        """Add something that is about to read; stop it if ``stop`` was called before."""
+        with self._lock:
+            self._running.append(running)
+            stopped = self._stopped
+        if stopped:
+            running.stop()
+
+    def stop(self) -> None:
+        """Stop all that was added, and all that will be."""
+        with self._lock:
+            self._stopped = True
+        for running in self._running:
+            running.stop()
+
+
+def look_up(
+    fs: fsspec.AbstractFileSystem, name: str, url: str, stops: Stops | None = None
+) -> dict[str, Any]:
+    """Return what a file system tells about a file; ``stops`` may end the request."""
+    if stops is None or not fs.async_impl:
+        info: dict[str, Any] = with_retries(fs.info, url, name)
+        return info
+    requests = Requests(fs)
+    stops.add(requests)
+    return until_stopped(requests.stopped, lambda: requests.run(fs._info(name)), url)
 
 
 def can_ask(fs: fsspec.AbstractFileSystem) -> bool:
@@ -308,8 +351,10 @@ async def _receive(response: Any, most: int) -> memoryview:
         receiver.max_size = _PIECE_BYTES
     if hasattr(receiver, "_ssl_buffer_view"):  # what is decrypted and handed on at a time
         receiver._ssl_buffer_view = receiver._ssl_buffer_view[:_PIECE_BYTES]
+    if most >= _LARGE_BYTES:
+        BLOCKS.clear(below=_LARGE_BYTES)
     reused = most >= _REUSED_BYTES
-    content = BUFFERS.take(most, spare=False).data if reused else memoryview(bytearray(most))
+    content = BLOCKS.take(most, spare=False).data if reused else memoryview(bytearray(most))
     position = 0
     async for piece in response.content.iter_any():
         used = piece[: most - position]
