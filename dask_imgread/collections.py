@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
 
 import dask
 import dask.bag as db
@@ -16,6 +16,8 @@ import pandas as pd
 import pyarrow as pa
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
+from dask.system import CPU_COUNT
+from distributed import default_client
 from distributed.protocol import pickle
 from pandas.api.types import is_object_dtype
 
@@ -30,15 +32,16 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.shards.frames import is_frame, is_lazy, open_frame
+from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import (
     Partitioning,
     PartitionOptions,
     PathsOrTasks,
+    join_tasks,
     list_tasks,
 )
 from dask_imgread.sidecars import MetadataColumns, Sidecars
-from dask_imgread.tasks import FileGroupTask, ImageBatch, make_index
+from dask_imgread.tasks import FileGroupTask, ImageBatch, is_task, make_index
 
 if TYPE_CHECKING:
     from dask.bag import Bag
@@ -68,6 +71,8 @@ def read_bag(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
+        Without any of these, shards in a store are joined to partitions of up to eight where only
+        their headers, or images that rows name, are read, since a reader reads so many at a time.
 
     Returns
     -------
@@ -91,7 +96,8 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
+    given = _list_parts(paths_or_tasks, partitioning)
+    parts, options = given.join(reader), given.options
     if not parts:
         return db.from_sequence([], npartitions=1)
     name = f"read-images-{tokenize(reader, parts, options)}"
@@ -100,31 +106,61 @@ def read_bag(
         (name, number): (db.core.reify, (_stream, reader, getattr(part, "key", part), options))
         for number, part in enumerate(parts)
     }
-    delayed = [] if frame is None else parts
+    delayed = [] if given.frame is None else parts
     return db.Bag(
         HighLevelGraph.from_collections(name, graph, dependencies=delayed), name, len(parts)
     )
 
 
-def _list_parts(
-    given: PathsOrTasks, partitioning: PartitionOptions
-) -> tuple[DataFrame | None, list[Any], PartitionOptions]:
-    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each."""
+class _Parts(NamedTuple):
+    """What is to be read: tasks, or the partitions of a frame of Dask."""
+
+    parts: list[Any]
+    frame: DataFrame | None
+    options: PartitionOptions  # with which each partition of the frame is read
+    undivided: bool  # the tasks were made here, and nobody said how
+
+    def join(self, reader: ImageReaderStage) -> list[Any]:
+        """Return the parts; some tasks as one, where it reads their shards at the same time."""
+        if self.undivided and (not reader.decode or any(t.rows is not None for t in self.parts)):
+            return join_tasks(self.parts, _count_threads())
+        return self.parts
+
+
+def _list_parts(given: PathsOrTasks, partitioning: PartitionOptions) -> _Parts:
     frame = open_frame(given, partitioning.get("storage_options"))
     divisions = (*Partitioning.__optional_keys__, "limit")
-    if is_lazy(frame) and all(partitioning.get(name) is None for name in divisions):
-        return frame, frame.to_delayed(), partitioning
+    undivided = all(partitioning.get(name) is None for name in divisions)
+    if undivided and is_lazy(frame):
+        return _Parts(frame.to_delayed(), frame, partitioning, undivided=False)
     if frame is not None:
         given = frame
     elif isinstance(given, str | os.PathLike):
         given = [given]  # else it would be asked once more whether this is a job's folder
-    return None, list_tasks(given, **partitioning), {}
+    elif is_task(given):
+        undivided = False
+    else:
+        given = list(cast("Iterable[Any]", given))
+        undivided &= not any(map(is_task, given))
+    return _Parts(list_tasks(given, **partitioning), None, {}, undivided)
+
+
+def _count_threads() -> int:
+    """Return how many tasks run at a time where the collection will most likely be computed."""
+    with suppress(ValueError):  # there is no client
+        client = default_client()
+        if not client.asynchronous:
+            threads: int = sum(client.nthreads().values())
+            return max(1, threads)
+    return max(1, int(CPU_COUNT))
 
 
 def _stream(
     reader: ImageReaderStage, part: FileGroupTask | pd.DataFrame, options: PartitionOptions
 ) -> Iterator[ImageBatch]:
-    """Read a task, or a partition of rows."""
+    """Read a task, or a partition of rows: its shards in one task, which reads several at once."""
+    if not isinstance(part, FileGroupTask):
+        options = {**options, "files_per_partition": max(1, len(part))}
     for task in list_tasks(part, **options):
         yield from reader.read(task)
 
@@ -168,6 +204,8 @@ def read_metadata(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
+        Without any of these, shards in a store are joined to partitions of up to eight where only
+        their headers, or images that rows name, are read, since a reader reads so many at a time.
 
     Returns
     -------
@@ -204,13 +242,12 @@ def read_metadata(
     columns = MetadataColumns.parse(sidecars, reader.digests)
     if columns.sidecars or not decode:
         reader = reader.with_options(sidecars=columns.extensions)
+    given = _list_parts(paths_or_tasks, partitioning)
     if columns.sidecars:
-        tasks = [] if is_frame(paths_or_tasks) else list_tasks(paths_or_tasks, **partitioning)
-        if is_frame(paths_or_tasks) or any(task.rows is not None for task in tasks):
+        if given.frame is not None or any(task.rows is not None for task in given.parts):
             raise ValueError("sidecars: of a frame's images nothing else is read; give the shards")
-        columns = columns.infer_types(reader, tasks, _compute)
-        paths_or_tasks, partitioning = tasks, {}
-    return map_images(columns, paths_or_tasks, reader=reader, **partitioning)
+        columns = columns.infer_types(reader, given.parts, _compute)
+    return _map_parts(columns, given, reader, columns.meta)
 
 
 def _compute(fn: Callable[[Any], Any], part: Any) -> Any:
@@ -252,6 +289,8 @@ def map_images(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
+        Without any of these, shards in a store are joined to partitions of up to eight where only
+        their headers, or images that rows name, are read, since a reader reads so many at a time.
 
     Returns
     -------
@@ -280,17 +319,24 @@ def map_images(
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
-    frame, parts, options = _list_parts(paths_or_tasks, partitioning)
+    given = _list_parts(paths_or_tasks, partitioning)
     reader = reader or ImageReaderStage()
     meta = getattr(fn, "meta", None) if meta is None else meta
-    meta = _infer_meta(reader, fn, parts, options) if meta is None else _complete_meta(meta)
-    if not parts:
-        return dd.from_pandas(meta, npartitions=1)
-    read = PartitionReader(reader, fn, meta, options)
-    if frame is not None:
-        return frame.map_partitions(
+    meta = _infer_meta(reader, fn, given) if meta is None else _complete_meta(meta)
+    return _map_parts(fn, given, reader, meta)
+
+
+def _map_parts(
+    fn: BatchFunction, given: _Parts, reader: ImageReaderStage, meta: pd.DataFrame
+) -> DataFrame:
+    read = PartitionReader(reader, fn, meta, given.options)
+    if given.frame is not None:
+        return given.frame.map_partitions(
             read, meta=meta, enforce_metadata=False, clear_divisions=True, align_dataframes=False
         )
+    parts = given.join(reader)
+    if not parts:
+        return dd.from_pandas(meta, npartitions=1)
     # The rows have the types of `meta` already. Without this setting Dask would add a second task
     # to each partition, to convert objects to strings.
     with dask.config.set({"dataframe.convert-string": False}):
@@ -303,13 +349,11 @@ def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
     return meta[:0].set_axis(make_index([])) if meta.index.name == "image_id" and untyped else meta
 
 
-def _infer_meta(
-    reader: ImageReaderStage, fn: BatchFunction, parts: list[Any], options: PartitionOptions
-) -> pd.DataFrame:
+def _infer_meta(reader: ImageReaderStage, fn: BatchFunction, given: _Parts) -> pd.DataFrame:
     """Run the function on a few images, where Dask computes; return an empty frame of the types."""
     small = reader.with_options(dali_batch_size=INFERRED_BATCH)
-    for part in parts[:INFERRED_TASKS]:
-        infer = functools.partial(_infer_from_part, small, fn, options=options)
+    for part in given.parts[:INFERRED_TASKS]:
+        infer = functools.partial(_infer_from_part, small, fn, options=given.options)
         meta: pd.DataFrame | None = _compute(infer, part)
         if meta is not None:
             return meta

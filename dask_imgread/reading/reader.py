@@ -21,6 +21,7 @@ from dask_imgread.hints import explain_keywords, suggest
 from dask_imgread.reading.batches import BatchBuilder, BatchRules, BeginDecoding
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.shard_reader import ShardQueue, ShardReader
+from dask_imgread.shards.ahead import SHARDS_AT_ONCE
 from dask_imgread.shards.frames import group_by_shard
 from dask_imgread.stage import ProcessingStage, Resources
 from dask_imgread.storage.redaction import hide_secrets
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dask_imgread")
 
 _SHOWN = 150  # characters of the options, in a line
-_SHARDS_AT_ONCE = 8  # of which headers, or some images, are read
 
 
 @explain_keywords
@@ -373,7 +373,7 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
         shards = task.name_shards(self.relative_to)
         rows = dict.fromkeys(shards) if task.rows is None else group_by_shard(task.rows)
         # Of a shard that is decoded whole, the beginning is enough to go on without a pause.
-        at_once = 2 if self.decode and task.rows is None else _SHARDS_AT_ONCE
+        at_once = 2 if self.decode and task.rows is None else SHARDS_AT_ONCE
         read_ahead = self.read_ahead // (1 if at_once == 2 else min(at_once, len(shards)))
         readers = (
             ShardReader(self, decoder_options, task, path, shard_id, rows[path], read_ahead)

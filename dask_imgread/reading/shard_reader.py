@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +32,7 @@ from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
-from dask_imgread.storage.filesystems import is_local
+from dask_imgread.storage.filesystems import Place, connect, is_local
 from dask_imgread.storage.ranges import Stops
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
@@ -86,6 +86,7 @@ class ShardReader:
         self._read_ahead = read_ahead
         self._found = self._read_all() if rows is None else self._read_chosen(rows)
         self._early: Future[list[Found]] | None = None
+        self._place: Place | None = None
         self._stops = Stops()
         self._last_stretch = self._find_last_stretch(whole=rows is None)
 
@@ -103,6 +104,9 @@ class ShardReader:
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
         """Read the first images in a thread."""
+        with suppress(Exception):  # it is raised again when the shard is opened
+            # Not in the thread: some file systems are made, and some stores asked, by each thread.
+            self._place = connect(self._path, self._task.storage_options)
         self._early = pool.submit(self._read_early)
 
     def stop(self) -> None:
@@ -169,7 +173,7 @@ class ShardReader:
         with ExitStack() as stack:
             problem = version = None
             try:
-                _, size, version = stat_shard(path, storage_options, self._stops)
+                _, size, version = stat_shard(path, storage_options, self._stops, self._place)
                 opened = open_shard(
                     path,
                     storage_options,
@@ -177,6 +181,7 @@ class ShardReader:
                     read_ahead=self._read_ahead,
                     parts=list_parts(images, size),
                     stops=self._stops,
+                    place=self._place,
                 )
                 source = stack.enter_context(opened)
             except (OSError, ValueError, ImportError) as error:  # no such store, for example
@@ -201,6 +206,7 @@ class ShardReader:
             read_ahead=self._read_ahead,
             skipping=not (options.decode or options.digests) or task.index is not None,
             stops=self._stops,
+            place=self._place,
         )
 
     def _index(self, source: ByteSource) -> Iterator[ShardIndex]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 MIB = 1 << 20
 READ_AHEAD = 64 * MIB  # bytes, by default: four readers fit a worker of 2 GB
+SHARDS_AT_ONCE = 8  # of which a reader reads only headers, or some images
 _WORKER_BYTES = 512 * MIB  # fetched in advance by all readers of a process
 _KEPT_BYTES = 16 * MIB  # before the last read, if `keep` was not called
 _MAX_KEPT_BYTES = 256 * MIB  # whatever `keep` says

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dask_imgread.storage.filesystems import connect, is_local
+from dask_imgread.storage.filesystems import Place, connect, is_local
 from dask_imgread.storage.ranges import Stops, look_up
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
@@ -159,14 +159,28 @@ def make_version(info: dict[str, Any]) -> str:
     return "-".join(str(info[tag]) for tag in ("size", *tags) if info.get(tag) is not None)
 
 
-def stat_shard(path: str, storage_options: dict[str, Any], stops: Stops | None = None) -> Shard:
-    """Look up one shard's size and the token for its content; ``stops`` may end it.
+def stat_shard(
+    path: str,
+    storage_options: dict[str, Any],
+    stops: Stops | None = None,
+    place: Place | None = None,
+) -> Shard:
+    """Look up one shard's size and the token for its content.
+
+    Parameters
+    ----------
+    path, storage_options
+        The shard.
+    stops
+        To end the request from another thread.
+    place
+        Where it lies, if ``connect`` was called already.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     """
-    fs, name = connect(path, storage_options)
+    fs, name = place or connect(path, storage_options)
     fs.invalidate_cache(name)  # else the file may be another than the one that was listed
     return _make_shard(fs, name, look_up(fs, name, path, stops))

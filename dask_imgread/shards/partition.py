@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
+import pandas as pd
+
 from dask_imgread.hints import check_keywords
 from dask_imgread.reading.options import ReaderOptions
+from dask_imgread.shards.ahead import SHARDS_AT_ONCE
 from dask_imgread.shards.find import Paths, Shard, find_shards
 from dask_imgread.shards.frames import divide_rows, is_frame, is_lazy, open_frame
 from dask_imgread.shards.samples import cut_at_samples, index_members
@@ -28,7 +31,7 @@ _FOR_READERS = {
     field.name: f"it is an option of the reader: reader=ImageReaderStage({field.name}=...)"
     for field in fields(ReaderOptions)
 }
-_WALKER_THREADS = 8  # each reads the headers of one remote shard
+_JOINED_IMAGES = 500  # of a task, on average, if they are chosen from several shards
 
 
 class Partitioning(TypedDict, total=False):
@@ -238,6 +241,37 @@ def _make_task(shards: list[Shard], config: dict[str, Any]) -> FileGroupTask:
     )
 
 
+def join_tasks(tasks: list[FileGroupTask], least: int) -> list[FileGroupTask]:
+    """Join tasks whose shards are all in stores, for a reader that reads some at the same time.
+
+    The result has ``least`` tasks or more. Each has so many shards as are read at a time, or fewer
+    if rows name many images of them. They must have the same options.
+    """
+    count = min(SHARDS_AT_ONCE, len(tasks) // least)
+    images = sum(0 if task.rows is None else len(task.rows) for task in tasks)
+    if images:
+        count = min(count, _JOINED_IMAGES * len(tasks) // images)
+    if count < 2 or any(is_local(path) for task in tasks for path in task.data):
+        return tasks
+    return [
+        _join(tasks[start : start + count], f"file_group_{number}")
+        for number, start in enumerate(range(0, len(tasks), count))
+    ]
+
+
+def _join(tasks: list[FileGroupTask], task_id: str) -> FileGroupTask:
+    rows = [task.rows for task in tasks if task.rows is not None]
+    known = all(task.versions for task in tasks)
+    return replace(
+        tasks[0],
+        task_id=task_id,
+        data=[path for task in tasks for path in task.data],
+        versions=tuple(each for task in tasks for each in task.versions) if known else (),
+        sizes=tuple(each for task in tasks for each in task.sizes),
+        rows=pd.concat(rows) if rows else None,
+    )
+
+
 def _cut_by_images(
     shards: list[Shard], count: int, config: dict[str, Any]
 ) -> Iterator[FileGroupTask]:
@@ -248,7 +282,7 @@ def _cut_by_images(
         for shard in shards:  # walking local headers is bound by the GIL: threads don't help
             yield from cut(shard)
         return
-    with ThreadPoolExecutor(_WALKER_THREADS) as pool:
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for tasks in pool.map(cut, shards):
             yield from tasks
 

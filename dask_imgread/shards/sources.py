@@ -14,7 +14,7 @@ from dask_imgread.shards.local import LocalSource
 from dask_imgread.shards.parts import Parts, join_parts
 from dask_imgread.shards.streams import ResumedFile, SourceFile, Stream
 from dask_imgread.shards.tar import BLOCK, ByteSource, is_header
-from dask_imgread.storage.filesystems import connect
+from dask_imgread.storage.filesystems import Place, connect
 from dask_imgread.storage.ranges import NoRangesError, RangeReader, Stops
 
 # Names are not reliable: a file's first bytes show how it is compressed. Skippable frames of zstd
@@ -41,6 +41,7 @@ def open_shard(
     skipping: bool = False,
     parts: list[tuple[int, int]] | None = None,
     stops: Stops | None = None,
+    place: Place | None = None,
 ) -> Iterator[ByteSource]:
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
 
@@ -67,13 +68,15 @@ def open_shard(
         first bytes, if the shard is not compressed.
     stops
         To end all requests from another thread; later reads raise.
+    place
+        Where the shard lies, if ``connect`` was called already, perhaps in another thread.
 
     Raises
     ------
     OSError
         If it can't be opened.
     """
-    fs, name = connect(path, storage_options or {})
+    fs, name = place or connect(path, storage_options or {})
     stops = stops or Stops()
     source: LocalSource | ReadAhead | Parts
     if isinstance(fs, LocalFileSystem):

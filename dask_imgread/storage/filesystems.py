@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -26,7 +26,14 @@ def is_local(path: str) -> bool:
     return "://" not in path or path.startswith(("file://", "local://"))
 
 
-def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+class Place(NamedTuple):
+    """A file system, and a path in it."""
+
+    fs: fsspec.AbstractFileSystem
+    name: str
+
+
+def connect(path: str, storage_options: dict[str, Any]) -> Place:
     """Return the file system of a path or URL, and the path in it.
 
     Raises
@@ -55,7 +62,7 @@ def connect(path: str, storage_options: dict[str, Any]) -> tuple[fsspec.Abstract
         raise ValueError(f"{redact_url(path)}: storage options that don't fit: {reason}") from None
     if "s3" in fs.protocol:
         fs.retries = 1
-    return fs, name
+    return Place(fs, name)
 
 
 def reach_hub(fs: fsspec.AbstractFileSystem, name: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 
 import fsspec
 import pandas as pd
@@ -152,6 +153,27 @@ def test_workers_neither_list_nor_look_up(folder, hub, public_bucket, client, tm
             lookups = [request for request in server.requests if request.range is None]
             # Planning reads the headers, in up to eight threads.
             assert len(lookups) <= len(looked_up) + per_worker * (8 + 2)
+
+
+def test_shards_begun_early_ask_for_nothing_anew(hub, monkeypatch):
+    threads = set()
+
+    def note_thread(*args):
+        threads.add(threading.current_thread())
+        return connect(*args)
+
+    for module in ("reading.shard_reader", "shards.sources"):
+        monkeypatch.setattr(f"dask_imgread.{module}.connect", note_thread)
+    options = {"storage_options": hub.storage_options, "files_per_partition": 20}
+    (task,) = partition_shards(f"{DATASET}/data/*.tar", **options)
+    asked = []
+    for reader in 3 * (READER.with_options(decode=False),):
+        hub.requests.clear()
+        assert sum(map(len, reader.read(task))) > 30
+        asked.append(sum("/resolve/" not in request.path for request in hub.requests))
+    assert asked[0] <= 8  # at the same time
+    assert asked[1:] == [0, 0]
+    assert threads == {threading.main_thread()}
 
 
 def test_a_listing_is_not_kept_for_the_next_job(tmp_path, public_bucket):
