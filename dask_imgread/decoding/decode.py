@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dask_imgread.buffers import BUFFERS, SharedBuffer
+from dask_imgread.buffers import BLOCKS, BUFFERS, SharedBuffer
 from dask_imgread.decoding.contract import (
     Content,
     Decoded,
@@ -90,6 +90,7 @@ def release() -> None:
     """Release idle decoders and idle memory."""
     DECODERS.clear()
     BUFFERS.clear()
+    BLOCKS.clear()
 
 
 def choose_backend(content: Content, header: Header, decoder_options: DecoderOptions) -> str:

@@ -94,7 +94,6 @@ def open_shard(
                 source = _open_remote(fs, name, 0, size, read_ahead, False, stops)
             stack.pop_all()
             source = ReadAhead(Stream(SourceFile(source), codec), read_ahead)
-            stops.add(source)
             stack.callback(source.close)
         yield source
 

@@ -1,9 +1,11 @@
 """A task's shards in a store: the next ones are begun early, and nothing else is changed by it."""
 
+import gc
 import threading
 import time
 from contextlib import closing
 
+import dask.dataframe as dd
 import pandas as pd
 import pytest
 
@@ -14,7 +16,10 @@ from dask_imgread import (
     partition_shards,
     read_metadata,
 )
+from dask_imgread.reading import shard_reader
 from dask_imgread.shards import ahead
+from dask_imgread.shards.partition import join_tasks
+from dask_imgread.storage.ranges import Stops
 from dask_imgread.testing import write_shard
 from tests.helpers.images import PNG, write_noise
 from tests.helpers.servers import Faults, serve, serve_http
@@ -23,6 +28,7 @@ MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
 HEADERS = READER.with_options(decode=False)
 SHARDS, IMAGES = 10, 6
+SAMPLE = (("png", PNG), ("txt", bytes(100)))
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
@@ -72,6 +78,10 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+def count_by_shard(batch):
+    return pd.DataFrame({"n": [len(batch)]}, index=[batch.data[0].shard])
+
+
 def order_shards(requests):
     """Return the number of the shard of each request for a range."""
     return [int(r.path.rpartition("/")[2].partition(".")[0]) for r in requests if r.range]
@@ -114,12 +124,18 @@ def test_chosen_images_of_eight_shards_are_read_at_a_time(folder):
     rows = read_metadata([str(folder / f"{n}.tar") for n in range(SHARDS)])
     rows = rows.compute(scheduler="sync").groupby("shard").head(1).drop(columns="shard_version")
     with serve_http(folder, faults=Faults(every=1, kinds=("slow",), delay=0.1)) as server:
-        task = make_task([], rows.assign(shard=list_urls(server)))
-        images = [image for batch in READER.read(task) for image in batch]
-        order = [int(r.path[1]) for r in server.requests]
-    assert [image.key for image in images] == ["000"] * SHARDS
-    assert set(order[:8]) == set(range(8))
-    assert len(order) == 2 * SHARDS  # to look it up; the image, and the bytes before it
+        rows = rows.assign(shard=list_urls(server))
+        images = [image for batch in READER.read(make_task([], rows)) for image in batch]
+        first, server.requests = server.requests, []
+        assert [image.key for image in images] == ["000"] * SHARDS
+        frame = dd.from_pandas(rows.reset_index(), npartitions=1, sort=False)
+        meta = pd.DataFrame({"n": [1]}, index=["a"])
+        read = map_images(count_by_shard, frame, reader=READER, meta=meta)
+        assert len(read.compute(scheduler="sync")) == SHARDS
+        for requests in (first, server.requests):
+            order = [int(request.path[1]) for request in requests]
+            assert set(order[:8]) == set(range(8))
+            assert len(order) == 2 * SHARDS  # to look it up; the image, and the bytes before it
 
 
 def test_the_next_shard_is_begun_as_the_last_bytes_of_one_are_decoded(folder):
@@ -162,13 +178,20 @@ def test_a_shard_that_is_not_there_fails_in_its_place(folder, reader):
     assert "404" in image.error
 
 
-@pytest.mark.parametrize("kind", ["http", "https", "s3", "gs", "abfs"])
-@pytest.mark.parametrize("what", ["whole", "headers", "chosen"])
-def test_closing_ends_what_was_begun(folder, kind, what):
-    """At once: what waits for an answer, or was about to be asked for."""
+@pytest.mark.parametrize(
+    ("kind", "what", "slow"),
+    [
+        *((kind, "whole", 1) for kind in ("http", "https", "s3", "gs", "abfs", "no ranges")),
+        *((kind, "headers", 2) for kind in ("http", "s3", "abfs", "no ranges")),
+        *((kind, "chosen", n) for kind in ("http", "s3", "gs") for n in (1, 2)),
+    ],
+)
+def test_closing_ends_what_was_begun(folder, kind, what, slow):
+    """At once: what waits for an answer to its first or second request."""
     local = [str(folder / f"{number}.tar") for number in range(SHARDS)]
     rows = read_metadata(local).compute(scheduler="sync").drop(columns="shard_version")
-    with serve(kind, folder) as server:
+    serving = serve_http(folder, ranges=False) if kind == "no ranges" else serve(kind, folder)
+    with serving as server:
         options = {"storage_options": server.storage_options}
         urls = list_urls(server)
         chosen = rows.assign(shard=[urls[local.index(path)] for path in rows["shard"]])
@@ -176,20 +199,19 @@ def test_closing_ends_what_was_begun(folder, kind, what):
         reader = HEADERS if what == "headers" else READER
         sizes = tuple((folder / f"{number}.tar").stat().st_size for number in range(SHARDS))
         task.sizes = sizes
-        server.faults = Faults(every=1, kinds=("slow",), delay=60, match="/1.tar")
+        server.faults = Faults(every=slow, kinds=("slow",), delay=60, match="/1.tar")
         batches = reader.read(task)
         next(batches)
         wait_for(lambda: server.faults.injected)
         begin = time.monotonic()
         batches.close()
         assert time.monotonic() - begin < 5
+    gc.collect()
     assert list_threads() == set()
     assert ahead.BUDGET._left == ahead._WORKER_BYTES
 
 
 def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
-    from dask_imgread.reading import shard_reader
-
     def describe(entry, shown, shard_id, version):
         if shown.endswith("2.tar"):
             raise RuntimeError("a fault of our own")
@@ -222,20 +244,18 @@ def test_partitions_of_several_shards(folder, client):
         assert read_metadata(urls, limit=3).npartitions == 3
         assert read_metadata(partition_shards(urls)).npartitions == SHARDS
         assert read_metadata(urls, decode=True).npartitions == SHARDS
+        assert rows["shard_version"].nunique() == SHARDS
         sidecars = read_metadata(urls, sidecars={"txt": "number"})
         assert sidecars.npartitions == frame.npartitions
         good = rows[rows["error"].isna()]
         numbers = sidecars["number"].compute()[good.index]
         assert numbers.astype(int).tolist() == good["key"].astype(int).tolist()
 
-        def count(batch):
-            return pd.DataFrame({"n": [len(batch)]}, index=[batch.data[0].shard])
-
         meta = pd.DataFrame({"n": [1]}, index=["a"])
-        read = map_images(count, good, reader=READER, meta=meta)
+        read = map_images(count_by_shard, good, reader=READER, meta=meta)
         assert read.npartitions == frame.npartitions
         assert read["n"].compute().to_dict() == good.groupby("shard").size().to_dict()
-        divided = map_images(count, good, reader=READER, meta=meta, files_per_partition=1)
+        divided = map_images(count_by_shard, good, reader=READER, meta=meta, files_per_partition=1)
         assert divided.npartitions == SHARDS
 
 
@@ -253,3 +273,64 @@ def test_many_chosen_images_are_not_joined(tmp_path, monkeypatch):
         meta = pd.DataFrame({"n": [1]}, index=["a"])
         assert map_images(len, many, meta=meta).npartitions == 8
         assert map_images(len, few, meta=meta).npartitions == 2
+
+
+def test_joined_tasks_are_as_many_as_can_run_at_a_time():
+    tasks = [
+        FileGroupTask(data=[f"s3://b/{n}.tar"], versions=(f"v{n}",), sizes=(n,)) for n in range(11)
+    ]
+    joined = join_tasks(tasks, 3)
+    assert [task.num_items for task in joined] == [3, 3, 3, 2]
+    assert [task.task_id for task in joined] == [f"file_group_{n}" for n in range(4)]
+    assert [path for task in joined for path in task.data] == [task.data[0] for task in tasks]
+    assert [joined[3].find_version("s3://b/9.tar"), joined[3].find_size("s3://b/10.tar")] == [
+        "v9",
+        10,
+    ]
+    assert join_tasks(tasks, 6) is tasks
+    assert [task.num_items for task in join_tasks(tasks * 9, 1)] == [8] * 12 + [3]
+    here = FileGroupTask(data=["/a.tar"], versions=("v",), sizes=(1,))
+    assert join_tasks([*tasks, here], 3)[-1] is here
+
+
+def test_what_is_read_early_is_bounded(tmp_path, monkeypatch):
+    members = [(f"{n:03d}.{ext}", content) for n in range(9) for ext, content in SAMPLE]
+    path = write_shard(tmp_path / "a.tar", members)
+    task = FileGroupTask(data=[path])
+    for reader, name, value, expected in (
+        (READER, "_EARLY_IMAGES", 2, 2),
+        (HEADERS, "_EARLY_HEADERS", 4, 4),
+        (HEADERS, "_EARLY_BYTES", 250, 3),  # of captions of 100 bytes
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(shard_reader, name, value)
+            with closing(reader._list_shards(task, reader._choose_decoder())) as shards:
+                (shard,) = shards
+                early = shard._read_early()
+                rest = list(shard.read(lambda: None))
+        assert len(early) == expected
+        keys = [found.image.key for found in early + rest]
+        assert keys == [f"{n:03d}" for n in range(9)]
+
+
+def test_shards_read_at_a_time_share_what_is_read_ahead():
+    reader = READER.with_options(read_ahead=64 * MIB)
+    for decode, count, expected in ((True, 9, 64), (False, 9, 8), (False, 2, 32), (False, 1, 64)):
+        task = FileGroupTask(data=[f"http://host/{n}.tar" for n in range(count)])
+        some = reader.with_options(decode=decode)
+        with closing(some._list_shards(task, some._choose_decoder())) as shards:
+            assert {shard._read_ahead for shard in shards} == {expected * MIB}
+
+
+def test_what_is_added_after_a_stop_is_stopped():
+    class Source:
+        stopped = 0
+
+        def stop(self):
+            self.stopped += 1
+
+    stops, before, after = Stops(), Source(), Source()
+    stops.add(before)
+    stops.stop()
+    stops.add(after)
+    assert (before.stopped, after.stopped) == (1, 1)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dask_imgread import FileGroupTask, ImageReaderStage
+from dask_imgread.buffers import BLOCKS
 from dask_imgread.errors import StorageError
 from dask_imgread.storage.ranges import RangeReader
 from dask_imgread.testing import write_shard
@@ -388,6 +389,22 @@ def test_pieces_are_small(tmp_path, monkeypatch, kind):
         monkeypatch.setattr(aiohttp.StreamReader, "feed_data", note)
         assert len(ranges.read(MIB, 9 * MIB)) == sum(sizes) == 8 * MIB
     assert max(sizes) <= 1 << 16
+
+
+def test_the_memory_of_small_blocks_goes_when_large_ones_come(tmp_path):
+    BLOCKS.clear()
+    (tmp_path / "a.bin").write_bytes(bytes(20 * MIB))
+    with serve_kind("http", tmp_path) as server:
+        ranges = RangeReader(fsspec.filesystem("http"), f"{server.url}/a.bin")
+        for start in range(4):
+            ranges.read(start * MIB, (start + 1) * MIB)
+        assert BLOCKS.idle_bytes == MIB  # used again and again
+        large = ranges.read(4 * MIB, 12 * MIB)
+        assert BLOCKS.idle_bytes == 0
+        del large
+        ranges.read(12 * MIB, 13 * MIB)
+        assert BLOCKS.idle_bytes == 9 * MIB
+    BLOCKS.clear()
 
 
 @pytest.mark.parametrize("status", [403, 503])
