@@ -39,13 +39,12 @@ from dask_imgread.cli.select import (
 from dask_imgread.cluster.start import connect_client
 from dask_imgread.collections import read_metadata
 from dask_imgread.fingerprints import MIN_SIDE, fingerprint
-from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.folder import JobFolder, resolve_out
 from dask_imgread.jobs.forecast import Forecast
 from dask_imgread.jobs.run import (
     Summary,
     connect_for_reader,
     forecast_job,
-    open_folder,
     run_job,
 )
 from dask_imgread.pictures import make_shards
@@ -55,7 +54,7 @@ from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
 from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
-from dask_imgread.selection.write import check_apart, resolve_out
+from dask_imgread.selection.write import check_apart
 from dask_imgread.shards.find import Shard, find_shards
 from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import Partitioning, partition_shards
@@ -161,7 +160,7 @@ def read_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> dict[st
     """Return the arguments of ``run_job`` that say what is to be done."""
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
-    folder = open_folder(arguments.out, storage_options, out_options)
+    folder = JobFolder(*resolve_out(arguments.out, storage_options, out_options))
     if not arguments.dry_run and (arguments.overwrite or folder.read_job() is None):
         check_readable(shards, storage_options)
     return {

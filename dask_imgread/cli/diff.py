@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 
 from dask_imgread.cli.arguments import merge_pairs
 from dask_imgread.diff import KINDS, NO_CHANGES, Survey, describe_change, survey_changes
-from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.selection.write import resolve_out
+from dask_imgread.jobs.folder import JobFolder, resolve_out
 from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import redact_url

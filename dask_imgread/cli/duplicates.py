@@ -17,7 +17,7 @@ from dask.utils import format_bytes
 from dask_imgread.cli.arguments import merge_pairs
 from dask_imgread.cli.diff import warn_of_unfinished
 from dask_imgread.duplicates import find_duplicates
-from dask_imgread.selection.write import resolve_out
+from dask_imgread.jobs.folder import resolve_out
 from dask_imgread.shards.frames import require_frame
 from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect
