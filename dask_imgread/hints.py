@@ -51,8 +51,14 @@ def suggest(given: str, known: Collection[str], elsewhere: Mapping[str, str] = _
     advice = {**_ELSEWHERE, **elsewhere}.get(name)
     if name not in known and advice is not None:
         return f"; {advice}"
-    near = [name] if name in known else get_close_matches(given, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = find_near(given, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def find_near(given: str, known: Collection[str]) -> str | None:
+    """Return which of the known names was probably meant, if one is near."""
+    name = _SYNONYMS.get(given, given)
+    return name if name in known else next(iter(get_close_matches(given, known, 1)), None)
 
 
 def check_keywords(

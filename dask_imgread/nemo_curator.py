@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_curator.stages.base import ProcessingStage
 from nemo_curator.stages.resources import Resources
@@ -25,7 +26,18 @@ class ImageReaderStage(reader.ImageReaderStage, ProcessingStage[FileGroupTask, I
     def __post_init__(self) -> None:
         """Check the values, and find out whether there is a GPU, as NeMo Curator's reader does."""
         super().__post_init__()
-        self.resources = Resources(gpus=super().resources.gpus)
+        self.resources = self._find_resources()
+
+    def with_options(self, **options: Any) -> ImageReaderStage:
+        """Return a copy with some options changed, and its resources unless ``with_`` set them."""
+        changed: Any = super().with_options(**options)
+        if changed.resources == self._find_resources():
+            changed.resources = changed._find_resources()
+        stage: ImageReaderStage = changed
+        return stage
+
+    def _find_resources(self) -> Resources:
+        return Resources(gpus=super().resources.gpus)
 
     def process(self, task: FileGroupTask) -> list[ImageBatch]:
         """Read all images of a task's shards.

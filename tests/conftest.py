@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dask_imgread import ImageReaderStage, partition_shards
+from dask_imgread.tasks import make_frame
 from dask_imgread.testing import write_shard
 from tests.helpers.images import encode
 from tests.helpers.leaks import check_leaks, list_open, start_what_stays
@@ -61,6 +63,19 @@ def photo_shards(photographs, tmp_path_factory):
             ]
         paths.append(write_shard(folder / f"photos-{shard:02d}.tar", members))
     return paths
+
+
+@pytest.fixture(scope="module")
+def images(photo_shards):
+    """All images of `photo_shards` by id, in order."""
+    reader = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
+    batches = [batch for task in partition_shards(photo_shards) for batch in reader.stream(task)]
+    return {image.image_id: image for batch in batches for image in batch.data}
+
+
+@pytest.fixture
+def frame(images):
+    return make_frame(images.values())
 
 
 @pytest.fixture(scope="session", autouse=True)

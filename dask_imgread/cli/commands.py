@@ -1,16 +1,15 @@
-"""What each command does, once its arguments are parsed."""
+"""What ``metadata``, ``apply``, ``fingerprint`` and ``verify`` do; what commands share."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, fields
 from datetime import timedelta
 from math import ceil
 from pathlib import Path
@@ -26,78 +25,27 @@ from dask_imgread.cli.arguments import (
     merge_pairs,
     merge_sidecars,
 )
-from dask_imgread.cli.diff import count_changes, find_changes, format_changes
-from dask_imgread.cli.duplicates import count_groups, find_groups, format_groups
 from dask_imgread.cli.preview import format_rows, read_samples
-from dask_imgread.cli.select import (
-    Choice,
-    concat_rows,
-    format_selection,
-    write_removal,
-    write_selection,
-)
-from dask_imgread.cluster.start import connect_client
-from dask_imgread.collections import read_metadata
 from dask_imgread.fingerprints import MIN_SIDE, fingerprint
-from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.folder import JobFolder, resolve_out
 from dask_imgread.jobs.forecast import Forecast
 from dask_imgread.jobs.run import (
     Summary,
     connect_for_reader,
     forecast_job,
-    open_folder,
     run_job,
 )
-from dask_imgread.pictures import make_shards
 from dask_imgread.progress import start_logging
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.reading.reader import ImageReaderStage
-from dask_imgread.report.contact_sheet import draw_contact_sheet, make_thumbnails
-from dask_imgread.report.page import write_report
 from dask_imgread.rows import BatchFunction
-from dask_imgread.selection.write import check_apart, resolve_out
 from dask_imgread.shards.find import Shard, find_shards
-from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.shards.partition import Partitioning, partition_shards
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
 from dask_imgread.storage.redaction import redact_url
-from dask_imgread.tasks import FileGroupTask, count_shards
+from dask_imgread.tasks import count_shards
 from dask_imgread.verify import verify_shards
-
-_SHEET_IMAGES = 24
-
-
-def run_demo(arguments: argparse.Namespace) -> int:
-    """Make shards, one of their pictures broken, read them, and draw what was read."""
-    start_logging("text")
-    folder = Path(arguments.folder or find_free("dask-imgread-demo"))
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, and stays as it is: give another --folder")
-    per_shard = -(-arguments.images // 4)
-    print(f"Drawing {4 * per_shard} pictures into {folder / 'shards'}", file=sys.stderr)
-    shards = make_shards(
-        folder / "shards", shards=4, images_per_shard=per_shard, size=(480, 360), broken=1
-    )
-    reader = make_reader(arguments, sidecars=False)
-    out = str(folder / "metadata")
-    with connect_client(
-        n_workers=arguments.workers, device=arguments.device, verbose=False
-    ) as client:
-        print(f"Dask dashboard: {client.dashboard_link}", file=sys.stderr)
-        summary = run_job(shards, out, client=client, reader=reader, progress=True)
-        sheet = folder / "contact-sheet.png"
-        save_contact_sheet(client, partition_shards(shards), reader, sheet)
-    print_summary(summary, out, {})
-    print(f"contact sheet  {sheet}")
-    print(f"report         {write_report(out, str(folder / 'report.html'))}")
-    return SUCCESS
-
-
-def find_free(name: str) -> str:
-    """Return the first of ``name``, ``name-2``, ``name-3`` that does not exist."""
-    numbered = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-    return next(path for path in numbered if not os.path.lexists(path))
 
 
 def run_metadata(arguments: argparse.Namespace) -> int:
@@ -161,7 +109,7 @@ def read_job(arguments: argparse.Namespace, fn: BatchFunction | None) -> dict[st
     """Return the arguments of ``run_job`` that say what is to be done."""
     storage_options, out_options = read_storage_options(arguments)
     shards = find_shards(arguments.shards, storage_options)
-    folder = open_folder(arguments.out, storage_options, out_options)
+    folder = JobFolder(*resolve_out(arguments.out, storage_options, out_options))
     if not arguments.dry_run and (arguments.overwrite or folder.read_job() is None):
         check_readable(shards, storage_options)
     return {
@@ -233,106 +181,6 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return SUCCESS if found.ok else BAD_IMAGES
 
 
-def run_select(arguments: argparse.Namespace) -> int:
-    """Write chosen images as new shards, or shards without some images."""
-    with keep_stdout(arguments):
-        result = select(arguments)
-    if arguments.log_format == "json":
-        print(json.dumps(result | {"out": arguments.out and redact_url(arguments.out)}))
-    else:
-        print(format_selection(result, arguments))
-    return SUCCESS
-
-
-def select(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Do what ``select`` is to do; return the numbers."""
-    choice = Choice(arguments)
-    storage_options, out_options = read_storage_options(arguments)
-    options = {
-        "storage_options": storage_options,
-        "out_options": out_options,
-        "retries": arguments.retries,
-        "overwrite": arguments.overwrite,
-    }
-    frames: list[Any] = []
-    paths = []
-    for path in arguments.shards:
-        frame = open_frame(path, storage_options)
-        paths += [path] if frame is None else []
-        frames += [] if frame is None else [frame]
-    if paths and arguments.failed and not arguments.decode:
-        raise ValueError("--failed: only decoding shows which images are broken: add --decode")
-    for name in ("sidecar", "checksum", "decode"):
-        if getattr(arguments, name) and not paths:
-            raise ValueError(
-                f"--{name} is for shards: the output of metadata has its columns; leave it out"
-            )
-    if choice.digests and paths and not arguments.checksum:
-        raise ValueError(
-            f"{len(choice.digests)} of the ids are SHA-256 digests, and the rows have no column "
-            "sha256: add --checksum"
-        )
-    if arguments.out:
-        check_apart(resolve_out(arguments.out, {}, {})[0], paths)
-    reader = make_reader(arguments, sidecars=False)
-    client: Any = connect(arguments, reader)
-    with ExitStack() as stack:
-        if paths:
-            shards = find_shards(paths, storage_options)
-            check_readable(shards, storage_options)
-            client = stack.enter_context(client)
-            found = read_metadata(
-                shards,
-                reader=reader,
-                decode=arguments.decode,
-                sidecars=merge_sidecars(arguments.sidecar),
-                storage_options=storage_options,
-                **read_partitioning(arguments),
-            )
-            frames.append(found.compute(scheduler=client))
-        rows = concat_rows([f.compute(scheduler="threads") if is_lazy(f) else f for f in frames])
-        chosen = choice.find(rows)
-        if arguments.not_ids:
-            return write_removal(rows, chosen, choice.missing, arguments, client, **options)
-        return write_selection(rows, chosen, arguments, client, **options)
-
-
-def run_diff(arguments: argparse.Namespace) -> int:
-    """Print what changed between two jobs' outputs."""
-    with keep_stdout(arguments):
-        survey = find_changes(arguments)
-    if arguments.log_format == "json":
-        print(json.dumps(count_changes(survey, arguments)))
-    else:
-        print(format_changes(survey, arguments))
-    return BAD_IMAGES if arguments.exit_code and survey.counts else SUCCESS
-
-
-def run_duplicates(arguments: argparse.Namespace) -> int:
-    """Print which images of a job's output are duplicates."""
-    with keep_stdout(arguments):
-        found = find_groups(arguments)
-    if arguments.log_format == "json":
-        print(json.dumps(count_groups(*found, arguments)))
-    else:
-        print(format_groups(*found, arguments))
-    return SUCCESS
-
-
-def run_report(arguments: argparse.Namespace) -> int:
-    """Write the page about a job's output."""
-    storage_options, out_options = read_storage_options(arguments)
-    page = write_report(
-        arguments.folder,
-        arguments.out,
-        since=arguments.since,
-        storage_options=storage_options,
-        out_options=out_options,
-    )
-    print(redact_url(page))
-    return SUCCESS
-
-
 def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> None:
     """Raise ValueError if no shard is a tar: then the path is wrong, and no shard is broken."""
     first: Exception | None = None
@@ -345,23 +193,6 @@ def check_readable(shards: Sequence[Shard], storage_options: dict[str, Any]) -> 
             first = first or ValueError(f"{redact_url(shard.path)}: {error}; give tar shards")
     if first is not None:
         raise first
-
-
-def save_contact_sheet(
-    client: Client, tasks: Sequence[FileGroupTask], reader: ImageReaderStage, path: Path
-) -> None:
-    """Decode a few images of a few tasks on the cluster, and save a sheet of them."""
-    chosen = tasks[:: max(1, len(tasks) // 4)][:_SHEET_IMAGES]
-    small = replace(reader, decode=True, dali_batch_size=_SHEET_IMAGES)
-    thumbnails = client.map(
-        make_thumbnails,
-        chosen,
-        reader=small,
-        count=-(-_SHEET_IMAGES // len(chosen)),
-        pure=False,
-        **small.annotations(client),
-    )
-    draw_contact_sheet([item for found in client.gather(thumbnails) for item in found], path)
 
 
 def print_forecast(expected: Forecast, arguments: argparse.Namespace) -> None:
@@ -472,16 +303,3 @@ def read_storage_options(
     """Return the storage options of the shards, and those of the output, None if none are given."""
     out = merge_pairs(arguments.out_option) if arguments.out_option else None
     return merge_pairs(arguments.storage_option), out
-
-
-COMMANDS = {
-    "demo": run_demo,
-    "metadata": run_metadata,
-    "apply": run_apply,
-    "fingerprint": run_fingerprint,
-    "verify": run_verify,
-    "select": run_select,
-    "diff": run_diff,
-    "duplicates": run_duplicates,
-    "report": run_report,
-}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dask_imgread.hints import find_near
 
 _PAIRS = ("storage_option", "out_option")  # tables in the file, KEY=VALUE on the command line
 
@@ -32,13 +33,14 @@ def read_config(path: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], li
         config = tomllib.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    names = known.keys() - {"command", "config"}
     positional: dict[str, Any] = {}
     options: list[str] = []
     for key, value in config.items():
         name = key.replace("-", "_")
-        if name not in known or name in ("command", "config"):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"do you mean {near[0].replace('_', '-')}?" if near else "--help lists them"
+        if name not in names:
+            near = find_near(name, names)
+            hint = f"do you mean {near.replace('_', '-')}?" if near else "--help lists them"
             raise ValueError(f"{path}: no such option: {key}; {hint}")
         try:
             if name == "shards":

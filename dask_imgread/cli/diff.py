@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dask_imgread.cli.arguments import merge_pairs
+from dask_imgread.cli.arguments import BAD_IMAGES, SUCCESS, merge_pairs
+from dask_imgread.cli.commands import keep_stdout
 from dask_imgread.diff import KINDS, NO_CHANGES, Survey, describe_change, survey_changes
-from dask_imgread.jobs.folder import JobFolder
-from dask_imgread.selection.write import resolve_out
+from dask_imgread.jobs.folder import JobFolder, resolve_out
 from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect, resolve_path
 from dask_imgread.storage.redaction import redact_url
@@ -24,6 +25,17 @@ from dask_imgread.storage.redaction import redact_url
 _LISTED = 5  # changes of each kind that are printed
 
 logger = logging.getLogger("dask_imgread")
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Print what changed between two jobs' outputs."""
+    with keep_stdout(arguments):
+        survey = find_changes(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(count_changes(survey, arguments)))
+    else:
+        print(format_changes(survey, arguments))
+    return BAD_IMAGES if arguments.exit_code and survey.counts else SUCCESS
 
 
 def find_changes(arguments: argparse.Namespace) -> Survey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import warnings
@@ -14,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.utils import format_bytes
 
-from dask_imgread.cli.arguments import merge_pairs
+from dask_imgread.cli.arguments import SUCCESS, merge_pairs
+from dask_imgread.cli.commands import keep_stdout
 from dask_imgread.cli.diff import warn_of_unfinished
 from dask_imgread.duplicates import find_duplicates
-from dask_imgread.selection.write import resolve_out
+from dask_imgread.jobs.folder import resolve_out
 from dask_imgread.shards.frames import require_frame
 from dask_imgread.storage.files import open_whole
 from dask_imgread.storage.filesystems import connect
@@ -26,6 +28,17 @@ from dask_imgread.storage.redaction import redact_url
 _LISTED = 5  # groups that are printed
 
 logger = logging.getLogger("dask_imgread")
+
+
+def run_duplicates(arguments: argparse.Namespace) -> int:
+    """Print which images of a job's output are duplicates."""
+    with keep_stdout(arguments):
+        found = find_groups(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(count_groups(*found, arguments)))
+    else:
+        print(format_groups(*found, arguments))
+    return SUCCESS
 
 
 def find_groups(arguments: argparse.Namespace) -> tuple[int, pd.DataFrame]:

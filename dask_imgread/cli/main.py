@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import logging
 import signal
@@ -27,6 +28,17 @@ from dask_imgread.storage.retries import GIVEN_UP
 
 logger = logging.getLogger("dask_imgread")
 
+_MODULES = {  # that have the functions of the commands, such as `run_demo`
+    "demo": "demo",
+    "metadata": "commands",
+    "apply": "commands",
+    "fingerprint": "commands",
+    "verify": "commands",
+    "select": "select",
+    "diff": "diff",
+    "duplicates": "duplicates",
+    "report": "report",
+}
 # The commands that resume where they stopped.
 _JOBS = ("metadata", "apply", "fingerprint", "select")
 _WRONG = (  # what is raised for wrong arguments, paths and functions
@@ -90,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in ("storage_option", "out_option"):
                 secrets |= merge_pairs(getattr(arguments, name, []))
             check_arguments(arguments)
-            # Imported only now, since it imports Dask and pandas: help and refusals don't wait.
-            from dask_imgread.cli.commands import COMMANDS
-
-            return COMMANDS[arguments.command](arguments)
+            # Imported only now, with what this command needs of Dask and pandas.
+            module = importlib.import_module(f"dask_imgread.cli.{_MODULES[arguments.command]}")
+            status: int = getattr(module, f"run_{arguments.command}")(arguments)
+            return status
     except Stopped as stopped:
         kept = "; what is done is kept" if arguments.command in _JOBS else ""
         print_error(f"stopped by {stopped.signal.name}{kept}")

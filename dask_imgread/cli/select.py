@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from dask.utils import format_bytes
 
+from dask_imgread.cli.arguments import SUCCESS, merge_sidecars
+from dask_imgread.cli.commands import (
+    check_readable,
+    connect,
+    keep_stdout,
+    make_reader,
+    read_partitioning,
+    read_storage_options,
+)
+from dask_imgread.collections import read_metadata
+from dask_imgread.jobs.folder import resolve_out
 from dask_imgread.selection.choose import (
     find_digests,
     find_failed,
@@ -21,7 +33,14 @@ from dask_imgread.selection.choose import (
 )
 from dask_imgread.selection.folder import NOT_FOUND, REMOVED
 from dask_imgread.selection.remove import find_copies, remove_images
-from dask_imgread.selection.write import convert_to_arrow, plan_shards, write_shards
+from dask_imgread.selection.write import (
+    check_apart,
+    convert_to_arrow,
+    plan_shards,
+    write_shards,
+)
+from dask_imgread.shards.find import find_shards
+from dask_imgread.shards.frames import is_lazy, open_frame
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.tasks import CHECKSUM
 
@@ -29,6 +48,70 @@ if TYPE_CHECKING:
     from distributed import Client
 
 logger = logging.getLogger("dask_imgread")
+
+
+def run_select(arguments: argparse.Namespace) -> int:
+    """Write chosen images as new shards, or shards without some images."""
+    with keep_stdout(arguments):
+        result = select(arguments)
+    if arguments.log_format == "json":
+        print(json.dumps(result | {"out": arguments.out and redact_url(arguments.out)}))
+    else:
+        print(format_selection(result, arguments))
+    return SUCCESS
+
+
+def select(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do what ``select`` is to do; return the numbers."""
+    choice = Choice(arguments)
+    storage_options, out_options = read_storage_options(arguments)
+    options = {
+        "storage_options": storage_options,
+        "out_options": out_options,
+        "retries": arguments.retries,
+        "overwrite": arguments.overwrite,
+    }
+    frames: list[Any] = []
+    paths = []
+    for path in arguments.shards:
+        frame = open_frame(path, storage_options)
+        paths += [path] if frame is None else []
+        frames += [] if frame is None else [frame]
+    if paths and arguments.failed and not arguments.decode:
+        raise ValueError("--failed: only decoding shows which images are broken: add --decode")
+    for name in ("sidecar", "checksum", "decode"):
+        if getattr(arguments, name) and not paths:
+            raise ValueError(
+                f"--{name} is for shards: the output of metadata has its columns; leave it out"
+            )
+    if choice.digests and paths and not arguments.checksum:
+        raise ValueError(
+            f"{len(choice.digests)} of the ids are SHA-256 digests, and the rows have no column "
+            "sha256: add --checksum"
+        )
+    if arguments.out:
+        check_apart(resolve_out(arguments.out, {}, {})[0], paths)
+    reader = make_reader(arguments, sidecars=False)
+    client: Any = connect(arguments, reader)
+    with ExitStack() as stack:
+        if paths:
+            shards = find_shards(paths, storage_options)
+            check_readable(shards, storage_options)
+            client = stack.enter_context(client)
+            found = read_metadata(
+                shards,
+                reader=reader,
+                decode=arguments.decode,
+                sidecars=merge_sidecars(arguments.sidecar),
+                storage_options=storage_options,
+                **read_partitioning(arguments),
+            )
+            frames.append(found.compute(scheduler=client))
+        rows = concat_rows([f.compute(scheduler="threads") if is_lazy(f) else f for f in frames])
+        chosen = choice.find(rows)
+        if arguments.not_ids:
+            return write_removal(rows, chosen, choice.missing, arguments, client, **options)
+        return write_selection(rows, chosen, arguments, client, **options)
 
 
 def concat_rows(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -57,7 +57,7 @@ from dask_imgread.jobs.parts import (
 from dask_imgread.shards.find import make_version
 from dask_imgread.shards.frames import JOB
 from dask_imgread.storage.files import DRAFT, open_bytes, write_whole
-from dask_imgread.storage.filesystems import connect
+from dask_imgread.storage.filesystems import connect, is_local, resolve_path
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
@@ -75,6 +75,19 @@ _READERS = 16  # footers read at the same time
 _FOOTERS = 1000  # queued for reading at the same time
 
 logger = logging.getLogger("dask_imgread")
+
+
+def resolve_out(
+    out: str | os.PathLike[str], options: dict[str, Any], out_options: dict[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the path or URL of the output, and the options of its file system.
+
+    A remote one has the shards' options, unless it has its own.
+    """
+    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/") or "/"
+    if out_options is None:
+        out_options = {} if is_local(place) else options
+    return place, out_options
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dask_imgread.errors import JobError, NoWorkersError
 from dask_imgread.jobs.claim import claim_folder
 from dask_imgread.jobs.description import describe_job
 from dask_imgread.jobs.execution import Execution
-from dask_imgread.jobs.folder import JobFolder
+from dask_imgread.jobs.folder import JobFolder, resolve_out
 from dask_imgread.jobs.forecast import Forecast, forecast
 from dask_imgread.jobs.merge import PartMerger
 from dask_imgread.jobs.plan import Inputs, look_up_plan, prepare_plan
@@ -31,7 +31,6 @@ from dask_imgread.shards.find import Paths, find_shards
 from dask_imgread.shards.frames import is_frame
 from dask_imgread.shards.partition import Division, Partitioning
 from dask_imgread.sidecars import MetadataColumns, Sidecars
-from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.tasks import count_images, count_shards
 from dask_imgread.texts import render_table
 
@@ -394,7 +393,7 @@ class _Job:
         reader = _choose_reader(reader, fn is not None, relative_to, columns.extensions, checksum)
         row_maker = _choose_row_maker(fn, reader, meta, columns)
         options = storage_options or {}
-        folder = open_folder(str(out), options, out_options)
+        folder = JobFolder(*resolve_out(out, options, out_options))
         shards = find_shards(paths, options)
         description = describe_job(reader, row_maker, rows_per_file)
         return cls(Inputs(folder, shards, description, division, options), reader, row_maker)
@@ -455,15 +454,6 @@ def _choose_row_maker(
         raise ValueError("a function of images needs a reader with decode=True")
     meta = getattr(fn, "meta", None) if meta is None else meta
     return FunctionRows(fn, reader.on_error, None if meta is None else read_meta(meta))
-
-
-def open_folder(
-    out: str, storage_options: dict[str, Any], out_options: dict[str, Any] | None
-) -> JobFolder:
-    """Return a job's folder; a remote one has the shards' options, unless it has its own."""
-    if out_options is None:
-        out_options = {} if is_local(out) else storage_options
-    return JobFolder(resolve_path(os.path.expanduser(out)), out_options)
 
 
 @contextmanager

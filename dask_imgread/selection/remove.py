@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from dask_imgread.jobs.folder import resolve_out
 from dask_imgread.selection.folder import NOT_FOUND, REMOVED, OutputFolder
 from dask_imgread.selection.shard_writer import Written, check_version
-from dask_imgread.selection.write import check_place, digest_rows, resolve_out, run_writer
+from dask_imgread.selection.write import check_place, digest_rows, run_writer
 from dask_imgread.shards.find import stat_shard
 from dask_imgread.shards.samples import index_members, split_name
 from dask_imgread.shards.sources import find_compression, open_shard

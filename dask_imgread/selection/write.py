@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from dask_imgread.cluster.start import wait_for_workers
 from dask_imgread.cluster.window import run_tasks
 from dask_imgread.errors import JobError
+from dask_imgread.jobs.folder import resolve_out
 from dask_imgread.jobs.run import choose_client, raise_job_errors
 from dask_imgread.progress import Progress, choose_progress
 from dask_imgread.reading.reader import ImageReaderStage
@@ -184,16 +185,6 @@ def write_shards(
     return dd.read_parquet(
         f"{place}/metadata", dtype_backend="pyarrow", storage_options=out_options or None
     )
-
-
-def resolve_out(
-    out: str | os.PathLike[str], options: dict[str, Any], out_options: dict[str, Any] | None
-) -> tuple[str, dict[str, Any]]:
-    """Return the path or URL of the output, and the options of its file system."""
-    place = resolve_path(os.path.expanduser(os.fspath(out))).rstrip("/")
-    if out_options is None:
-        out_options = {} if is_local(place) else options
-    return place, out_options
 
 
 def _list(names: str | Iterable[str]) -> list[str]:

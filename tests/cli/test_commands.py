@@ -9,7 +9,8 @@ from PIL import Image
 
 from dask_imgread import ImageReaderStage
 from dask_imgread.cli.arguments import NOT_OFFERED, READER_HELP, make_parser
-from dask_imgread.cli.commands import find_free, make_reader
+from dask_imgread.cli.commands import make_reader
+from dask_imgread.cli.demo import find_free
 from dask_imgread.cli.main import main
 from tests.helpers import commands
 
@@ -88,6 +89,15 @@ for line in sys.argv[1:]:
 """
 
 
+def list_modules(*lines):
+    """Return what is loaded after each command line, one after the other in a new process."""
+    command = [sys.executable, "-c", LIST_MODULES, *lines]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    told = [line for line in done.stdout.splitlines() if line.startswith("loaded after")]
+    modules = ({*line.partition(" loaded:")[2].split()} for line in told)
+    return dict(zip(lines, modules, strict=True))
+
+
 def test_help_and_refusals_do_not_wait_for_dask():
     lines = [
         *("--help", "--version", "metadata --help", "apply --help", "demo --help", "verify --help"),
@@ -96,16 +106,16 @@ def test_help_and_refusals_do_not_wait_for_dask():
         *("metadata", "metadata s --out o --resize 9", "verify", "demo --images 0"),
         "metadata --config nonsense.toml",
     ]
-    command = [sys.executable, "-c", LIST_MODULES, *lines]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    loaded = [line for line in done.stdout.splitlines() if line.startswith("loaded after")]
-    assert len(loaded) == len(lines)
-    for line in loaded:
-        arguments, _, modules = line.partition(" loaded:")
-        modules = {*modules.split()}
+    for line, modules in list_modules(*lines).items():
         assert "dask_imgread.cli.arguments" in modules
         slow = modules & {"dask", "distributed", "numpy", "pandas", "pyarrow", "PIL"}
-        assert slow == set(), arguments
+        assert slow == set(), line
+
+
+def test_commands_on_shards_do_not_wait_for_dasks_frames():
+    for line, modules in list_modules("verify nope.tar", "metadata nope.tar --out o").items():
+        assert "dask_imgread.verify" in modules
+        assert "dask.dataframe" not in modules, line
 
 
 def test_every_option_of_the_reader_is_offered_or_left_out_for_a_reason():

@@ -19,8 +19,9 @@ from distributed.config import initialize_logging
 
 ROOT = Path(__file__).parents[2]
 IMPORTED = [
-    *("tests.helpers.commands", "dask_imgread.cli.commands", "dask_imgread.decoding.dali"),
-    *("distributed.nanny", "distributed.dashboard.scheduler", "dask_imgread.report.page"),
+    *("tests.helpers.commands", "dask_imgread.decoding.dali", "dask_imgread.report.page"),
+    *("dask_imgread.cli.demo", "dask_imgread.cli.select", "dask_imgread.cli.duplicates"),
+    *("distributed.nanny", "distributed.dashboard.scheduler"),
     *("nvidia.dali.fn", "simplejpeg", "skimage", "sklearn.datasets"),
 ]
 

@@ -224,6 +224,17 @@ def test_a_gpu_is_asked_for_where_there_is_one(curator, monkeypatch):
     assert curator.stage(device="cpu").resources.gpus == 0
 
 
+def test_other_options_need_other_resources(curator, monkeypatch):
+    monkeypatch.setattr("dask_imgread.cluster.gpu.count_gpus", lambda: 1)
+    stage = curator.stage(num_gpus_per_worker=0.5)
+    assert stage.with_options(device="cpu").resources.gpus == 0
+    assert stage.with_options(device="cpu").with_options(device="auto").resources.gpus == 0.5
+    assert stage.with_options(num_gpus_per_worker=1).resources.gpus == 1
+    assert stage.resources.gpus == 0.5
+    chosen = stage.with_(resources=curator.Resources(cpus=2))
+    assert chosen.with_options(device="cpu").resources == curator.Resources(cpus=2)
+
+
 def test_only_one_file_imports_nemo_curator():
     files = Path(dask_imgread.__file__).parent.rglob("*.py")
     users = [p.name for p in files if re.search(r"(import|from) nemo_curator", p.read_text())]

@@ -839,6 +839,7 @@ def test_only_the_result_is_on_stdout(folder, shards):
         ('storage-option = ["anon=true"]', "storage-option: a dict is expected"),
         ("overwrite = 1", "overwrite: a bool is expected"),
         ("nonsense = 1", "no such option: nonsense"),
+        ("batch_size = 4", "do you mean dali-batch-size?"),
         ("out = ", "Invalid value"),
     ],
 )

@@ -6,29 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dask_imgread import (
-    ImageReaderStage,
-    ReadError,
-    load_images,
-    partition_shards,
-    read_metadata,
-    run_job,
-)
-from dask_imgread.tasks import make_frame
+from dask_imgread import ImageReaderStage, ReadError, load_images, read_metadata, run_job
 from tests.helpers.servers import serve_http
 
 READER = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
-
-
-@pytest.fixture(scope="module")
-def images(photo_shards):
-    batches = [batch for task in partition_shards(photo_shards) for batch in READER.stream(task)]
-    return {image.image_id: image for batch in batches for image in batch.data}
-
-
-@pytest.fixture
-def frame(images):
-    return make_frame(images.values())
 
 
 @pytest.fixture(autouse=True)

@@ -31,18 +31,6 @@ READER = ImageReaderStage(device="cpu", verbose=False, sidecars=False)
 MINIMUM = ["shard", "key", "offset", "size"]
 
 
-@pytest.fixture(scope="module")
-def images(photo_shards):
-    """All images of the shards by id, in order."""
-    batches = [batch for task in partition_shards(photo_shards) for batch in READER.stream(task)]
-    return {image.image_id: image for batch in batches for image in batch.data}
-
-
-@pytest.fixture
-def frame(images):
-    return make_frame(images.values())
-
-
 def read(frame, reader=READER, **options):
     """Return the images read, and those that failed; every row is one of them."""
     batches = [b for task in partition_shards(frame, **options) for b in reader.stream(task)]
