@@ -24,6 +24,7 @@ _MIN_HUGE_PAGE_BYTES = 1 << 22  # below this huge pages don't pay off
 _ALIGNMENT = 64  # bytes of a cache line, at which arrays in a shared buffer start
 _IDLE_SECONDS = 30.0  # after which idle memory is released
 _IDLE_BYTES = 640 << 20  # kept at most: two batches of the default size
+_IDLE_BLOCKS = 128 << 20  # of stores: sixteen large blocks
 
 
 class _Lease:
@@ -172,7 +173,7 @@ def count_bytes_held(arrays: Iterable[NDArray[Any]]) -> int:
 
 
 BUFFERS = BufferPool()  # for images, and for local shards
-BLOCKS = BufferPool()  # for what comes from stores
+BLOCKS = BufferPool(_IDLE_BLOCKS)  # for what comes from stores
 for _pool in (BUFFERS, BLOCKS):
     os.register_at_fork(after_in_child=_pool._reset_after_fork)
 

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import dask
 import dask.bag as db
@@ -32,20 +32,26 @@ from dask_imgread.rows import (
     name_function,
     to_array,
 )
-from dask_imgread.shards.frames import is_lazy, open_frame
+from dask_imgread.shards.ahead import SHARDS_AT_ONCE
+from dask_imgread.shards.find import Shard
+from dask_imgread.shards.frames import is_frame, is_lazy, open_frame
 from dask_imgread.shards.partition import (
     Partitioning,
     PartitionOptions,
     PathsOrTasks,
-    join_tasks,
     list_tasks,
+    split_task,
 )
 from dask_imgread.sidecars import MetadataColumns, Sidecars
+from dask_imgread.storage.filesystems import is_local
 from dask_imgread.tasks import FileGroupTask, ImageBatch, is_task, make_index
 
 if TYPE_CHECKING:
     from dask.bag import Bag
     from dask.dataframe import DataFrame
+
+_JOINED_IMAGES = 500  # of a task, on average, if they are chosen from several shards
+_PATIENCE = "5s"  # with a scheduler that does not answer
 
 
 def read_bag(
@@ -96,8 +102,7 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    given = _list_parts(paths_or_tasks, partitioning)
-    parts, options = given.join(reader), given.options
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning, reader)
     if not parts:
         return db.from_sequence([], npartitions=1)
     name = f"read-images-{tokenize(reader, parts, options)}"
@@ -106,63 +111,78 @@ def read_bag(
         (name, number): (db.core.reify, (_stream, reader, getattr(part, "key", part), options))
         for number, part in enumerate(parts)
     }
-    delayed = [] if given.frame is None else parts
+    delayed = [] if frame is None else parts
     return db.Bag(
         HighLevelGraph.from_collections(name, graph, dependencies=delayed), name, len(parts)
     )
 
 
-class _Parts(NamedTuple):
-    """What is to be read: tasks, or the partitions of a frame of Dask."""
-
-    parts: list[Any]
-    frame: DataFrame | None
-    options: PartitionOptions  # with which each partition of the frame is read
-    undivided: bool  # the tasks were made here, and nobody said how
-
-    def join(self, reader: ImageReaderStage) -> list[Any]:
-        """Return the parts; some tasks as one, where it reads their shards at the same time."""
-        if self.undivided and (not reader.decode or any(t.rows is not None for t in self.parts)):
-            return join_tasks(self.parts, _count_threads())
-        return self.parts
-
-
-def _list_parts(given: PathsOrTasks, partitioning: PartitionOptions) -> _Parts:
+def _list_parts(
+    given: PathsOrTasks, partitioning: PartitionOptions, reader: ImageReaderStage
+) -> tuple[DataFrame | None, list[Any], PartitionOptions]:
+    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each."""
     frame = open_frame(given, partitioning.get("storage_options"))
     divisions = (*Partitioning.__optional_keys__, "limit")
     undivided = all(partitioning.get(name) is None for name in divisions)
     if undivided and is_lazy(frame):
-        return _Parts(frame.to_delayed(), frame, partitioning, undivided=False)
+        return frame, frame.to_delayed(), partitioning
     if frame is not None:
-        given = frame
-    elif isinstance(given, str | os.PathLike):
+        if undivided:
+            count = _count_joined(list(map(str, frame["shard"].unique())), len(frame))
+            partitioning = {**partitioning, "files_per_partition": count}
+        return None, list_tasks(frame, **partitioning), {}
+    if isinstance(given, str | os.PathLike):
         given = [given]  # else it would be asked once more whether this is a job's folder
     elif is_task(given):
         undivided = False
     else:
         given = list(cast("Iterable[Any]", given))
         undivided &= not any(map(is_task, given))
-    return _Parts(list_tasks(given, **partitioning), None, {}, undivided)
+    tasks = list_tasks(given, **partitioning)
+    count = _count_joined([task.data[0] for task in tasks]) if undivided else 1
+    if count > 1 and not reader.decode:
+        shards = [Shard(task.data[0], task.sizes[0], task.versions[0]) for task in tasks]
+        partitioning = {**partitioning, "files_per_partition": count}
+        tasks = list_tasks(shards, **partitioning)
+    return None, tasks, {}
+
+
+def _count_joined(shards: list[str], images: int = 0) -> int:
+    """Return how many shards a task should have of which headers, or some images, are read.
+
+    A reader reads those of several shards in stores at a time. There are as many tasks as can run
+    at a time, or more.
+    """
+    if len(shards) < 2 or any(map(is_local, shards)):
+        return 1
+    counts = [SHARDS_AT_ONCE, len(shards) // (_count_threads() or len(shards))]
+    if images:
+        counts.append(_JOINED_IMAGES * len(shards) // images)
+    return max(1, min(counts))
 
 
 def _count_threads() -> int:
     """Return how many tasks run at a time where the collection will most likely be computed."""
-    with suppress(ValueError):  # there is no client
+    with suppress(ValueError, OSError, RuntimeError):  # no client, or one without a scheduler
         client = default_client()
         if not client.asynchronous:
-            threads: int = sum(client.nthreads().values())
-            return max(1, threads)
-    return max(1, int(CPU_COUNT))
+            return sum(client.nthreads(callback_timeout=_PATIENCE).values())
+    return int(CPU_COUNT)
 
 
 def _stream(
-    reader: ImageReaderStage, part: FileGroupTask | pd.DataFrame, options: PartitionOptions
+    reader: ImageReaderStage,
+    part: FileGroupTask | pd.DataFrame,
+    options: PartitionOptions,
+    *,
+    together: bool = True,
 ) -> Iterator[ImageBatch]:
-    """Read a task, or a partition of rows: its shards in one task, which reads several at once."""
-    if not isinstance(part, FileGroupTask):
+    """Read a task, or a partition of rows: its shards together, or strictly one after another."""
+    if together and not isinstance(part, FileGroupTask):
         options = {**options, "files_per_partition": max(1, len(part))}
     for task in list_tasks(part, **options):
-        yield from reader.read(task)
+        for each in [task] if together else split_task(task):
+            yield from reader.read(each)
 
 
 def read_metadata(
@@ -242,12 +262,15 @@ def read_metadata(
     columns = MetadataColumns.parse(sidecars, reader.digests)
     if columns.sidecars or not decode:
         reader = reader.with_options(sidecars=columns.extensions)
-    given = _list_parts(paths_or_tasks, partitioning)
     if columns.sidecars:
-        if given.frame is not None or any(task.rows is not None for task in given.parts):
+        frame, tasks = paths_or_tasks, list[Any]()
+        if not is_frame(frame):
+            frame, tasks, _ = _list_parts(paths_or_tasks, partitioning, reader)
+        if frame is not None or any(task.rows is not None for task in tasks):
             raise ValueError("sidecars: of a frame's images nothing else is read; give the shards")
-        columns = columns.infer_types(reader, given.parts, _compute)
-    return _map_parts(columns, given, reader, columns.meta)
+        columns = columns.infer_types(reader, tasks, _compute)
+        paths_or_tasks, partitioning = tasks, {}
+    return map_images(columns, paths_or_tasks, reader=reader, **partitioning)
 
 
 def _compute(fn: Callable[[Any], Any], part: Any) -> Any:
@@ -319,24 +342,17 @@ def map_images(
     >>> frame["mean"].compute(scheduler="sync").between(0, 255).all()
     np.True_
     """
-    given = _list_parts(paths_or_tasks, partitioning)
     reader = reader or ImageReaderStage()
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning, reader)
     meta = getattr(fn, "meta", None) if meta is None else meta
-    meta = _infer_meta(reader, fn, given) if meta is None else _complete_meta(meta)
-    return _map_parts(fn, given, reader, meta)
-
-
-def _map_parts(
-    fn: BatchFunction, given: _Parts, reader: ImageReaderStage, meta: pd.DataFrame
-) -> DataFrame:
-    read = PartitionReader(reader, fn, meta, given.options)
-    if given.frame is not None:
-        return given.frame.map_partitions(
-            read, meta=meta, enforce_metadata=False, clear_divisions=True, align_dataframes=False
-        )
-    parts = given.join(reader)
+    meta = _infer_meta(reader, fn, parts, options) if meta is None else _complete_meta(meta)
     if not parts:
         return dd.from_pandas(meta, npartitions=1)
+    read = PartitionReader(reader, fn, meta, options)
+    if frame is not None:
+        return frame.map_partitions(
+            read, meta=meta, enforce_metadata=False, clear_divisions=True, align_dataframes=False
+        )
     # The rows have the types of `meta` already. Without this setting Dask would add a second task
     # to each partition, to convert objects to strings.
     with dask.config.set({"dataframe.convert-string": False}):
@@ -349,11 +365,13 @@ def _complete_meta(meta: pd.DataFrame) -> pd.DataFrame:
     return meta[:0].set_axis(make_index([])) if meta.index.name == "image_id" and untyped else meta
 
 
-def _infer_meta(reader: ImageReaderStage, fn: BatchFunction, given: _Parts) -> pd.DataFrame:
+def _infer_meta(
+    reader: ImageReaderStage, fn: BatchFunction, parts: list[Any], options: PartitionOptions
+) -> pd.DataFrame:
     """Run the function on a few images, where Dask computes; return an empty frame of the types."""
     small = reader.with_options(dali_batch_size=INFERRED_BATCH)
-    for part in given.parts[:INFERRED_TASKS]:
-        infer = functools.partial(_infer_from_part, small, fn, options=given.options)
+    for part in parts[:INFERRED_TASKS]:
+        infer = functools.partial(_infer_from_part, small, fn, options=options)
         meta: pd.DataFrame | None = _compute(infer, part)
         if meta is not None:
             return meta
@@ -369,7 +387,7 @@ def _infer_from_part(
     part: FileGroupTask | pd.DataFrame,
     options: PartitionOptions,
 ) -> pd.DataFrame | None:
-    batches = (batch for batch in _stream(reader, part, options) if batch.data)
+    batches = (b for b in _stream(reader, part, options, together=False) if b.data)
     made = (make_rows(fn, batch) for batch in itertools.islice(batches, INFERRED_BATCHES))
     rows = [each for each in made if len(each)]  # an empty frame has no reliable types
     if not rows:

@@ -24,6 +24,7 @@ from dask_imgread.reading.options import clean_extension
 from dask_imgread.reading.reader import ImageReaderStage
 from dask_imgread.reading.records import UNREACHABLE
 from dask_imgread.rows import INFERRED_BATCH, INFERRED_BATCHES, INFERRED_TASKS
+from dask_imgread.shards.partition import split_task
 from dask_imgread.shards.samples import find_sidecar_type, is_image
 from dask_imgread.tasks import (
     OWN_COLUMNS,
@@ -232,7 +233,8 @@ def find_types(
     StorageError
         If a store refuses one of the images.
     """
-    images = (image for batch in reader.read(task) for image in [*batch.data, *batch.failed])
+    batches = (batch for each in split_task(task) for batch in reader.read(each))
+    images = (image for batch in batches for image in [*batch.data, *batch.failed])
     first = list(islice(images, INFERRED_BATCH * INFERRED_BATCHES))
     for image in first:
         if image.cause == UNREACHABLE:

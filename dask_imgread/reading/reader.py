@@ -24,6 +24,7 @@ from dask_imgread.reading.shard_reader import ShardQueue, ShardReader
 from dask_imgread.shards.ahead import SHARDS_AT_ONCE
 from dask_imgread.shards.frames import group_by_shard
 from dask_imgread.stage import ProcessingStage, Resources
+from dask_imgread.storage.filesystems import is_local
 from dask_imgread.storage.redaction import hide_secrets
 from dask_imgread.tasks import FileGroupTask, ImageBatch, adopt_task
 from dask_imgread.texts import render_table, shorten
@@ -372,9 +373,12 @@ class ImageReaderStage(ReaderOptions, ProcessingStage[FileGroupTask, ImageBatch]
     def _list_shards(self, task: FileGroupTask, decoder_options: DecoderOptions) -> ShardQueue:
         shards = task.name_shards(self.relative_to)
         rows = dict.fromkeys(shards) if task.rows is None else group_by_shard(task.rows)
-        # Of a shard that is decoded whole, the beginning is enough to go on without a pause.
-        at_once = 2 if self.decode and task.rows is None else SHARDS_AT_ONCE
-        read_ahead = self.read_ahead // (1 if at_once == 2 else min(at_once, len(shards)))
+        at_once, read_ahead = SHARDS_AT_ONCE, self.read_ahead
+        if self.decode and task.rows is None:
+            at_once = 2  # of the next one, the beginning is enough to go on without a pause
+        else:
+            remote = sum(not is_local(path) for path in shards)
+            read_ahead //= min(at_once, max(1, remote))
         readers = (
             ShardReader(self, decoder_options, task, path, shard_id, rows[path], read_ahead)
             for path, shard_id in shards.items()

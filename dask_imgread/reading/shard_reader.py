@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import islice
 from operator import attrgetter
@@ -33,7 +33,7 @@ from dask_imgread.shards.samples import ShardIndex, index_members, index_stream
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import ByteSource, Member, NotTarError, walk_members
 from dask_imgread.storage.filesystems import Place, connect, is_local
-from dask_imgread.storage.ranges import Stops
+from dask_imgread.storage.ranges import Stopper
 from dask_imgread.storage.redaction import hide_secrets, redact_url
 from dask_imgread.tasks import FileGroupTask, ImageObject
 
@@ -85,18 +85,21 @@ class ShardReader:
         self._shown = redact_url(path)
         self._read_ahead = read_ahead
         self._found = self._read_all() if rows is None else self._read_chosen(rows)
-        self._early: Future[list[Found]] | None = None
+        self._early: Future[None] | None = None
+        self._first: deque[Found] = deque()  # that were found early
         self._place: Place | None = None
-        self._stops = Stops()
+        self._stopper = Stopper()
         self._last_stretch = self._find_last_stretch(whole=rows is None)
 
     def read(self, begin_next: Callable[[], None]) -> Iterator[Found]:
         """Yield the images; call ``begin_next`` when the next shards should be begun."""
         if self._last_stretch == 0:
             begin_next()
-        early = [] if self._early is None else self._early.result()[::-1]
-        while early:
-            yield early.pop()
+        if self._early is not None:
+            wait([self._early])
+            while self._first:
+                yield self._first.popleft()
+            self._early.result()  # raises what ended it
         for found in self._found:
             if found.image.offset >= self._last_stretch:
                 begin_next()
@@ -111,22 +114,23 @@ class ShardReader:
 
     def stop(self) -> None:
         """Cancel all requests; the thread that reads comes to an end."""
-        self._stops.stop()
+        self._stopper.stop()
 
     def close(self) -> None:
         """Close the shard, once no thread reads it."""
+        self.stop()
+        if self._early is not None and not self._early.cancel():
+            wait([self._early])
         self._found.close()
 
-    def _read_early(self) -> list[Found]:
+    def _read_early(self) -> None:
         most = _EARLY_IMAGES if self._options.decode else _EARLY_HEADERS
-        found: list[Found] = []
         size = 0
-        for each in self._found:
-            found.append(each)
-            size += each.more_bytes
-            if len(found) >= most or size >= _EARLY_BYTES:
+        for found in islice(self._found, most):
+            self._first.append(found)
+            size += found.more_bytes
+            if size >= _EARLY_BYTES:
                 break
-        return found
 
     def _find_last_stretch(self, *, whole: bool) -> float:
         """Return the offset from which on the next shards should be begun.
@@ -173,14 +177,14 @@ class ShardReader:
         with ExitStack() as stack:
             problem = version = None
             try:
-                _, size, version = stat_shard(path, storage_options, self._stops, self._place)
+                _, size, version = stat_shard(path, storage_options, self._stopper, self._place)
                 opened = open_shard(
                     path,
                     storage_options,
                     size=size,
                     read_ahead=self._read_ahead,
                     parts=list_parts(images, size),
-                    stops=self._stops,
+                    stopper=self._stopper,
                     place=self._place,
                 )
                 source = stack.enter_context(opened)
@@ -205,7 +209,7 @@ class ShardReader:
             size=task.find_size(self._path),
             read_ahead=self._read_ahead,
             skipping=not (options.decode or options.digests) or task.index is not None,
-            stops=self._stops,
+            stopper=self._stopper,
             place=self._place,
         )
 
@@ -272,8 +276,8 @@ class ShardQueue:
     def begin_next(self) -> None:
         """Begin the shards that follow the one in use."""
         for shard in islice(self._waiting, self._at_once - 1 - len(self._begun)):
+            self._begun.append(shard)  # first: it is to be closed even if this is interrupted
             shard.begin(self._pool)
-            self._begun.append(shard)
 
     def close(self) -> None:
         """End and close the shards that were begun."""

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dask_imgread.storage.filesystems import Place, connect, is_local
-from dask_imgread.storage.ranges import Stops, look_up
+from dask_imgread.storage.ranges import Stopper, look_up
 from dask_imgread.storage.redaction import redact_url
 from dask_imgread.storage.retries import with_retries
 
@@ -162,7 +162,7 @@ def make_version(info: dict[str, Any]) -> str:
 def stat_shard(
     path: str,
     storage_options: dict[str, Any],
-    stops: Stops | None = None,
+    stopper: Stopper | None = None,
     place: Place | None = None,
 ) -> Shard:
     """Look up one shard's size and the token for its content.
@@ -171,8 +171,8 @@ def stat_shard(
     ----------
     path, storage_options
         The shard.
-    stops
-        To end the request from another thread.
+    stopper
+        To stop the request from another thread.
     place
         Where it lies, if ``connect`` was called already.
 
@@ -183,4 +183,4 @@ def stat_shard(
     """
     fs, name = place or connect(path, storage_options)
     fs.invalidate_cache(name)  # else the file may be another than the one that was listed
-    return _make_shard(fs, name, look_up(fs, name, path, stops))
+    return _make_shard(fs, name, look_up(fs, name, path, stopper or Stopper()))

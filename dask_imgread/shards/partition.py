@@ -9,17 +9,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
-import pandas as pd
-
 from dask_imgread.hints import check_keywords
 from dask_imgread.reading.options import ReaderOptions
 from dask_imgread.shards.ahead import SHARDS_AT_ONCE
 from dask_imgread.shards.find import Paths, Shard, find_shards
-from dask_imgread.shards.frames import divide_rows, is_frame, is_lazy, open_frame
+from dask_imgread.shards.frames import divide_rows, group_by_shard, is_frame, is_lazy, open_frame
 from dask_imgread.shards.samples import cut_at_samples, index_members
 from dask_imgread.shards.sources import open_shard
 from dask_imgread.shards.tar import NotTarError, walk_members
-from dask_imgread.storage.filesystems import is_local
+from dask_imgread.storage.filesystems import is_local, resolve_path
 from dask_imgread.tasks import FileGroupTask, adopt_task, is_task
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ _FOR_READERS = {
     field.name: f"it is an option of the reader: reader=ImageReaderStage({field.name}=...)"
     for field in fields(ReaderOptions)
 }
-_JOINED_IMAGES = 500  # of a task, on average, if they are chosen from several shards
 
 
 class Partitioning(TypedDict, total=False):
@@ -241,35 +238,20 @@ def _make_task(shards: list[Shard], config: dict[str, Any]) -> FileGroupTask:
     )
 
 
-def join_tasks(tasks: list[FileGroupTask], least: int) -> list[FileGroupTask]:
-    """Join tasks whose shards are all in stores, for a reader that reads some at the same time.
-
-    The result has ``least`` tasks or more. Each has so many shards as are read at a time, or fewer
-    if rows name many images of them. They must have the same options.
-    """
-    count = min(SHARDS_AT_ONCE, len(tasks) // least)
-    images = sum(0 if task.rows is None else len(task.rows) for task in tasks)
-    if images:
-        count = min(count, _JOINED_IMAGES * len(tasks) // images)
-    if count < 2 or any(is_local(path) for task in tasks for path in task.data):
-        return tasks
-    return [
-        _join(tasks[start : start + count], f"file_group_{number}")
-        for number, start in enumerate(range(0, len(tasks), count))
-    ]
-
-
-def _join(tasks: list[FileGroupTask], task_id: str) -> FileGroupTask:
-    rows = [task.rows for task in tasks if task.rows is not None]
-    known = all(task.versions for task in tasks)
-    return replace(
-        tasks[0],
-        task_id=task_id,
-        data=[path for task in tasks for path in task.data],
-        versions=tuple(each for task in tasks for each in task.versions) if known else (),
-        sizes=tuple(each for task in tasks for each in task.sizes),
-        rows=pd.concat(rows) if rows else None,
-    )
+def split_task(task: FileGroupTask) -> Iterator[FileGroupTask]:
+    """Yield a task for each shard of a task."""
+    if len(task.data) == 1:
+        yield task
+        return
+    rows = None if task.rows is None else group_by_shard(task.rows)
+    for number, path in enumerate(task.data):
+        yield replace(
+            task,
+            data=[path],
+            versions=task.versions[number : number + 1],
+            sizes=task.sizes[number : number + 1],
+            rows=None if rows is None else rows[resolve_path(path)],
+        )
 
 
 def _cut_by_images(

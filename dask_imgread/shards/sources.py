@@ -15,7 +15,7 @@ from dask_imgread.shards.parts import Parts, join_parts
 from dask_imgread.shards.streams import ResumedFile, SourceFile, Stream
 from dask_imgread.shards.tar import BLOCK, ByteSource, is_header
 from dask_imgread.storage.filesystems import Place, connect
-from dask_imgread.storage.ranges import NoRangesError, RangeReader, Stops
+from dask_imgread.storage.ranges import NoRangesError, RangeReader, Stopper
 
 # Names are not reliable: a file's first bytes show how it is compressed. Skippable frames of zstd
 # (RFC 8878, 3.1.2) may come first.
@@ -40,7 +40,7 @@ def open_shard(
     read_ahead: int = READ_AHEAD,
     skipping: bool = False,
     parts: list[tuple[int, int]] | None = None,
-    stops: Stops | None = None,
+    stopper: Stopper | None = None,
     place: Place | None = None,
 ) -> Iterator[ByteSource]:
     """Open a shard's tar bytes for reading at any offset, decompressed where it is compressed.
@@ -66,8 +66,8 @@ def open_shard(
     parts
         What will be viewed, in ascending order, if not all: no more is read than that, and the
         first bytes, if the shard is not compressed.
-    stops
-        To end all requests from another thread; later reads raise.
+    stopper
+        To stop all requests from another thread; later reads raise.
     place
         Where the shard lies, if ``connect`` was called already, perhaps in another thread.
 
@@ -77,21 +77,21 @@ def open_shard(
         If it can't be opened.
     """
     fs, name = place or connect(path, storage_options or {})
-    stops = stops or Stops()
+    stopper = stopper or Stopper()
     source: LocalSource | ReadAhead | Parts
     if isinstance(fs, LocalFileSystem):
         source = LocalSource(name, parts)
     elif parts is not None and not name.partition("?")[0].endswith(_COMPRESSED):
-        source = _open_parts(fs, name, size, read_ahead, parts, stops)
+        source = _open_parts(fs, name, size, read_ahead, parts, stopper)
     else:
-        source = _open_remote(fs, name, start, size, read_ahead, skipping, stops)
+        source = _open_remote(fs, name, start, size, read_ahead, skipping, stopper)
     with ExitStack() as stack:
         stack.callback(source.close)
         codec = None if plain else find_compression(source.read_at(0, BLOCK))
         if codec is not None:
             if isinstance(source, Parts):  # of what is compressed all must be fetched
                 stack.close()
-                source = _open_remote(fs, name, 0, size, read_ahead, False, stops)
+                source = _open_remote(fs, name, 0, size, read_ahead, False, stopper)
             stack.pop_all()
             source = ReadAhead(Stream(SourceFile(source), codec), read_ahead)
             stack.callback(source.close)
@@ -105,29 +105,21 @@ def _open_remote(
     size: int | None,
     read_ahead: int,
     skipping: bool,
-    stops: Stops,
+    stopper: Stopper,
 ) -> ReadAhead:
     """Open a remote file, and read its first bytes: they tell whether its server sends ranges."""
     if size is not None and size <= start:
         size = None  # it is wrong
     try:
-        source = ReadAhead(RangeReader(fs, name, size), read_ahead, start=start, skipping=skipping)
-        stops.add(source)
+        ranges = RangeReader(fs, name, size, stopper)
+        source = ReadAhead(ranges, read_ahead, start=start, skipping=skipping)
         try:
             source.view_at(start, BLOCK)
         except BaseException:
             source.close()
             raise
     except NoRangesError:
-        return _open_stream(fs, name, read_ahead, stops)
-    return source
-
-
-def _open_stream(
-    fs: fsspec.AbstractFileSystem, name: str, read_ahead: int, stops: Stops
-) -> ReadAhead:
-    source = ReadAhead(Stream(ResumedFile(fs, name)), read_ahead)
-    stops.add(source)
+        return ReadAhead(Stream(ResumedFile(fs, name, stopper)), read_ahead)
     return source
 
 
@@ -137,16 +129,16 @@ def _open_parts(
     size: int | None,
     read_ahead: int,
     parts: list[tuple[int, int]],
-    stops: Stops,
+    stopper: Stopper,
 ) -> ReadAhead | Parts:
     """Open some parts of a remote file, with its first bytes."""
-    source = Parts(RangeReader(fs, name, size), join_parts([(0, BLOCK), *parts]), read_ahead)
-    stops.add(source)
+    ranges = RangeReader(fs, name, size, stopper)
+    source = Parts(ranges, join_parts([(0, BLOCK), *parts]), read_ahead)
     try:
         source.view_at(0, BLOCK)
     except NoRangesError:
         source.close()
-        return _open_stream(fs, name, read_ahead, stops)
+        return ReadAhead(Stream(ResumedFile(fs, name, stopper)), read_ahead)
     except BaseException:
         source.close()
         raise

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dask_imgread.shards.ahead import ReadAhead
 from dask_imgread.shards.local import LocalSource
-from dask_imgread.storage.ranges import Marks, Requests, ask, can_ask, list_marks
+from dask_imgread.storage.ranges import Marks, Requests, Stopper, ask, can_ask, list_marks
 from dask_imgread.storage.retries import until_stopped
 
 _PIECE_BYTES = 512  # what is lost at most where a compressed stream breaks off
@@ -126,12 +126,14 @@ class SourceFile(io.RawIOBase):
 class ResumedFile(io.RawIOBase):
     """A remote file, read from its beginning on, and reopened where its connection breaks."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, name: str) -> None:
+    def __init__(
+        self, fs: fsspec.AbstractFileSystem, name: str, stopper: Stopper | None = None
+    ) -> None:
         super().__init__()
         self._fs, self._name = fs, name
         self._file: IO[bytes] | _Body | None = None
         self._done = 0
-        self._requests, self._marks = Requests(fs), Marks(name)
+        self._requests, self._marks = (stopper or Stopper()).make_requests(), Marks(name)
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes; transient errors are retried."""
@@ -192,16 +194,16 @@ class _Body:
     """A whole file of a web server or a store: the body of one answer."""
 
     def __init__(self, requests: Requests, fs: fsspec.AbstractFileSystem, name: str) -> None:
-        self._requests, self._loop = requests, fs.loop
-        self._response, _, headers = requests.run(ask(fs, name))
+        self._requests, self._fs = requests, fs
+        self._response, _, headers = requests.run(fs, ask(fs, name))
         length = headers.get("content-length")
         self.marks = list_marks(headers, None if length is None else int(length))
 
     def read(self, size: int) -> bytes:
         """Return the next bytes."""
-        content: bytes = self._requests.run(self._response.content.read(size))
+        content: bytes = self._requests.run(self._fs, self._response.content.read(size))
         return content
 
     def close(self) -> None:
         """End the answer."""
-        self._loop.call_soon_threadsafe(self._response.close)
+        self._fs.loop.call_soon_threadsafe(self._response.close)

@@ -7,14 +7,14 @@ import re
 import threading
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
 from dask_imgread.buffers import BLOCKS
 from dask_imgread.storage.filesystems import reach_hub
 from dask_imgread.storage.redaction import redact_url
-from dask_imgread.storage.retries import find_status, until_stopped, with_retries
+from dask_imgread.storage.retries import find_status, until_stopped
 
 Result = TypeVar("Result")
 
@@ -61,29 +61,21 @@ def list_marks(headers: Mapping[str, str], size: int | None) -> dict[str, Any]:
     return {"size": size, kind: headers.get(kind.lower())}
 
 
-class Stoppable(Protocol):
-    """Something that reads, perhaps in another thread."""
-
-    def stop(self) -> None:
-        """End what is under way; reads raise from now on."""
-
-
 class Requests:
     """Requests on fsspec's event loop, all of which can be cancelled. Thread-safe."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
-        self._fs = fs
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: set[Future[Any]] = set()
         self.stopped = threading.Event()
 
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+    def run(self, fs: fsspec.AbstractFileSystem, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Wait for a request's result; raise CancelledError once ``stop`` was called."""
         with self._lock:
             if self.stopped.is_set():
                 coroutine.close()
                 raise CancelledError
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop)
+            future = asyncio.run_coroutine_threadsafe(coroutine, fs.loop)
             self._running.add(future)
         try:
             return future.result()
@@ -99,40 +91,40 @@ class Requests:
                 future.cancel()
 
 
-class Stops:
-    """What is read of a shard, so that another thread can stop it. Thread-safe."""
+class Stopper:
+    """Stops all requests for a shard, from another thread. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: list[Stoppable] = []
+        self._made: list[Requests] = []
         self._stopped = False
 
-    def add(self, running: Stoppable) -> None:
-        """Add something that is about to read; stop it if ``stop`` was called before."""
+    def make_requests(self) -> Requests:
+        """Return new requests; they are stopped already if ``stop`` was called."""
+        requests = Requests()
         with self._lock:
-            self._running.append(running)
-            stopped = self._stopped
-        if stopped:
-            running.stop()
+            self._made.append(requests)
+            if self._stopped:
+                requests.stop()
+        return requests
 
     def stop(self) -> None:
-        """Stop all that was added, and all that will be."""
+        """Stop all requests."""
         with self._lock:
             self._stopped = True
-        for running in self._running:
-            running.stop()
+            for requests in self._made:
+                requests.stop()
 
 
-def look_up(
-    fs: fsspec.AbstractFileSystem, name: str, url: str, stops: Stops | None = None
-) -> dict[str, Any]:
-    """Return what a file system tells about a file; ``stops`` may end the request."""
-    if stops is None or not fs.async_impl:
-        info: dict[str, Any] = with_retries(fs.info, url, name)
+def look_up(fs: fsspec.AbstractFileSystem, name: str, url: str, stopper: Stopper) -> dict[str, Any]:
+    """Return what a file system tells about a file."""
+    requests = stopper.make_requests()
+
+    def ask() -> dict[str, Any]:
+        info: dict[str, Any] = requests.run(fs, fs._info(name)) if fs.async_impl else fs.info(name)
         return info
-    requests = Requests(fs)
-    stops.add(requests)
-    return until_stopped(requests.stopped, lambda: requests.run(fs._info(name)), url)
+
+    return until_stopped(requests.stopped, ask, url)
 
 
 def can_ask(fs: fsspec.AbstractFileSystem) -> bool:
@@ -212,17 +204,25 @@ class RangeReader:
         The file system, and the file's name in it.
     size
         The file's size, if it is known already.
+    stopper
+        To stop it from another thread.
     """
 
     workers = 16  # requests at a time
     problem = ""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, name: str, size: int | None = None) -> None:
+    def __init__(
+        self,
+        fs: fsspec.AbstractFileSystem,
+        name: str,
+        size: int | None = None,
+        stopper: Stopper | None = None,
+    ) -> None:
         self._name = self._url = name
+        self._requests = (stopper or Stopper()).make_requests()
         if "hf" in fs.protocol:
-            fs, self._url = with_retries(reach_hub, name, fs, name)
+            fs, self._url = until_stopped(self._requests.stopped, reach_hub, name, fs, name)
         self._fs = fs
-        self._requests = Requests(fs)
         self._lock = threading.Lock()
         self._marks = Marks(name)
         self.size = size or None  # some servers say 0 of a file whose size they don't know
@@ -282,20 +282,21 @@ class RangeReader:
                 self.size, self._sized = self.size if size is None else size, True
 
     def _find_size(self) -> int:
-        size: int | None = with_retries(self._fs.info, self._name, self._url).get("size")
+        stopped = self._requests.stopped
+        size: int | None = until_stopped(stopped, self._fs.info, self._name, self._url).get("size")
         if size is None:
             raise NoRangesError(f"{redact_url(self._name)}: its size is not known")
         return size
 
     def _request(self, start: int, stop: int) -> _Answer:
         if self._asks:
-            answer = self._requests.run(self._ask(start, stop))
+            answer = self._requests.run(self._fs, self._ask(start, stop))
             if answer.content is None and self._sized:
                 raise ConnectionError("the server sent the whole file, and ranges before")
             return answer
         if self._fs.async_impl:
             request = self._fs._cat_file(self._name, start=start, end=stop)
-            content = self._requests.run(request)
+            content = self._requests.run(self._fs, request)
         else:  # opens the file, and by default would read more than the range
             opened = {"cache_type": "none", "size": self.size}
             content = self._fs.cat_file(self._name, start=start, end=stop, **opened)

@@ -1,25 +1,31 @@
 """A task's shards in a store: the next ones are begun early, and nothing else is changed by it."""
 
+import asyncio
 import gc
+import signal
 import threading
 import time
+import weakref
 from contextlib import closing
+from dataclasses import replace
 
 import dask.dataframe as dd
 import pandas as pd
 import pytest
+from distributed import Client, LocalCluster
 
 from dask_imgread import (
     FileGroupTask,
     ImageReaderStage,
+    collections,
     map_images,
     partition_shards,
     read_metadata,
 )
 from dask_imgread.reading import shard_reader
 from dask_imgread.shards import ahead
-from dask_imgread.shards.partition import join_tasks
-from dask_imgread.storage.ranges import Stops
+from dask_imgread.shards.partition import split_task
+from dask_imgread.storage.ranges import Stopper
 from dask_imgread.testing import write_shard
 from tests.helpers.images import PNG, write_noise
 from tests.helpers.servers import Faults, serve, serve_http
@@ -213,15 +219,16 @@ def test_closing_ends_what_was_begun(folder, kind, what, slow):
 
 def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
     def describe(entry, shown, shard_id, version):
-        if shown.endswith("2.tar"):
+        if shown.endswith("2.tar") and entry.key == "003":
             raise RuntimeError("a fault of our own")
         return original(entry, shown, shard_id, version)
 
     original = shard_reader.describe_image
     monkeypatch.setattr(shard_reader, "describe_image", describe)
     with serve_http(folder) as server:
-        batches = HEADERS.read(FileGroupTask(data=list_urls(server, 5)))
-        assert [len(next(batches)), len(next(batches))] == [IMAGES, IMAGES]
+        reader = HEADERS.with_options(sidecars=True, max_batch_bytes=1)
+        batches = reader.read(FileGroupTask(data=list_urls(server, 5)))
+        assert sum(len(next(batches)) for _ in range(2 * IMAGES + 2)) == 2 * IMAGES + 2
         with pytest.raises(RuntimeError, match="a fault of our own"):
             next(batches)
     assert list_threads() == set()
@@ -275,22 +282,85 @@ def test_many_chosen_images_are_not_joined(tmp_path, monkeypatch):
         assert map_images(len, few, meta=meta).npartitions == 2
 
 
-def test_joined_tasks_are_as_many_as_can_run_at_a_time():
-    tasks = [
-        FileGroupTask(data=[f"s3://b/{n}.tar"], versions=(f"v{n}",), sizes=(n,)) for n in range(11)
-    ]
-    joined = join_tasks(tasks, 3)
-    assert [task.num_items for task in joined] == [3, 3, 3, 2]
-    assert [task.task_id for task in joined] == [f"file_group_{n}" for n in range(4)]
-    assert [path for task in joined for path in task.data] == [task.data[0] for task in tasks]
-    assert [joined[3].find_version("s3://b/9.tar"), joined[3].find_size("s3://b/10.tar")] == [
-        "v9",
-        10,
-    ]
-    assert join_tasks(tasks, 6) is tasks
-    assert [task.num_items for task in join_tasks(tasks * 9, 1)] == [8] * 12 + [3]
-    here = FileGroupTask(data=["/a.tar"], versions=("v",), sizes=(1,))
-    assert join_tasks([*tasks, here], 3)[-1] is here
+@pytest.mark.parametrize(
+    ("shards", "threads", "images", "expected"),
+    [
+        *((11, 3, 0, 3), (11, 6, 0, 1), (99, 2, 0, 8), (99, 0, 0, 1), (1, 1, 0, 1)),
+        *((10, 2, 1000, 5), (10, 2, 2500, 2), (10, 2, 9999, 1)),
+    ],
+)
+def test_partitions_are_as_many_as_can_be_read_at_a_time(
+    monkeypatch, shards, threads, images, expected
+):
+    monkeypatch.setattr(collections, "_count_threads", lambda: threads)
+    paths = [f"s3://bucket/{number}.tar" for number in range(shards)]
+    assert collections._count_joined(paths, images) == expected
+    assert collections._count_joined([*paths, "/local.tar"], images) == 1
+
+
+def test_a_scheduler_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(collections, "_PATIENCE", "0.2s")
+
+    async def never(**_):
+        await asyncio.sleep(100)
+
+    options = {"n_workers": 0, "processes": False, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        assert collections._count_threads() == 0
+        monkeypatch.setattr(client.scheduler, "ncores", never, raising=False)
+        assert collections._count_threads() == collections.CPU_COUNT
+
+
+def test_a_task_is_split_as_it_was_put_together(folder):
+    with serve_http(folder) as server:
+        urls = list_urls(server, 3)
+        (task,) = partition_shards(urls, files_per_partition=3, relative_to=server.url)
+        ones = partition_shards(urls, relative_to=server.url)
+        for each, one in zip(split_task(task), ones, strict=True):
+            assert replace(each, task_id=one.task_id) == one
+        rows = read_metadata(urls).compute(scheduler="sync")
+        (task,) = partition_shards(rows, files_per_partition=3)
+        for each, one in zip(split_task(task), partition_shards(rows), strict=True):
+            assert replace(each, task_id=one.task_id) == one
+            pd.testing.assert_frame_equal(each.rows, one.rows)
+
+
+def test_types_are_inferred_from_one_shard(folder):
+    with serve_http(folder) as server:
+        tasks = partition_shards(list_urls(server), files_per_partition=SHARDS)
+        server.requests.clear()
+        read_metadata(tasks, sidecars={"json": ["none"]})
+        map_images(lambda batch: {"width": [i.width for i in batch]}, tasks, reader=HEADERS)
+        assert set(order_shards(server.requests)) <= set(range(6))  # of six images each
+
+
+def test_a_wait_for_a_begun_shard_is_interrupted(folder):
+    """As by Ctrl-C: where the main thread waits for the shard's first images."""
+    with serve_http(folder) as server:
+        server.faults = Faults(every=1, kinds=("slow",), delay=60, match="/1.tar")
+        batches = HEADERS.read(FileGroupTask(data=list_urls(server, 3)))
+        assert len(next(batches)) == IMAGES
+        wait_for(lambda: server.faults.injected)
+        main = threading.main_thread().ident
+        timer = threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT])
+        begin = time.monotonic()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        assert time.monotonic() - begin < 10
+        timer.join()
+    gc.collect()
+    assert list_threads() == set()
+
+
+def test_what_was_read_early_is_not_kept(folder):
+    with serve_http(folder) as server:
+        seen = []
+        for batch in HEADERS.read(FileGroupTask(data=list_urls(server, 4))):
+            seen += map(weakref.ref, batch.data)
+            del batch
+            gc.collect()
+            assert sum(image() is not None for image in seen) <= IMAGES
 
 
 def test_what_is_read_early_is_bounded(tmp_path, monkeypatch):
@@ -306,7 +376,8 @@ def test_what_is_read_early_is_bounded(tmp_path, monkeypatch):
             patch.setattr(shard_reader, name, value)
             with closing(reader._list_shards(task, reader._choose_decoder())) as shards:
                 (shard,) = shards
-                early = shard._read_early()
+                shard._read_early()
+                early = list(shard._first)
                 rest = list(shard.read(lambda: None))
         assert len(early) == expected
         keys = [found.image.key for found in early + rest]
@@ -322,15 +393,10 @@ def test_shards_read_at_a_time_share_what_is_read_ahead():
             assert {shard._read_ahead for shard in shards} == {expected * MIB}
 
 
-def test_what_is_added_after_a_stop_is_stopped():
-    class Source:
-        stopped = 0
-
-        def stop(self):
-            self.stopped += 1
-
-    stops, before, after = Stops(), Source(), Source()
-    stops.add(before)
-    stops.stop()
-    stops.add(after)
-    assert (before.stopped, after.stopped) == (1, 1)
+def test_requests_made_after_a_stop_are_stopped():
+    stopper = Stopper()
+    before = stopper.make_requests()
+    assert not before.stopped.is_set()
+    stopper.stop()
+    assert before.stopped.is_set()
+    assert stopper.make_requests().stopped.is_set()
