@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure everything and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.remote", description=__doc__)
     parser.add_argument("--images", type=int, default=2000, help="of 40 kB; 1/50 as many of 2 MB")
+    parser.add_argument("--copies", type=int, default=1, help="of each of the four shards")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", type=int, default=len(_STORES))
     parser.add_argument("--threads", type=int, default=1, help="of each of the two workers")
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device="cpu", n_workers=2, threads_per_worker=args.threads, verbose=False
     )
     with tempfile.TemporaryDirectory() as folder, cluster as client:
-        sets = make_sets(Path(folder), args.images)
+        sets = make_sets(Path(folder), args.images, args.copies)
         for latency, bandwidth in _STORES[: args.stores]:
             with serve(folder, latency, bandwidth) as server:
                 for name, shards in sets.items():
@@ -103,8 +104,11 @@ def measure_memory(gigabytes: float) -> str:
     )
 
 
-def make_sets(folder: Path, images: int) -> dict[str, list[str]]:
-    """Write shards of small and of large photographs, each as they are and compressed."""
+def make_sets(folder: Path, images: int, copies: int = 1) -> dict[str, list[str]]:
+    """Write shards of small and of large photographs, each as they are and compressed.
+
+    Each shard has as many names as ``copies`` says, and is read under each of them.
+    """
     small = make_photo_shards(folder / "small", images, shards=_SHARDS, sidecars=("json",))
     large = [
         path
@@ -117,7 +121,16 @@ def make_sets(folder: Path, images: int) -> dict[str, list[str]]:
     for name, shards in (("40 kB", small), ("2 MB", large)):
         sets[f"{name}, .tar"] = shards
         sets[f"{name}, .tar.zst"] = [_compress(path) for path in shards]
-    return sets
+    return {
+        name: [_link(path, number) for number in range(copies) for path in shards]
+        for name, shards in sets.items()
+    }
+
+
+def _link(path: str, number: int) -> str:
+    link = Path(path).with_name(f"{number}-{Path(path).name}")
+    os.link(path, link)
+    return str(link)
 
 
 def _compress(path: str) -> str:

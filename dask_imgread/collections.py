@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from math import ceil
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import dask
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from dask.dataframe import DataFrame
 
 _JOINED_IMAGES = 500  # of a task, on average, if they are chosen from several shards
+_JOINED_BYTES = 128 << 20  # likewise, if they are decoded whole
 _PATIENCE = "5s"  # with a scheduler that does not answer
 
 
@@ -77,7 +79,7 @@ def read_bag(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
-        Without any of these, shards in a store are joined to partitions of up to eight where only
+        Without any of these, up to eight shards in a store are joined to a partition where only
         their headers, or images that rows name, are read, since a reader reads so many at a time.
 
     Returns
@@ -102,7 +104,8 @@ def read_bag(
     6
     """
     reader = reader or ImageReaderStage()
-    frame, parts, options = _list_parts(paths_or_tasks, partitioning, reader)
+    # A bag may hold the pixels of a whole partition.
+    frame, parts, options = _list_parts(paths_or_tasks, partitioning, reader, streamed=False)
     if not parts:
         return db.from_sequence([], npartitions=1)
     name = f"read-images-{tokenize(reader, parts, options)}"
@@ -118,17 +121,26 @@ def read_bag(
 
 
 def _list_parts(
-    given: PathsOrTasks, partitioning: PartitionOptions, reader: ImageReaderStage
+    given: PathsOrTasks,
+    partitioning: PartitionOptions,
+    reader: ImageReaderStage,
+    *,
+    streamed: bool = True,
 ) -> tuple[DataFrame | None, list[Any], PartitionOptions]:
-    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each."""
+    """Return tasks; or a frame of Dask, its partitions, and the options with which to read each.
+
+    Shards that nobody has divided are joined where a reader reads several at a time: their headers,
+    or images that rows name, or those of small shards, if no partition's pixels are ever held.
+    """
     frame = open_frame(given, partitioning.get("storage_options"))
     divisions = (*Partitioning.__optional_keys__, "limit")
     undivided = all(partitioning.get(name) is None for name in divisions)
     if undivided and is_lazy(frame):
         return frame, frame.to_delayed(), partitioning
     if frame is not None:
-        if undivided:
-            count = _count_joined(list(map(str, frame["shard"].unique())), len(frame))
+        if undivided and len(frame):
+            paths = list(map(str, frame["shard"].unique()))
+            count = _count_joined(paths, _JOINED_IMAGES * len(paths) // len(frame))
             partitioning = {**partitioning, "files_per_partition": count}
         return None, list_tasks(frame, **partitioning), {}
     if isinstance(given, str | os.PathLike):
@@ -139,26 +151,27 @@ def _list_parts(
         given = list(cast("Iterable[Any]", given))
         undivided &= not any(map(is_task, given))
     tasks = list_tasks(given, **partitioning)
-    count = _count_joined([task.data[0] for task in tasks]) if undivided else 1
-    if count > 1 and not reader.decode:
+    if undivided and tasks:
         shards = [Shard(task.data[0], task.sizes[0], task.versions[0]) for task in tasks]
-        partitioning = {**partitioning, "files_per_partition": count}
-        tasks = list_tasks(shards, **partitioning)
+        most = SHARDS_AT_ONCE
+        if reader.decode:
+            size = sum(shard.size or _JOINED_BYTES for shard in shards)
+            most = _JOINED_BYTES * len(shards) // size if streamed else 1
+        count = _count_joined([shard.path for shard in shards], most)
+        if count > 1:
+            partitioning = {**partitioning, "files_per_partition": count}
+            tasks = list_tasks(shards, **partitioning)
     return None, tasks, {}
 
 
-def _count_joined(shards: list[str], images: int = 0) -> int:
-    """Return how many shards a task should have of which headers, or some images, are read.
-
-    A reader reads those of several shards in stores at a time. There are as many tasks as can run
-    at a time, or more.
-    """
-    if len(shards) < 2 or any(map(is_local, shards)):
+def _count_joined(shards: list[str], most: int) -> int:
+    """Return how many shards a task should have, so that all threads have equally many."""
+    most = min(most, SHARDS_AT_ONCE)
+    if len(shards) < 2 or most < 2 or any(map(is_local, shards)):
         return 1
-    counts = [SHARDS_AT_ONCE, len(shards) // (_count_threads() or len(shards))]
-    if images:
-        counts.append(_JOINED_IMAGES * len(shards) // images)
-    return max(1, min(counts))
+    threads = _count_threads() or len(shards)
+    rounds = ceil(len(shards) / (threads * most))
+    return ceil(len(shards) / (threads * rounds))
 
 
 def _count_threads() -> int:
@@ -224,8 +237,9 @@ def read_metadata(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
-        Without any of these, shards in a store are joined to partitions of up to eight where only
-        their headers, or images that rows name, are read, since a reader reads so many at a time.
+        Without any of these, up to eight shards in a store are joined to a partition where only
+        their headers, or images that rows name, are read, since a reader reads so many at a time;
+        and small ones, up to 128 MiB, as the next is begun before one is at its end.
 
     Returns
     -------
@@ -312,8 +326,9 @@ def map_images(
     **partitioning
         For paths and frames, how they are divided: ``files_per_partition``,
         ``images_per_partition`` or ``blocksize``, and the other options of ``partition_shards``.
-        Without any of these, shards in a store are joined to partitions of up to eight where only
-        their headers, or images that rows name, are read, since a reader reads so many at a time.
+        Without any of these, up to eight shards in a store are joined to a partition where only
+        their headers, or images that rows name, are read, since a reader reads so many at a time;
+        and small ones, up to 128 MiB, as the next is begun before one is at its end.
 
     Returns
     -------

@@ -20,6 +20,7 @@ from dask_imgread import (
     collections,
     map_images,
     partition_shards,
+    read_bag,
     read_metadata,
 )
 from dask_imgread.reading import shard_reader
@@ -234,7 +235,7 @@ def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
     assert list_threads() == set()
 
 
-def test_partitions_of_several_shards(folder, client):
+def test_partitions_of_several_shards(folder, client, monkeypatch):
     """As many as there are threads to read them, and none that somebody has divided."""
     paths = [str(folder / f"{number}.tar") for number in range(SHARDS)]
     threads = sum(client.nthreads().values())
@@ -243,14 +244,18 @@ def test_partitions_of_several_shards(folder, client):
     with serve_http(folder) as server:
         urls = list_urls(server)
         frame = read_metadata(urls)
-        assert frame.npartitions == -(-SHARDS // min(8, SHARDS // threads))
+        assert frame.npartitions == threads
         rows = frame.compute()
         assert rows["key"].tolist() == expected["key"].tolist()
         assert rows["offset"].tolist() == expected["offset"].tolist()
         assert read_metadata(urls, files_per_partition=1).npartitions == SHARDS
         assert read_metadata(urls, limit=3).npartitions == 3
         assert read_metadata(partition_shards(urls)).npartitions == SHARDS
-        assert read_metadata(urls, decode=True).npartitions == SHARDS
+        assert read_metadata(urls, decode=True).npartitions == threads
+        monkeypatch.setattr(collections, "_JOINED_BYTES", 9 * MIB)  # two of these shards
+        assert read_metadata(urls, decode=True).npartitions == SHARDS // 2
+        assert read_bag(urls).npartitions == SHARDS
+        assert read_bag(urls, reader=HEADERS).npartitions == threads
         assert rows["shard_version"].nunique() == SHARDS
         sidecars = read_metadata(urls, sidecars={"txt": "number"})
         assert sidecars.npartitions == frame.npartitions
@@ -283,19 +288,17 @@ def test_many_chosen_images_are_not_joined(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shards", "threads", "images", "expected"),
+    ("shards", "threads", "most", "expected"),
     [
-        *((11, 3, 0, 3), (11, 6, 0, 1), (99, 2, 0, 8), (99, 0, 0, 1), (1, 1, 0, 1)),
-        *((10, 2, 1000, 5), (10, 2, 2500, 2), (10, 2, 9999, 1)),
+        *((4, 2, 8, 2), (11, 3, 8, 4), (9, 8, 8, 2), (8, 9, 8, 1), (17, 2, 8, 5), (99, 2, 8, 8)),
+        *((99, 0, 8, 1), (1, 1, 8, 1), (32, 2, 9, 8), (32, 2, 3, 3), (9, 2, 1, 1), (9, 2, 0, 1)),
     ],
 )
-def test_partitions_are_as_many_as_can_be_read_at_a_time(
-    monkeypatch, shards, threads, images, expected
-):
+def test_each_thread_has_equally_many_shards(monkeypatch, shards, threads, most, expected):
     monkeypatch.setattr(collections, "_count_threads", lambda: threads)
     paths = [f"s3://bucket/{number}.tar" for number in range(shards)]
-    assert collections._count_joined(paths, images) == expected
-    assert collections._count_joined([*paths, "/local.tar"], images) == 1
+    assert collections._count_joined(paths, most) == expected
+    assert collections._count_joined([*paths, "/local.tar"], most) == 1
 
 
 def test_a_scheduler_that_does_not_answer_is_not_waited_for(monkeypatch):
