@@ -1,8 +1,8 @@
 """Measure shards in a far store beside the same on this disk: ``python -m benchmarks.remote``.
 
 A server in a process of its own answers each request after a latency, gives each connection a
-bandwidth, and counts requests and bytes. Readers run on a cluster of two workers, a shard a task;
-all decode with libjpeg-turbo. What they read is discarded.
+bandwidth, and counts requests and bytes. Readers run on a cluster of two workers; all decode with
+libjpeg-turbo. What they read is discarded.
 """
 
 from __future__ import annotations
