@@ -175,12 +175,15 @@ def _count_joined(shards: list[str], most: int) -> int:
 
 
 def _count_threads() -> int:
-    """Return how many tasks run at a time where the collection will most likely be computed."""
-    with suppress(ValueError, OSError, RuntimeError):  # no client, or one without a scheduler
+    """Return how many tasks run at a time where the collection will be computed; 0 if unknown."""
+    try:
         client = default_client()
+    except ValueError:  # there is none
+        return int(CPU_COUNT)
+    with suppress(OSError, RuntimeError):  # its scheduler is gone
         if not client.asynchronous:
             return sum(client.nthreads(callback_timeout=_PATIENCE).values())
-    return int(CPU_COUNT)
+    return 0
 
 
 def _stream(

@@ -420,8 +420,7 @@ def _fill_batches(
     shard: ShardReader, shards: ShardQueue, builder: BatchBuilder
 ) -> Iterator[ImageBatch]:
     """Yield one shard's batches."""
-    with closing(shard):
-        for found in shard.read(shards.begin_next):
-            yield from builder.add(*found)
-            del found
-        yield from builder.flush()
+    for found in shard.read(shards.begin_next):
+        yield from builder.add(*found)
+        del found
+    yield from builder.flush()

@@ -266,12 +266,17 @@ class ShardQueue:
 
     def __init__(self, shards: Iterable[ShardReader], at_once: int) -> None:
         self._waiting, self._begun = iter(shards), deque[ShardReader]()
+        self._current: ShardReader | None = None
         self._at_once = at_once
         self._pool = ThreadPoolExecutor(at_once, "dask-imgread-shards")
 
     def __iter__(self) -> Iterator[ShardReader]:
-        while shard := self._begun.popleft() if self._begun else next(self._waiting, None):
+        while shard := self._begun[0] if self._begun else next(self._waiting, None):
+            self._current = shard
+            if self._begun:
+                self._begun.popleft()
             yield shard
+            shard.close()
 
     def begin_next(self) -> None:
         """Begin the shards that follow the one in use."""
@@ -280,9 +285,13 @@ class ShardQueue:
             shard.begin(self._pool)
 
     def close(self) -> None:
-        """End and close the shards that were begun."""
-        for shard in self._begun:
+        """End and close the shard in use and those that were begun.
+
+        Not left to the generators that use it: from Python 3.14 on a traceback may keep those open.
+        """
+        shards = [*self._begun, *filter(None, [self._current])]
+        for shard in shards:
             shard.stop()
         self._pool.shutdown(cancel_futures=True)
-        for shard in self._begun:
+        for shard in shards:
             shard.close()
