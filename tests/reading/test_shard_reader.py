@@ -380,7 +380,7 @@ def test_what_is_read_early_is_bounded(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shard_reader, name, value)
             with closing(reader._list_shards(task, reader._choose_decoder())) as shards:
-                (shard,) = shards
+                shard = next(iter(shards))
                 shard._read_early()
                 early = list(shard._first)
                 rest = list(shard.read(lambda: None))
