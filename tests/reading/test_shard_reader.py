@@ -34,7 +34,7 @@ from tests.helpers.servers import Faults, serve, serve_http
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
 HEADERS = READER.with_options(decode=False)
-SHARDS, IMAGES = 10, 6
+SHARDS, IMAGES = 10, 4
 SAMPLE = (("png", PNG), ("txt", bytes(100)))
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Ten shards of six large images, whose headers are requests of their own; one is damaged."""
+    """Ten shards of large images, whose headers are requests of their own; one is damaged."""
     folder = tmp_path_factory.mktemp("several")
     for number in range(SHARDS):
         write_noise(folder / f"{number}.tar", IMAGES, 900)
@@ -94,10 +94,14 @@ def order_shards(requests):
     return [int(r.path.rpartition("/")[2].partition(".")[0]) for r in requests if r.range]
 
 
-@pytest.mark.parametrize("reader", [READER, HEADERS], ids=["whole", "headers"])
-@pytest.mark.parametrize("chosen", [False, True])
-@pytest.mark.parametrize("kind", ["http", "s3"])
-def test_several_shards_are_as_from_the_disk(folder, reader, chosen, kind):
+@pytest.mark.parametrize(
+    ("kind", "chosen", "reader"),
+    [
+        *(("http", chosen, reader) for chosen in (False, True) for reader in (READER, HEADERS)),
+        *(("s3", False, HEADERS), ("s3", True, READER)),
+    ],
+)
+def test_several_shards_are_as_from_the_disk(folder, kind, chosen, reader):
     paths = [str(folder / f"{number}.tar") for number in range(SHARDS)]
     rows = read_metadata(paths).compute(scheduler="sync").iloc[::2].drop(columns="shard_version")
     expected = list_records(reader.read(make_task(paths, rows if chosen else None)), folder)
@@ -155,7 +159,7 @@ def test_the_next_shard_is_begun_as_the_last_bytes_of_one_are_decoded(folder):
                 shard = int(image.shard.rpartition("/")[2].partition(".")[0])
                 if image.offset < sizes[shard] - 1 * MIB:
                     assert max(order_shards(server.requests)) == shard
-                if image.key == "005":
+                if image.key == f"{IMAGES - 1:03d}":
                     wait_for(lambda last=shard: max(order_shards(server.requests)) == last + 1)
                 if shard == 2:
                     break
@@ -188,9 +192,9 @@ def test_a_shard_that_is_not_there_fails_in_its_place(folder, reader):
 @pytest.mark.parametrize(
     ("kind", "what", "slow"),
     [
-        *((kind, "whole", 1) for kind in ("http", "https", "s3", "gs", "abfs", "no ranges")),
-        *((kind, "headers", 2) for kind in ("http", "s3", "abfs", "no ranges")),
-        *((kind, "chosen", n) for kind in ("http", "s3", "gs") for n in (1, 2)),
+        *((kind, "whole", 1) for kind in ("http", "https", "abfs", "no ranges")),
+        *((kind, "headers", 2) for kind in ("http", "s3", "no ranges")),
+        *((kind, "chosen", n) for kind in ("http", "gs") for n in (1, 2)),
     ],
 )
 def test_closing_ends_what_was_begun(folder, kind, what, slow):
@@ -220,7 +224,7 @@ def test_closing_ends_what_was_begun(folder, kind, what, slow):
 
 def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
     def describe(entry, shown, shard_id, version):
-        if shown.endswith("2.tar") and entry.key == "003":
+        if shown.endswith("2.tar") and entry.key == "002":
             raise RuntimeError("a fault of our own")
         return original(entry, shown, shard_id, version)
 
@@ -229,7 +233,7 @@ def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
     with serve_http(folder) as server:
         reader = HEADERS.with_options(sidecars=True, max_batch_bytes=1)
         batches = reader.read(FileGroupTask(data=list_urls(server, 5)))
-        assert sum(len(next(batches)) for _ in range(2 * IMAGES + 2)) == 2 * IMAGES + 2
+        assert sum(len(next(batches)) for _ in range(2 * IMAGES + 1)) == 2 * IMAGES + 1
         with pytest.raises(RuntimeError, match="a fault of our own"):
             next(batches)
     assert list_threads() == set()
@@ -252,7 +256,7 @@ def test_partitions_of_several_shards(folder, client, monkeypatch):
         assert read_metadata(urls, limit=3).npartitions == 3
         assert read_metadata(partition_shards(urls)).npartitions == SHARDS
         assert read_metadata(urls, decode=True).npartitions == threads
-        monkeypatch.setattr(collections, "_JOINED_BYTES", 9 * MIB)  # two of these shards
+        monkeypatch.setattr(collections, "_JOINED_BYTES", 6 * MIB)  # two of these shards
         assert read_metadata(urls, decode=True).npartitions == SHARDS // 2
         assert read_bag(urls).npartitions == SHARDS
         assert read_bag(urls, reader=HEADERS).npartitions == threads
@@ -336,7 +340,7 @@ def test_types_are_inferred_from_one_shard(folder):
         server.requests.clear()
         read_metadata(tasks, sidecars={"json": ["none"]})
         map_images(lambda batch: {"width": [i.width for i in batch]}, tasks, reader=HEADERS)
-        assert set(order_shards(server.requests)) <= set(range(6))  # of six images each
+        assert set(order_shards(server.requests)) < set(range(SHARDS))
 
 
 def test_a_wait_for_a_begun_shard_is_interrupted(folder):
