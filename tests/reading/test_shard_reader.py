@@ -352,12 +352,14 @@ def test_a_wait_for_a_begun_shard_is_interrupted(folder):
         wait_for(lambda: server.faults.injected)
         main = threading.main_thread().ident
         timer = threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # dask-jobqueue's
         begin = time.monotonic()
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             next(batches)
         assert time.monotonic() - begin < 10
         timer.join()
+        signal.signal(signal.SIGINT, before)
     gc.collect()
     assert list_threads() == set()
 
