@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 import uuid
 from pathlib import Path
@@ -33,6 +32,7 @@ from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.testing import make_shards
 from tests.helpers.programs import list_forked
 from tests.helpers.servers import serve_http
+from tests.helpers.waiting import wait_for
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CRONTAB = EXAMPLES / "cron" / "crontab"
@@ -96,13 +96,6 @@ def write_commands(folder, **scripts):
         path = folder / "bin" / name.replace("_", "-")
         path.write_text(script)
         path.chmod(0o755)
-
-
-def wait_until(true):
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def load(path):
@@ -346,7 +339,7 @@ def start_endless(tmp_path, environment):
     """Start the script with a scheduler, workers and a job that do nothing and do not end."""
     write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL, dask=ENDLESS, dask_imgread=ENDLESS)
     started = run_sbatch("metadata", "*.tar", "--out", "out", cwd=tmp_path, env=environment)
-    wait_until(lambda: len(read_started(tmp_path)) == 3)
+    wait_for(lambda: len(read_started(tmp_path)) == 3, 20)
     return started
 
 
@@ -373,7 +366,7 @@ def test_a_night_whose_time_is_nearly_up(tmp_path, environment):
     write_commands(tmp_path, srun=SRUN, scontrol=SCONTROL, dask=ENDLESS, dask_imgread=ENDLESS)
     started = run_night(tmp_path, environment)
     home = tmp_path / "imgread"
-    wait_until(lambda: len(read_started(home)) == 3)
+    wait_for(lambda: len(read_started(home)) == 3, 20)
     started.send_signal(signal.SIGUSR1)
     assert started.wait(20) == 143
     assert (home / "scontrol.log").read_text() == "requeue 17\n"
@@ -466,7 +459,7 @@ def test_workers_that_are_jobs(tmp_path, photo_shards, environment, programs):
         assert jobs == 2
     check_update(tmp_path / "out", before)
     assert pd.read_parquet(tmp_path / "out")["error"].isna().all()
-    wait_until(lambda: not list(find_marked(environment["MARK"])))  # scancel does not wait
+    wait_for(lambda: not list(find_marked(environment["MARK"])), 20)  # scancel does not wait
 
 
 # Kubernetes

@@ -183,4 +183,4 @@ def stat_shard(
     """
     fs, name = place or connect(path, storage_options)
     fs.invalidate_cache(name)  # else the file may be another than the one that was listed
-    return _make_shard(fs, name, look_up(fs, name, path, stopper or Stopper()))
+    return _make_shard(fs, name, look_up(fs, name, path, (stopper or Stopper()).make_requests()))

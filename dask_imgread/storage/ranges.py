@@ -116,15 +116,16 @@ class Stopper:
                 requests.stop()
 
 
-def look_up(fs: fsspec.AbstractFileSystem, name: str, url: str, stopper: Stopper) -> dict[str, Any]:
-    """Return what a file system tells about a file."""
-    requests = stopper.make_requests()
+def look_up(
+    fs: fsspec.AbstractFileSystem, name: str, url: str, requests: Requests
+) -> dict[str, Any]:
+    """Return what a file system tells about a file; errors name the URL."""
 
-    def ask() -> dict[str, Any]:
+    def find() -> dict[str, Any]:
         info: dict[str, Any] = requests.run(fs, fs._info(name)) if fs.async_impl else fs.info(name)
         return info
 
-    return until_stopped(requests.stopped, ask, url)
+    return until_stopped(requests.stopped, find, url)
 
 
 def can_ask(fs: fsspec.AbstractFileSystem) -> bool:
@@ -282,8 +283,7 @@ class RangeReader:
                 self.size, self._sized = self.size if size is None else size, True
 
     def _find_size(self) -> int:
-        stopped = self._requests.stopped
-        size: int | None = until_stopped(stopped, self._fs.info, self._name, self._url).get("size")
+        size: int | None = look_up(self._fs, self._url, self._name, self._requests).get("size")
         if size is None:
             raise NoRangesError(f"{redact_url(self._name)}: its size is not known")
         return size

@@ -28,6 +28,7 @@ from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards
 from tests.helpers.commands import ForkedProcess, start_server
+from tests.helpers.waiting import wait_for
 
 MODULE = """
 import time
@@ -92,13 +93,6 @@ def count_slowly(batch):
     time.sleep(0.1)
     ids = pd.Index([image.image_id for image in batch.data], name="image_id")
     return pd.DataFrame({"number": range(len(ids))}, index=ids)
-
-
-def wait_for(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def scale_when_begun(local, out, workers):

@@ -25,6 +25,7 @@ from dask_imgread.jobs.folder import JobFolder
 from dask_imgread.shards.frames import JOB
 from dask_imgread.storage.files import write_whole
 from tests.helpers.servers import SECRET, Faults, ProxyHandler, serve_s3
+from tests.helpers.waiting import wait_for
 
 # For each line, "URL moment": claims the folder at that moment, and keeps it for one line more.
 PROCESS = """
@@ -98,13 +99,6 @@ def in_store(s3, request):
     s3.requests.clear()
     yield JobFolder(f"s3://bucket/{request.node.name}", s3.storage_options)
     s3.faults = None
-
-
-def wait_for(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from dask_imgread.report.page import write_report
 from dask_imgread.testing import make_shards, write_shard
 from tests.helpers.commands import Command, ForkedProcess, run_command, run_main, start_server
 from tests.helpers.images import encode
+from tests.helpers.waiting import wait_for
 
 MODULE = """
 import os, time
@@ -80,13 +81,6 @@ def run_here(client, capsys, monkeypatch):
         return status, *capsys.readouterr()
 
     return run_here
-
-
-def wait_for(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def wait_for_parts(folder, count, process):

@@ -24,12 +24,12 @@ from dask_imgread import (
     read_metadata,
 )
 from dask_imgread.reading import shard_reader
-from dask_imgread.shards import ahead
 from dask_imgread.shards.partition import split_task
 from dask_imgread.storage.ranges import Stopper
 from dask_imgread.testing import write_shard
 from tests.helpers.images import PNG, write_noise
 from tests.helpers.servers import Faults, serve, serve_http
+from tests.helpers.waiting import close_at_once, list_reader_threads, wait_for
 
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -72,19 +72,6 @@ def list_records(batches, folder):
     ]
 
 
-def list_threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("dask-imgread-")} - {
-        "dask-imgread-buffers"
-    }
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def count_by_shard(batch):
     return pd.DataFrame({"n": [len(batch)]}, index=[batch.data[0].shard])
 
@@ -112,7 +99,7 @@ def test_several_shards_are_as_from_the_disk(folder, kind, chosen, reader):
         task = make_task(urls, there if chosen else None, storage_options=server.storage_options)
         assert list_records(reader.read(task), folder) == expected
         assert faults.injected.total() >= 3
-    assert list_threads() == set()
+    assert list_reader_threads() == set()
 
 
 def make_task(paths, rows, **options):
@@ -160,7 +147,8 @@ def test_the_next_shard_is_begun_as_the_last_bytes_of_one_are_decoded(folder):
                 if image.offset < sizes[shard] - 1 * MIB:
                     assert max(order_shards(server.requests)) == shard
                 if image.key == f"{IMAGES - 1:03d}":
-                    wait_for(lambda last=shard: max(order_shards(server.requests)) == last + 1)
+                    begun = shard + 1
+                    wait_for(lambda n=begun: max(order_shards(server.requests)) == n, 10)
                 if shard == 2:
                     break
     # Without the size it is not known where the end is.
@@ -213,13 +201,8 @@ def test_closing_ends_what_was_begun(folder, kind, what, slow):
         server.faults = Faults(every=slow, kinds=("slow",), delay=60, match="/1.tar")
         batches = reader.read(task)
         next(batches)
-        wait_for(lambda: server.faults.injected)
-        begin = time.monotonic()
-        batches.close()
-        assert time.monotonic() - begin < 5
-    gc.collect()
-    assert list_threads() == set()
-    assert ahead.BUDGET._left == ahead._WORKER_BYTES
+        wait_for(lambda: server.faults.injected, 10)
+        close_at_once(batches)
 
 
 def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
@@ -236,7 +219,7 @@ def test_an_error_of_a_begun_shard_is_raised_in_its_turn(folder, monkeypatch):
         assert sum(len(next(batches)) for _ in range(2 * IMAGES + 1)) == 2 * IMAGES + 1
         with pytest.raises(RuntimeError, match="a fault of our own"):
             next(batches)
-    assert list_threads() == set()
+    assert list_reader_threads() == set()
 
 
 def test_partitions_of_several_shards(folder, client, monkeypatch):
@@ -349,7 +332,7 @@ def test_a_wait_for_a_begun_shard_is_interrupted(folder):
         server.faults = Faults(every=1, kinds=("slow",), delay=60, match="/1.tar")
         batches = HEADERS.read(FileGroupTask(data=list_urls(server, 3)))
         assert len(next(batches)) == IMAGES
-        wait_for(lambda: server.faults.injected)
+        wait_for(lambda: server.faults.injected, 10)
         main = threading.main_thread().ident
         timer = threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT])
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # dask-jobqueue's
@@ -361,7 +344,7 @@ def test_a_wait_for_a_begun_shard_is_interrupted(folder):
         timer.join()
         signal.signal(signal.SIGINT, before)
     gc.collect()
-    assert list_threads() == set()
+    assert list_reader_threads() == set()
 
 
 def test_what_was_read_early_is_not_kept(folder):

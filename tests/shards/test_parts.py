@@ -4,7 +4,6 @@ import gc
 import gzip
 import os
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from dask_imgread.testing import write_shard
 from tests.helpers import servers
 from tests.helpers.images import encode
 from tests.helpers.servers import Faults, count_bytes, serve_http, serve_s3
+from tests.helpers.waiting import close_at_once, list_reader_threads
 
 MIB = 1 << 20
 READER = ImageReaderStage(device="cpu", verbose=False)
@@ -259,14 +259,10 @@ def test_overlapping_rows(folder, frame, images):
 # What is left behind
 
 
-def list_threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("dask-imgread-")}
-
-
 def test_nothing_is_left(folder, frame, images):
     chosen = pick(frame, 0.05)
     check(chosen, images)
-    threads, files = list_threads(), psutil.Process().num_fds()
+    threads, files = list_reader_threads(), psutil.Process().num_fds()
     with serve_http(folder) as server:
         check(place(chosen, server), images)
         check(place(chosen, server, "a.tar.zst"), images)
@@ -276,7 +272,7 @@ def test_nothing_is_left(folder, frame, images):
         for nothing in ("/dev/null", str(folder)):
             read(chosen.assign(shard=nothing))
     gc.collect()
-    assert list_threads() == threads
+    assert list_reader_threads() == threads
     assert psutil.Process().num_fds() <= files + 4  # of fsspec's event loop
     assert ahead.BUDGET._left == ahead._WORKER_BYTES
 
@@ -292,12 +288,7 @@ def test_a_closed_generator_ends_all_requests_at_once(folder, frame, ranges):
         if ranges:
             while not server.faults.injected:
                 next(batches)
-        begin = time.monotonic()
-        batches.close()
-        assert time.monotonic() - begin < 5
-    gc.collect()
-    assert not any("ahead" in name or "parts" in name for name in list_threads())
-    assert ahead.BUDGET._left == ahead._WORKER_BYTES
+        close_at_once(batches)
 
 
 class Bytes:
