@@ -117,10 +117,7 @@ class ShardReader:
         self._stopper.stop()
 
     def close(self) -> None:
-        """End all requests, wait for the thread that reads, and close the shard."""
-        self.stop()
-        if self._early is not None and not self._early.cancel():
-            wait([self._early])
+        """Close the shard, once no thread reads it."""
         self._found.close()
 
     def _read_early(self) -> None:
